@@ -1,0 +1,56 @@
+"""The `octavo` command: finds the subcommand and hands it the rest of the line. Knows no flag of theirs."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+from . import __version__
+
+_COMMANDS = {
+    "serve": "serve a model over an OpenAI-compatible API",
+    "bench": "measure a running server",
+}
+_USAGE = "\n".join(
+    [
+        "usage: octavo COMMAND [options]     octavo COMMAND --help explains a command",
+        "",
+        *(f"  {name:<8} {text}" for name, text in _COMMANDS.items()),
+        "",
+        "  --version, --help",
+    ]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command in `argv` (None: the process's own); gives the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    match command:
+        case "serve":
+            from .serve.cli import main as run_serve
+
+            return run_serve(rest)
+        case "bench":
+            from .benchmarks.cli import main as run_bench
+
+            return run_bench(rest)
+        case "-V" | "--version":
+            print(f"octavo {__version__}")
+            return 0
+        case "-h" | "--help":
+            print(_USAGE)
+            return 0
+    near = difflib.get_close_matches(command, _COMMANDS, n=1)
+    told = f"octavo: {command!r} is no command" if command else "octavo: no command given"
+    print(told + (f"; did you mean {near[0]}?" if near else "") + f"\n\n{_USAGE}", file=sys.stderr)
+    return 2
+
+
+def serve() -> int:
+    """The bare `serve` command."""
+    return main(["serve", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

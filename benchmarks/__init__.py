@@ -1,0 +1,1 @@
+"""Measurements, run by hand. Nothing imports them but the bench command."""

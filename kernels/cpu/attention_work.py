@@ -1,0 +1,75 @@
+"""Cut a step's attention into tasks of like size for a thread team. Knows lengths alone: no tensor of queries, keys or values.
+
+A task is one work item for one key head: a run of queries of one sequence against a run of key blocks. Key blocks are cut at
+absolute positions (multiples of KEY_BLOCK), each block's softmax stands alone, and blocks are merged in order of position whether
+one task walks them all or several tasks leave partial results. So how work is cut never changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .threads import team_size
+
+KEY_BLOCK: Final = 256
+MAX_QUERY_ROWS: Final = 96  # queries times heads of a group that one task holds in the second-level cache
+ITEM_FIELDS: Final = 9  # sequence, first row of q, queries, position of the first, first block, end block, group, parts, first partial row
+_TASKS_PER_THREAD: Final = 4
+_ROW_COST: Final = 0.12  # one row's arithmetic for a key, against reading that key and its value
+_SERIAL_COST: Final = 256.0  # keys read by all heads: below this a team costs more than it gains
+
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """`items` int64 [n, ITEM_FIELDS], dearest first; `partial_rows` rows of scratch for one key head's partial results."""
+
+    items: _Ints
+    partial_rows: int
+    threads: int
+
+
+def divide(query_start: npt.NDArray[Any], context_len: npt.NDArray[Any], *, num_heads: int, num_kv_heads: int, head_dim: int) -> Work:
+    """The task list for one step. Sequences without queries get none."""
+    group = num_heads // num_kv_heads
+    start = query_start.astype(np.int64)
+    context = context_len.astype(np.int64)
+    count = start[1:] - start[:-1]
+    if count.size and (int(count.min()) < 0 or int((context - count).min()) < 0):
+        raise ValueError("query_start must not fall, and a context holds at least its own new tokens")
+    # query blocks
+    limit = max(1, MAX_QUERY_ROWS // group)
+    blocks = -(-count // limit)
+    sequence = np.repeat(np.arange(count.size), blocks)
+    nth = np.arange(sequence.size) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    first = nth * limit
+    queries = np.minimum(limit, count[sequence] - first)
+    position = (context - count)[sequence] + first
+    key_blocks = (position + queries + KEY_BLOCK - 1) // KEY_BLOCK
+    cost = (position + queries) * (1 + _ROW_COST * group * queries)
+    # split where one task would hold the others up
+    threads = team_size()
+    total = float(cost.sum()) * num_kv_heads
+    if total * head_dim < _SERIAL_COST * 64:
+        threads = 1
+    parts = np.ones_like(key_blocks)
+    if threads > 1:
+        parts = np.clip(np.ceil(cost * (_TASKS_PER_THREAD * threads / total)).astype(np.int64), 1, key_blocks)
+    rows = np.where(parts > 1, key_blocks * queries * group, 0)
+    group_index = np.arange(sequence.size)
+    item = np.repeat(group_index, parts) if int(parts.sum()) > parts.size else group_index
+    piece = np.arange(item.size) - (np.cumsum(parts) - parts)[item]
+    items = np.empty((item.size, ITEM_FIELDS), np.int64)
+    begin, end = piece * key_blocks[item] // parts[item], (piece + 1) * key_blocks[item] // parts[item]
+    columns = (sequence, (start[:-1])[sequence] + first, queries, position)
+    for i, column in enumerate(columns):
+        items[:, i] = column[item]
+    items[:, 4], items[:, 5], items[:, 6], items[:, 7] = begin, end, item, parts[item]
+    items[:, 8] = (np.cumsum(rows) - rows)[item]
+    order = np.argsort(-(cost[item] / parts[item]), kind="stable")
+    return Work(np.ascontiguousarray(items[order]), int(rows.sum()), threads)

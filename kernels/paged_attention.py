@@ -1,0 +1,164 @@
+"""Attention of new queries over keys and values that lie in pages, read in place. Knows no model, no request and no allocator.
+
+Contract (all tensors on one device):
+
+- q           [T, Hq, D]   new queries of all sequences, one sequence after the other. Rows may be strided (a view into a fused
+                           qkv buffer); each row's [Hq, D] is contiguous.
+- k/v_pages   [num_pages, Hkv, page_size, D], one layer's pages; float32, bfloat16 or float16; last dimension contiguous,
+                           both with the same strides. They already hold the new tokens.
+- out         [T, Hq, D]   written in place; rows may be strided like q's.
+
+Query i of sequence b stands at position `context_len[b] - q_len[b] + i` and attends to the positions at or before its own, and
+within a sliding window w only to those after `own - w`. With a soft cap c, scores become `c * tanh(score / c)`. Query head h reads
+key head `h // (Hq // Hkv)`. What lies in a page beyond a sequence's context is never looked at.
+
+A step makes one `AttentionPlan` and every layer uses it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Which queries read which pages in one step; made by `plan_attention`.
+
+    `work` is the CPU kernel's task list (empty on other devices), `threads` the size of the team that runs it.
+    """
+
+    query_start: Tensor  # int32 [B + 1], cumulative
+    context_len: Tensor  # int32 [B], tokens in the pages, the new ones included
+    page_table: Tensor  # int32 [B, max_pages]
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    work: Tensor
+    partial_rows: int
+    threads: int
+
+
+def plan_attention(
+    query_start: Tensor, context_len: Tensor, page_table: Tensor, *, num_heads: int, num_kv_heads: int, head_dim: int
+) -> AttentionPlan:
+    """Cut one step's attention into tasks. Cost: some tens of microseconds, once a step.
+
+    query_start int32 [B + 1] from 0, context_len int32 [B] >= each query count, page_table int32 [B, max_pages]; contiguous, on the
+    device where attention will run. num_heads is a multiple of num_kv_heads, head_dim a multiple of 8 from 16 to 256.
+    """
+    for name, value, ndim in (("query_start", query_start, 1), ("context_len", context_len, 1), ("page_table", page_table, 2)):
+        if value.dtype != torch.int32 or value.ndim != ndim or not value.is_contiguous():
+            raise ValueError(f"{name} must be a contiguous int32 tensor of {ndim} dimension(s), not {value.dtype} {tuple(value.shape)}")
+    batch = context_len.shape[0]
+    if query_start.shape[0] != batch + 1 or page_table.shape[0] != batch:
+        raise ValueError(f"{batch} context lengths need {batch + 1} query starts and {batch} page rows")
+    if num_heads % num_kv_heads or num_heads <= 0:
+        raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        raise ValueError(f"head_dim must be a multiple of 8 from 16 to 256, not {head_dim}")
+    work, partial_rows, threads = torch.empty(0, 0, dtype=torch.int64), 0, 1
+    if query_start.device.type == "cpu":
+        from .cpu.attention_work import divide
+
+        divided = divide(query_start.numpy(), context_len.numpy(), num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        work, partial_rows, threads = torch.from_numpy(divided.items), divided.partial_rows, divided.threads
+    return AttentionPlan(
+        query_start, context_len, page_table, int(query_start[-1]), num_heads, num_kv_heads, head_dim, work, partial_rows, threads
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    out: Tensor,
+) -> Tensor:
+    """Attend (see the file's contract) and return `out`. q and out may hold more rows than the plan has tokens: those stay as they are.
+
+    On the CPU q and out are float32, and a row's bits depend on its own query, position, keys and values alone: not on the thread
+    count, on what else is in the batch, or on how the prompt was cut into chunks.
+    """
+    _check(q, k_pages, v_pages, plan, sliding_window, soft_cap, out)
+    if plan.num_tokens == 0:
+        return out
+    if q.device.type == "cpu":
+        from .cpu.paged_attention import paged_attention as on_cpu
+
+        on_cpu(q, k_pages, v_pages, plan.page_table, plan.work, plan.partial_rows, plan.threads, scale, sliding_window, soft_cap, out)
+        return out
+    return reference(q, k_pages, v_pages, plan, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, out=out)
+
+
+def _check(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, sliding_window: int | None, soft_cap: float | None, out: Tensor
+) -> None:
+    rows, heads, dim = q.shape
+    if rows < plan.num_tokens or heads != plan.num_heads or dim != plan.head_dim:
+        raise ValueError(f"q is {tuple(q.shape)}; the plan has {plan.num_tokens} tokens, {plan.num_heads} heads of {plan.head_dim}")
+    if out.shape[0] < plan.num_tokens or out.shape[1:] != q.shape[1:]:
+        raise ValueError(f"out is {tuple(out.shape)} for a q of {tuple(q.shape)}")
+    if q.stride()[1:] != (dim, 1) or out.stride()[1:] != (dim, 1):
+        raise ValueError(f"the heads of q and out must be contiguous within a row; strides are {q.stride()} and {out.stride()}")
+    shape = k_pages.shape
+    if len(shape) != 4 or shape[1] != plan.num_kv_heads or shape[3] != dim or v_pages.shape != shape:
+        raise ValueError(f"pages are {tuple(shape)} and {tuple(v_pages.shape)}; wanted [pages, {plan.num_kv_heads}, page_size, {dim}]")
+    dtype = k_pages.dtype
+    if dtype not in PAGE_DTYPES or v_pages.dtype != dtype:
+        raise ValueError(f"pages must both be float32, bfloat16 or float16, not {dtype} and {v_pages.dtype}")
+    strides = k_pages.stride()
+    if strides[3] != 1 or v_pages.stride() != strides:
+        raise ValueError(f"pages need equal strides and a contiguous last dimension, not {strides} and {v_pages.stride()}")
+    if q.is_cpu and (q.dtype != torch.float32 or out.dtype != torch.float32):
+        raise ValueError(f"on the CPU q and out are float32, not {q.dtype} and {out.dtype}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, not {sliding_window}")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, not {soft_cap}")
+
+
+def reference(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    out: Tensor,
+) -> Tensor:
+    """The same in plain float32 torch, one sequence at a time over gathered keys: what every kernel is held against. Any device."""
+    page_size = k_pages.shape[2]
+    starts = plan.query_start.tolist()
+    for b, context in enumerate(plan.context_len.tolist()):
+        first, last = starts[b], starts[b + 1]
+        if first == last:
+            continue
+        pages = plan.page_table[b, : -(-context // page_size)].long()
+        k, v = (
+            x[pages].transpose(0, 1).flatten(1, 2)[:, :context].float().repeat_interleave(plan.num_heads // plan.num_kv_heads, dim=0)
+            for x in (k_pages, v_pages)
+        )
+        scores = q[first:last].float().transpose(0, 1) @ k.transpose(1, 2) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        own = torch.arange(context - (last - first), context, device=q.device)[:, None]
+        key = torch.arange(context, device=q.device)[None, :]
+        hidden = key > own
+        if sliding_window is not None:
+            hidden |= key <= own - sliding_window
+        weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
+        out[first:last] = (weights @ v).transpose(0, 1).to(out.dtype)
+    return out

@@ -1,0 +1,1 @@
+"""Reading checkpoints: safetensors, GGUF, configs. Knows no models and no kernels."""

@@ -1,0 +1,1 @@
+"""One engine on one rank: scheduling, cache, model, sampling. Knows no HTTP."""

@@ -1,0 +1,155 @@
+"""ChatTemplate: a conversation as the text its model was trained on. Knows no tokens and no HTTP.
+
+Templates are Jinja, rendered in a sandbox with what transformers offers them: `messages`, `tools`, `add_generation_prompt`, the
+special tokens' texts, `raise_exception`, `strftime_now`, `tojson`, `break`/`continue` and the (here ignored) `generation` tag.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+MAX_RENDERED_CHARS = 32_000_000
+# Ends in a space, so that a template that trims its messages shows itself.
+_CONTINUE_MARK = "<octavo-continues-here> "
+
+
+class TemplateError(ValueError):
+    """A conversation cannot be turned into a prompt. The text says why, in words for the caller."""
+
+
+class ChatTemplate:
+    """The templates of one model by name; "default" is the usual one, "tool_use" the one for requests with tools.
+
+    `special_tokens` are texts that templates may name, such as bos_token. Raises TemplateError when there is no default.
+    """
+
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        if "default" not in templates:
+            raise TemplateError(f"the model's chat templates are named {', '.join(templates)}; name one file with --chat-template")
+        self._templates = dict(templates)
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text. `continue_final_message` leaves the last message open and opens no new one.
+
+        Raises TemplateError when there is no message or the template refuses the conversation.
+        """
+        if not messages:
+            raise TemplateError("messages is empty: a conversation needs at least one message")
+        conversation: list[Any] = copy.deepcopy(list(messages))
+        if continue_final_message:
+            _mark_end(conversation[-1])
+        variables = {
+            **self._special_tokens,
+            **(chat_template_kwargs or {}),
+            "messages": conversation,
+            "tools": list(tools) if tools else None,
+            "documents": (chat_template_kwargs or {}).get("documents"),
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        text = _render(_compile(self._templates[name]), variables)
+        return _cut_at_mark(text) if continue_final_message else text
+
+
+def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    pieces: list[str] = []
+    size = 0
+    try:
+        for piece in template.generate(variables):
+            size += len(piece)
+            if size > MAX_RENDERED_CHARS:
+                raise TemplateError(f"the rendered conversation is longer than {MAX_RENDERED_CHARS} characters")
+            pieces.append(piece)
+    except TemplateError:
+        raise
+    # A template is a program: whatever goes wrong in it is about this conversation, and the caller is told.
+    except Exception as error:
+        told = str(error) if isinstance(error, _Raised) else f"{type(error).__name__}: {error}"
+        raise TemplateError(f"the chat template refused the conversation: {told}") from error
+    return "".join(pieces)
+
+
+def _mark_end(message: dict[str, Any]) -> None:
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + _CONTINUE_MARK
+        return
+    parts = content if isinstance(content, list) else []
+    for part in reversed(parts):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            part["text"] += _CONTINUE_MARK
+            return
+    raise TemplateError("continue_final_message needs a last message with text content to continue")
+
+
+def _cut_at_mark(text: str) -> str:
+    at = text.rfind(_CONTINUE_MARK.rstrip())
+    if at < 0:
+        raise TemplateError("the chat template does not show the last message as it is, so it cannot be continued")
+    kept = text[:at]
+    return kept if text.startswith(_CONTINUE_MARK, at) else kept.rstrip()
+
+
+class _Raised(jinja2.TemplateRuntimeError):  # type: ignore[misc] # jinja2 is not followed
+    """A template called raise_exception."""
+
+
+def _raise_exception(message: str) -> None:
+    raise _Raised(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML and sorts keys, which models were not trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+class _GenerationTag(jinja2.ext.Extension):  # type: ignore[misc]
+    """`{% generation %}...{% endgeneration %}` marks training targets: its body is rendered as if the tag were not there."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"the chat template is not valid Jinja: {error.message} at line {error.lineno}") from error

@@ -1,0 +1,1 @@
+"""One file a family of architectures, by config flags."""

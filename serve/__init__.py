@@ -1,0 +1,1 @@
+"""HTTP only, through the runtime client."""

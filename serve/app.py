@@ -1,0 +1,57 @@
+"""The FastAPI application: routes, middleware, error handlers put together. Knows no engine but its client, and no process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from .. import __version__
+from ..runtime.client import EngineClient
+from . import control
+from .chat import chat_completions
+from .completions import completions
+from .context import ServeContext
+from .errors import Handler, guarded, install_router_errors
+from .generate import generate
+from .middleware import BearerAuth, RequestId
+from .openapi import openapi_of
+from .options import ServerOptions
+
+# path, methods, handler, summary
+_ROUTES: tuple[tuple[str, list[str], Handler, str], ...] = (
+    ("/v1/chat/completions", ["POST"], chat_completions, "Answer a conversation"),
+    ("/v1/completions", ["POST"], completions, "Continue a text"),
+    ("/v1/models", ["GET"], control.list_models, "The model served"),
+    ("/v1/models/{model:path}", ["GET"], control.get_model, "One model by name"),
+    ("/generate", ["POST"], generate, "Continue a text (SGLang's API)"),
+    ("/health", ["GET"], control.health, "Whether the engine answers"),
+    ("/flush_cache", ["GET", "POST"], control.flush_cache, "Drop all cached prefixes"),
+    ("/server_info", ["GET"], control.server_info, "Resolved options and live figures"),
+    ("/get_server_info", ["GET"], control.server_info, "The same, under its older name"),
+    ("/abort_request", ["POST"], control.abort_request, "End a request"),
+)
+
+
+def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
+    """The HTTP face of one engine. `app.state.context` is its ServeContext."""
+    context = ServeContext(client, options)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        context.close()
+
+    app = FastAPI(title="Octavo", version=__version__, description="The quantization-first LLM serving engine", lifespan=lifespan)
+    app.state.context = context
+    for path, methods, handler, summary in _ROUTES:
+        for method in methods:
+            name = f"{method.lower()}_{path.strip('/').replace('/', '_').replace('{model:path}', 'one')}"
+            app.add_api_route(path, guarded(handler), methods=[method], summary=summary, operation_id=name)
+    app.openapi = lambda: openapi_of(app)  # type: ignore[method-assign]
+    install_router_errors(app)
+    if options.api_keys:
+        app.add_middleware(BearerAuth, keys=options.api_keys)
+    app.add_middleware(RequestId)  # outermost: a refusal carries an id too
+    return app

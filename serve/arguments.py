@@ -1,0 +1,149 @@
+"""The command line of `octavo serve`: flags, help, and the two option objects they make. Knows no server and starts nothing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, get_args
+
+from ..runtime.config import EngineConfig
+from .options import LogLevel, ServerOptions
+
+_UNSET = argparse.SUPPRESS  # a flag not given leaves no trace, so that each default lives in its dataclass alone
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that abbreviates nothing and, for an unknown flag, says which one may have been meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, argument_default=_UNSET, **options)
+
+    def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse `argv`; exits with code 2 and a message on stderr when it is not valid."""
+        namespace, unknown = self.parse_known_args(list(argv))
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        return namespace
+
+    def _unknown(self, argument: str) -> str:
+        if not argument.startswith("-"):
+            return f"unexpected argument {argument!r}"
+        name = argument.split("=", maxsplit=1)[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.6)
+        return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def default_of(config: type[Any], name: str) -> str:
+    """The default of a dataclass field, as help shows it."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return "automatic" if value is None or value is dataclasses.MISSING else str(value)
+
+
+def serve_parser(prog: str) -> Parser:
+    """The parser of `octavo serve`. What it parses holds the flags that were given and nothing else."""
+    parser = Parser(
+        prog=prog,
+        description="Serve a model over an OpenAI-compatible HTTP API.",
+        epilog=f"Example: {prog} Qwen/Qwen2.5-0.5B-Instruct --port 8000",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    _add_model(parser)
+    _add_server(parser)
+    _add_memory(parser)
+    _add_scheduling(parser)
+    return parser
+
+
+def _engine(text: str, name: str) -> str:
+    return f"{text} (default: {default_of(EngineConfig, name)})".replace("%", "%%")
+
+
+def _server(text: str, name: str) -> str:
+    return f"{text} (default: {default_of(ServerOptions, name)})".replace("%", "%%")
+
+
+def _add_model(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("model", nargs="?", metavar="MODEL", help="the same as --model-path")
+    group.add_argument(
+        "--model-path",
+        "--model",
+        metavar="PATH",
+        help=_engine("a folder, a hub id or a .gguf file; none: the embedded model", "model_path"),
+    )
+    group.add_argument("--tokenizer-path", metavar="PATH", help=_engine("where the tokenizer is, if not with the model", "tokenizer_path"))
+    group.add_argument("--revision", help=_engine("branch, tag or commit on the hub", "revision"))
+    group.add_argument("--chat-template", metavar="FILE", help=_engine("a Jinja file in place of the model's template", "chat_template"))
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), help=_engine("where to run", "device"))
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=_engine("of weights and KV cache", "dtype"))
+    group.add_argument("--context-length", type=int, metavar="N", help=_engine("tokens of prompt and answer together", "context_length"))
+    group.add_argument("--random-seed", "--seed", type=int, metavar="N", help=_engine("for requests without a seed", "random_seed"))
+    group.add_argument("--num-threads", type=int, metavar="N", help=_engine("compute threads on the CPU", "num_threads"))
+
+
+def _add_server(parser: Parser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", help=_server("address to listen on; 0.0.0.0 for every interface", "host"))
+    group.add_argument("--port", type=int, help=_server("port to listen on; 0 for any free one", "port"))
+    group.add_argument(
+        "--api-key", action="append", metavar="KEY", help="a key that clients must send; repeat it for several (default: open)"
+    )
+    group.add_argument("--served-model-name", metavar="NAME", help=_server("the model's name in the API", "served_model_name"))
+    group.add_argument("--strict-model-names", action="store_true", help="answer 404 to other model names (default: accept any)")
+    group.add_argument("--log-level", choices=get_args(LogLevel), help=_server("how much to log", "log_level"))
+
+
+def _add_memory(parser: Parser) -> None:
+    group = parser.add_argument_group("memory and prefix cache")
+    group.add_argument(
+        "--mem-fraction-static", type=float, metavar="F", help=_engine("share of memory for weights and KV cache", "mem_fraction_static")
+    )
+    group.add_argument("--max-total-tokens", type=int, metavar="N", help=_engine("tokens that the KV cache holds", "max_total_tokens"))
+    group.add_argument("--page-size", type=int, metavar="N", help=_engine("tokens in one page of the KV cache", "page_size"))
+    group.add_argument("--disable-radix-cache", action="store_true", help="do not reuse the prefixes of earlier requests")
+    group.add_argument(
+        "--max-radix-cache-len", type=int, metavar="N", help=_engine("most tokens kept for reuse by later requests", "max_radix_cache_len")
+    )
+
+
+def _add_scheduling(parser: Parser) -> None:
+    group = parser.add_argument_group("scheduling")
+    group.add_argument(
+        "--max-running-requests", type=int, metavar="N", help=_engine("most requests computed together", "max_running_requests")
+    )
+    group.add_argument(
+        "--max-queued-requests", type=int, metavar="N", help=_engine("most requests that wait; more get 503", "max_queued_requests")
+    )
+    group.add_argument(
+        "--chunked-prefill-size", type=int, metavar="N", help=_engine("most prompt tokens computed in one step", "chunked_prefill_size")
+    )
+    group.add_argument(
+        "--schedule-policy",
+        choices=("fcfs", "lpm"),
+        help=_engine("first come first served, or longest cached prefix first", "schedule_policy"),
+    )
+
+
+def options_of(namespace: argparse.Namespace) -> tuple[EngineConfig, ServerOptions]:
+    """The two option objects that the given flags make. Raises ValueError when a value or a combination cannot be used."""
+    given = vars(namespace)
+    positional = given.pop("model", None)
+    if positional is not None:
+        if given.get("model_path", positional) != positional:
+            raise ValueError(f"two models are given, {positional!r} and --model-path {given['model_path']!r}: leave one out")
+        given["model_path"] = positional
+    keys = given.pop("api_key", None)
+    server = _taken(given, (field.name for field in dataclasses.fields(ServerOptions)))
+    if keys:
+        server["api_keys"] = tuple(keys)
+    return EngineConfig(**given), ServerOptions(**server)
+
+
+def _taken(given: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: given.pop(name) for name in names if name in given}

@@ -1,0 +1,86 @@
+"""`octavo serve`: from a command line to a running server and an exit code. Knows no HTTP."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import signal
+import socket
+import sys
+
+from .arguments import options_of, serve_parser
+from .options import ServerOptions
+from .server import RunningEngine, listening_socket, serve_until_stopped
+
+_BAD_USAGE = 2
+_FAILED = 1
+
+
+def main(argv: list[str], *, prog: str = "octavo serve") -> int:
+    """Serve until stopped. 0 after a signal, 1 when the start failed or the engine died, 2 for a bad command line."""
+    try:
+        namespace = serve_parser(prog).parse_all(argv)
+    except SystemExit as end:  # --help, or an error that was told already
+        return int(end.code or 0)
+    try:
+        config, options = options_of(namespace)
+    except (ValueError, TypeError) as error:
+        return _fail(prog, error, _BAD_USAGE)
+    _set_up_logging(options)
+    from ..runtime.process import launch_engine  # loads torch's side: not for --help
+
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads, it ends us as Ctrl-C does
+    try:
+        with listening_socket(options) as sock:
+            client = launch_engine(config)
+            try:
+                return serve_until_stopped(client, options, sock, lambda: _announce(client, options, sock))
+            finally:
+                client.close()
+    except KeyboardInterrupt:
+        return 0
+    except Exception as error:
+        logging.getLogger("octavo.serve").debug("the start failed", exc_info=error)
+        return _fail(prog, error, _FAILED)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _fail(prog: str, error: Exception, code: int) -> int:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    print(f"{prog}: {text or type(error).__name__}", file=sys.stderr)
+    return code
+
+
+def _set_up_logging(options: ServerOptions) -> None:
+    level = options.log_level.upper()
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("octavo").setLevel(level)
+    logging.getLogger("uvicorn").setLevel(level if level != "INFO" else "WARNING")
+
+
+def _announce(client: RunningEngine, options: ServerOptions, sock: socket.socket) -> None:
+    """One block when the server listens: what, where, and a command to paste."""
+    info = client.model_info
+    host, port = sock.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    url = f"http://{reachable}:{port}/v1"
+    lines = [
+        "",
+        "Octavo is ready.",
+        f"  model    {options.served_model_name or info.served_name} (context {info.context_length} tokens)",
+        f"  URL      {url}" + ("" if not options.api_keys else "  (API key required)"),
+        "  try it   " + _curl(url, has_template=client.tokenizer.has_chat_template, has_key=bool(options.api_keys)),
+        "",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def _curl(url: str, *, has_template: bool, has_key: bool) -> str:
+    if has_template:
+        path, body = "chat/completions", {"model": "default", "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
+    else:
+        path, body = "completions", {"model": "default", "prompt": "The capital of France is"}
+    key = ' -H "Authorization: Bearer $API_KEY"' if has_key else ""
+    return f"curl {url}/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"

@@ -1,0 +1,59 @@
+"""ServeContext: what every route needs to answer, made once when the app is made. Knows no route."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from ..runtime.client import EngineClient, ModelInfo
+from ..runtime.outputs import TextOutput
+from ..runtime.tokenizer import Tokenizer
+from .jobs import ActiveJobs, Job, gather_job, run_job
+from .options import ServerOptions
+from .served_model import ServedModel
+
+T = TypeVar("T")
+_INLINE_CHARACTERS = 4096  # about a millisecond of tokenizing; above, other streams would feel the pause
+
+
+class ServeContext:
+    """The engine's client, the options, the names of the model and the jobs in flight."""
+
+    def __init__(self, client: EngineClient, options: ServerOptions) -> None:
+        self.client = client
+        self.options = options
+        self.model = ServedModel(client.model_info, options)
+        self.active = ActiveJobs(client)
+        self.is_draining = False  # set when the server stops: health turns red while streams end
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="octavo-tokenize")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.client.tokenizer
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.client.model_info
+
+    async def tokenize(self, num_characters: int, encode: Callable[[], T]) -> T:
+        """Run `encode`, a tokenizer's call on so many characters: here when that is quick, else on the tokenizing thread."""
+        if num_characters <= _INLINE_CHARACTERS:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode)
+
+    def run(self, job: Job) -> AsyncGenerator[tuple[int, TextOutput], None]:
+        return run_job(self.client, self.active, job)
+
+    async def gather(self, job: Job) -> list[TextOutput]:
+        return await gather_job(self.client, self.active, job)
+
+    def close(self) -> None:
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+
+def now() -> int:
+    """Seconds since 1970, as `created` fields want it."""
+    return int(time.time())

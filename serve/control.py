@@ -1,0 +1,94 @@
+"""The routes around generation: models, health, cache, aborts, what the server is. Knows no prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import asdict
+
+from fastapi import Request
+from fastapi.responses import PlainTextResponse, Response
+
+from .. import __version__
+from .context import ServeContext
+from .errors import ApiError
+from .request_body import Body, parse_body
+from .streaming import json_response, until_disconnect
+
+_FLUSH_RETRY_S = 0.05
+_MAX_FLUSH_TIMEOUT_S = 600.0
+
+
+class AbortRequest(Body):
+    """POST /abort_request: one job by its id, or all."""
+
+    rid: str | None = None
+    abort_all: bool = False
+
+
+def _context(request: Request) -> ServeContext:
+    context: ServeContext = request.app.state.context
+    return context
+
+
+async def health(request: Request) -> Response:
+    """200 while the engine answers, else 503 and why. Asks nobody, so that it answers at once under any load."""
+    context = _context(request)
+    state = context.client.health()
+    ok, reason = (False, "the server is shutting down") if context.is_draining else (state.ok, state.reason)
+    age = state.heartbeat_age_s if math.isfinite(state.heartbeat_age_s) else None
+    return json_response({"status": "ok" if ok else "unavailable", "reason": reason, "heartbeat_age_s": age}, 200 if ok else 503)
+
+
+async def list_models(request: Request) -> Response:
+    return json_response({"object": "list", "data": [_context(request).model.entry()]})
+
+
+async def get_model(request: Request) -> Response:
+    return json_response(_context(request).model.entry(request.path_params["model"]))
+
+
+async def flush_cache(request: Request) -> Response:
+    """Drop all cached prefixes. With `?timeout=SECONDS` it waits so long for pending requests; 400 when some are left."""
+    timeout_s = _timeout(request.query_params.get("timeout", "0"))
+    return await until_disconnect(request.receive, _flush(_context(request), timeout_s))
+
+
+async def _flush(context: ServeContext, timeout_s: float) -> Response:
+    deadline = time.monotonic() + timeout_s
+    while not await context.client.flush_cache():
+        if time.monotonic() >= deadline:
+            raise ApiError("requests are pending, so the cache was not flushed: try again later, or wait with ?timeout=SECONDS")
+        await asyncio.sleep(_FLUSH_RETRY_S)
+    return PlainTextResponse("Cache flushed.\n")
+
+
+def _timeout(text: str) -> float:
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 <= timeout_s <= _MAX_FLUSH_TIMEOUT_S:
+        raise ApiError(f"timeout={text[:40]!r} is not valid: give seconds from 0 to {_MAX_FLUSH_TIMEOUT_S:g}", param="timeout")
+    return timeout_s
+
+
+async def server_info(request: Request) -> Response:
+    """The engine's resolved options and figures, and the server's own. Keys are told by number only."""
+    context = _context(request)
+    own = asdict(context.options)
+    own["api_keys"] = ["***"] * len(context.options.api_keys)
+    own["served_model_name"] = context.model.name
+    return json_response({**await context.client.server_info(), **own, "version": __version__, "active_jobs": len(context.active)})
+
+
+async def abort_request(request: Request) -> Response:
+    """End a job by the id of its response (or its `rid`), or all of them. An unknown id is no error: it may just have ended."""
+    context = _context(request)
+    body = parse_body(AbortRequest, await request.body())
+    if body.abort_all:
+        return json_response({"aborted": await context.active.abort_all()})
+    if not body.rid:
+        raise ApiError("give rid, the id of the response to end, or abort_all=true", param="rid")
+    return json_response({"aborted": int(await context.active.abort(body.rid))})

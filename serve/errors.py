@@ -1,0 +1,121 @@
+"""Errors as clients of OpenAI's API expect them: one exception, one body, one table of causes. Knows no route."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from ..runtime.client import EngineDead, RequestRefused
+from ..runtime.outputs import FinishReason
+from ..runtime.sampling_params import InvalidParameter
+from ..runtime.tokenizer import TemplateError
+
+logger = logging.getLogger("octavo.serve")
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_RETRY_AFTER_S = "1"
+CLIENT_CLOSED_REQUEST = 499
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class ApiError(Exception):
+    """An answer that is an error. `param` names the field at fault, `code` is the machine-readable reason."""
+
+    def __init__(self, message: str, *, status_code: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status_code = status_code
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's nested error body."""
+        kind = _TYPES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.status_code == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        if self.status_code in (429, 503) and self.code != "engine_dead":
+            return {"Retry-After": _RETRY_AFTER_S}
+        return {}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What the client is told of `error`. An unforeseen one is logged with its stack and told without details."""
+    match error:
+        case ApiError():
+            told = error
+        case InvalidParameter():
+            told = ApiError(str(error), param=error.param)
+        case RequestRefused():
+            told = ApiError(str(error), status_code=error.status_code, param=error.param, code=error.code)
+        case TemplateError():
+            told = ApiError(f"the chat template cannot render these messages: {error}", param="messages", code="chat_template_error")
+        case EngineDead():
+            told = ApiError(f"the engine is not running: {error}", status_code=503, code="engine_dead")
+        case ClientDisconnect():
+            told = ApiError("the client left before its answer; its request is aborted", status_code=CLIENT_CLOSED_REQUEST)
+        case HTTPException():
+            told = ApiError(str(error.detail), status_code=error.status_code)
+        case _:
+            logger.error("a request failed in an unforeseen way", exc_info=error)
+            told = ApiError("internal error; the server's log has the details", status_code=500, code="internal_error")
+    return told
+
+
+def raise_if_failed(finish: FinishReason) -> None:
+    """Raise when the engine gave up on a request. One that its client ended is an answer like any other: it keeps its text."""
+    if finish.type == "abort" and finish.status_code not in (0, CLIENT_CLOSED_REQUEST):
+        code = "engine_overloaded" if finish.status_code == 503 else "engine_failure" if finish.status_code >= 500 else None
+        raise ApiError(finish.message or "the engine ended this request", status_code=finish.status_code, code=code)
+
+
+def error_response(error: Exception, request_id: str = "-") -> Response:
+    """The whole HTTP answer for `error`; logs it under the request's id."""
+    told = as_api_error(error)
+    level = logging.WARNING if told.status_code >= 500 else logging.INFO
+    logger.log(level, "request %s failed with %d: %s", request_id, told.status_code, told.message)
+    return Response(msgspec.json.encode(told.body), told.status_code, headers=told.headers, media_type="application/json")
+
+
+def guarded(handler: Handler) -> Handler:
+    """`handler`, whose every failure ends in the nested body."""
+
+    @functools.wraps(handler)
+    async def handle(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as error:
+            return error_response(error, request.state.request_id)
+
+    return handle
+
+
+def install_router_errors(app: FastAPI) -> None:
+    """The router's own 404 and 405 in the nested body."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(_of_router(request, error), request.state.request_id)
+
+    app.add_exception_handler(HTTPException, handle)
+
+
+def _of_router(request: Request, error: HTTPException) -> ApiError:
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return ApiError(f"there is no {where}; GET /openapi.json lists what there is", status_code=404, code="unknown_url")
+    if error.status_code == 405:
+        return ApiError(f"{where} is not allowed; GET /openapi.json lists the methods", status_code=405, code="method_not_allowed")
+    return ApiError(str(error.detail), status_code=error.status_code)

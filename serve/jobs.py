@@ -1,0 +1,175 @@
+"""A job: the sequences that one HTTP request asks for, run together as one stream of outputs. Knows no response format."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar, cast
+
+from ..runtime.client import EngineClient
+from ..runtime.outputs import TextOutput
+from ..runtime.sampling_params import SamplingParams
+from .errors import ApiError, raise_if_failed
+from .sampling import for_choice
+
+T = TypeVar("T")
+MAX_SEQUENCES = 16384
+
+
+@dataclass(frozen=True)
+class Job:
+    """`prompts[i]` answered `n` times with `params[i]`. Sequence `i * n + k` is the k-th answer to prompt i."""
+
+    id: str  # the response's id, and the name to abort it by
+    prompts: Sequence[Sequence[int]]
+    params: Sequence[SamplingParams]
+    n: int = 1
+    cache_namespace: str = ""
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self) <= MAX_SEQUENCES:
+            raise ApiError(f"{len(self.prompts)} prompts with n={self.n} are {len(self)} sequences: ask for 1 to {MAX_SEQUENCES} at once")
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.n
+
+    @property
+    def engine_ids(self) -> list[str]:
+        """One id a sequence, as the engine knows it."""
+        return [self.id] if len(self) == 1 else [f"{self.id}-{i}" for i in range(len(self))]
+
+
+def new_id(prefix: str) -> str:
+    return prefix + uuid.uuid4().hex
+
+
+class ActiveJobs:
+    """The jobs in flight, by id: so that they can be aborted from outside, and no id is used twice at a time."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self._engine_ids: dict[str, list[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._engine_ids)
+
+    @contextmanager
+    def entered(self, job: Job) -> Iterator[list[str]]:
+        """Hold `job` in flight; gives its engine ids. Raises ApiError 400 when its id is taken."""
+        if job.id in self._engine_ids:
+            raise ApiError(f"rid={job.id!r} is in flight already: choose another or leave it out", param="rid")
+        ids = self._engine_ids[job.id] = job.engine_ids
+        try:
+            yield ids
+        finally:
+            del self._engine_ids[job.id]
+
+    async def abort(self, job_id: str) -> bool:
+        """End one job; its sequences finish with type "abort". False when no such job is in flight."""
+        ids = self._engine_ids.get(job_id)
+        for engine_id in ids or ():
+            await self._client.abort(engine_id)
+        return ids is not None
+
+    async def abort_all(self) -> int:
+        """End every job; gives their number."""
+        jobs = list(self._engine_ids)
+        for job_id in jobs:
+            await self.abort(job_id)
+        return len(jobs)
+
+
+async def run_job(client: EngineClient, active: ActiveJobs, job: Job) -> AsyncGenerator[tuple[int, TextOutput], None]:
+    """Yield (sequence, output) as they come, until every sequence has finished. Closing it early aborts what still runs.
+
+    Raises what `EngineClient.generate` raises, and ApiError when the engine gives up on a sequence.
+    """
+    with active.entered(job) as ids:
+        streams = [_outputs(client, job, index, engine_id) for index, engine_id in enumerate(ids)]
+        async with aclosing(merged(streams)) as outputs:
+            async for item in outputs:
+                yield item
+
+
+async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Run all of `streams` at once; yield (which, item) as they come. Ends with the last of them, or raises with the first that fails.
+
+    However it ends, every stream is closed when it has ended.
+    """
+    if len(streams) == 1:  # the common case needs no task
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
+    arrivals: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(index, stream, arrivals)) for index, stream in enumerate(streams)]
+    try:
+        running = len(tasks)
+        while running:
+            arrival = await arrivals.get()
+            if isinstance(arrival, Exception):
+                raise arrival
+            if arrival is None:
+                running -= 1
+            else:
+                yield arrival
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(index: int, stream: AsyncGenerator[T, None], arrivals: asyncio.Queue[tuple[int, T] | Exception | None]) -> None:
+    try:
+        async with aclosing(stream):
+            async for item in stream:
+                arrivals.put_nowait((index, item))
+    except Exception as error:
+        arrivals.put_nowait(error)
+    else:
+        arrivals.put_nowait(None)
+
+
+async def _outputs(client: EngineClient, job: Job, index: int, engine_id: str) -> AsyncGenerator[TextOutput, None]:
+    prompt, choice = divmod(index, job.n)
+    stream = client.generate(
+        job.prompts[prompt],
+        for_choice(job.params[prompt], choice),
+        request_id=engine_id,
+        cache_namespace=job.cache_namespace,
+        priority=job.priority,
+    )
+    async with aclosing(cast(AsyncGenerator[TextOutput, None], stream)):
+        async for output in stream:
+            if output.finish is not None:
+                raise_if_failed(output.finish)
+            yield output
+            if output.finish is not None:
+                return
+    raise ApiError("the engine ended this request without a reason", status_code=500, code="engine_failure")
+
+
+async def gather_job(client: EngineClient, active: ActiveJobs, job: Job) -> list[TextOutput]:
+    """Run `job` to its end; one output a sequence, with all its text, tokens and log-probabilities."""
+    parts: list[list[TextOutput]] = [[] for _ in range(len(job))]
+    async with aclosing(run_job(client, active, job)) as outputs:
+        async for index, output in outputs:
+            parts[index].append(output)
+    return [joined(outputs) for outputs in parts]
+
+
+def joined(parts: Sequence[TextOutput]) -> TextOutput:
+    """Successive outputs of one sequence as one."""
+    return replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=tuple(chain.from_iterable(part.token_ids for part in parts)),
+        logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
+        prompt_logprobs=tuple(chain.from_iterable(part.prompt_logprobs for part in parts)),
+        cached_tokens=max(part.cached_tokens for part in parts),
+    )

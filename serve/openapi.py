@@ -1,0 +1,56 @@
+"""The OpenAPI page: request bodies are read by hand, so their schemas are added by hand. Knows the routes' bodies, not what they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from .control import AbortRequest
+from .generate_request import GenerateRequest, GenerateSampling
+from .protocol import ChatRequest, CompletionRequest
+from .request_body import Body
+
+_BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/generate": GenerateRequest,
+    "/abort_request": AbortRequest,
+}
+_REF = "#/components/schemas/{model}"
+_ERROR = {
+    "description": "Error",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message", "type", "param", "code"],
+                        "properties": {name: {"type": ["string", "null"]} for name in ("message", "type", "param", "code")},
+                    }
+                },
+            }
+        }
+    },
+}
+
+
+def openapi_of(app: FastAPI) -> dict[str, Any]:
+    """The schema of `app` with every request body and the one shape of errors."""
+    page = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    models: tuple[type[Body], ...] = (*_BODIES.values(), GenerateSampling)
+    _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
+    page.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+    for path, operations in page["paths"].items():
+        for method, operation in operations.items():
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = _ERROR
+            if method == "post" and path in _BODIES:
+                schema = {"$ref": _REF.format(model=_BODIES[path].__name__)}
+                operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return page

@@ -1,0 +1,32 @@
+"""ServerOptions: what the HTTP server itself is told, each default once. Knows no engine option and no command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How the server listens, whom it lets in and how long it waits when it stops. Raises ValueError on construction."""
+
+    host: str = "127.0.0.1"
+    port: int = 30000  # 0 takes any free port
+    api_keys: tuple[str, ...] = ()  # none: everybody may ask
+    served_model_name: str | None = None  # None: the name the engine gives
+    strict_model_names: bool = False  # True: 404 for a model name that is not served
+    log_level: LogLevel = "info"
+    shutdown_timeout_s: float = 5.0  # running requests may finish for so long before they are ended
+    dead_engine_linger_s: float = 3.0  # how long 503s are still answered after the engine died
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port={self.port} is not valid: give a number from 1 to 65535, or 0 for any free port")
+        if not self.host:
+            raise ValueError("host='' is not valid: give 127.0.0.1 for this machine only or 0.0.0.0 for every interface")
+        if any(not key.strip() or not key.isascii() for key in self.api_keys):
+            raise ValueError("an API key is empty or not ASCII: HTTP headers cannot carry it, choose another")
+        if self.served_model_name is not None and not self.served_model_name.strip():
+            raise ValueError("served_model_name is empty: give a name or leave it out")

@@ -1,0 +1,111 @@
+"""From the bytes of a request to a typed body, or a 400 that names the field at fault. Knows no field but by tables handed in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, from_json
+
+from .errors import ApiError
+
+BodyT = TypeVar("BodyT", bound="Body")
+
+_NEUTRAL: tuple[object, ...] = (None, False, "", [], {})  # what says "not wanted" for any option
+_MAX_SHOWN = 60
+
+
+class Body(BaseModel):
+    """A JSON request body. Types are strict: "0.5" is no number, true is no integer.
+
+    A subclass may list `unsupported` (fields of known meaning that would change the answer: refused, with a remedy, unless
+    the value is neutral or one of `harmless`), `ignored` (fields that cannot change the answer: accepted) and
+    `expected` (in words, what a field with several allowed types wants).
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    unsupported: ClassVar[Mapping[str, str]] = {}
+    harmless: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    expected: ClassVar[Mapping[str, str]] = {}
+
+
+def parse_body(model: type[BodyT], raw: bytes) -> BodyT:
+    """Read `raw` as JSON and check it against `model`. Raises ApiError 400."""
+    if not raw.strip():
+        raise ApiError("the request has no body; send a JSON object")
+    try:
+        data = from_json(raw)
+    except ValueError as error:
+        raise ApiError(f"the body is not valid JSON in UTF-8: {error}", code="invalid_json") from None
+    return check_body(model, data)
+
+
+def check_body(model: type[BodyT], data: object, *, where: str = "") -> BodyT:
+    """Check decoded JSON against `model`; `where` prefixes the names of fields in errors. Raises ApiError 400."""
+    if not isinstance(data, dict):
+        raise ApiError(f"{where or 'the body'} must be a JSON object, not {_kind(data)}", param=where or None)
+    fields = {}
+    for name, value in data.items():
+        if name in model.model_fields:
+            fields[name] = value
+        else:
+            _judge_stranger(model, name, value, where)
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _refusal(model, error.errors(include_url=False), where) from None
+
+
+def _judge_stranger(model: type[Body], name: str, value: object, where: str) -> None:
+    """Pass over a field that cannot change the answer; refuse any other by name."""
+    if value is None or name in model.ignored:
+        return
+    param = _join(where, name)
+    if name in model.unsupported:
+        if any(value == neutral for neutral in _NEUTRAL + model.harmless.get(name, ())):
+            return
+        raise ApiError(f"{param} is not supported: {model.unsupported[name]}", param=param, code="unsupported_parameter")
+    near = difflib.get_close_matches(name, model.model_fields, n=1)
+    hint = f"did you mean {near[0]}?" if near else "remove it"
+    raise ApiError(f"unknown field {_shown(param)}: {hint}", param=param[:_MAX_SHOWN], code="unknown_parameter")
+
+
+def _refusal(model: type[Body], errors: list[ErrorDetails], where: str) -> ApiError:
+    first = errors[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if name in model.expected:
+        param = _join(where, name)
+        if first["type"] == "missing":
+            return ApiError(f"{param} is required: {model.expected[name]}", param=param, code="missing_required_parameter")
+        return ApiError(f"{param} must be {model.expected[name]}", param=param, code="invalid_type")
+    param = _join(where, ".".join(str(part) for part in first["loc"]))
+    if first["type"] == "missing":
+        return ApiError(f"{param} is required", param=param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return ApiError(f"unknown field {_shown(param)}: remove it", param=param, code="unknown_parameter")
+    return ApiError(f"{param}={_shown(first['input'])} is not valid: {first['msg']}", param=param, code="invalid_value")
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
+
+def _kind(value: object) -> str:
+    kinds: dict[type, str] = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null")
+
+
+def as_list(value: Any) -> list[Any]:
+    """A field that takes one or many, as many. None is none."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]

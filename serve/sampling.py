@@ -1,0 +1,104 @@
+"""From the fields of a request to SamplingParams: which default holds, and how much room the context leaves. Knows no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..runtime.client import ModelInfo
+from ..runtime.sampling_params import SamplingParams
+from .errors import ApiError
+from .protocol import SamplingFields
+from .request_body import as_list
+
+MAX_N = 128
+_SEED_RANGE = 2**64
+
+# Taken from the model's generation_config.json where the caller does not say, as SGLang and vLLM do.
+_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_PLAIN = ("min_tokens", "frequency_penalty", "presence_penalty", "seed", "ignore_eos", "skip_special_tokens")
+
+
+def openai_sampling(
+    fields: SamplingFields, *, info: ModelInfo, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+) -> SamplingParams:
+    """The caller's wishes, else the model's defaults, else OpenAI's. Raises InvalidParameter or ApiError."""
+    wishes: dict[str, Any] = {name: info.default_sampling[name] for name in _MODEL_DEFAULTS if name in info.default_sampling}
+    for name in (*_MODEL_DEFAULTS, *_PLAIN):
+        value = getattr(fields, name)
+        if value is not None:
+            wishes[name] = value
+    params = SamplingParams(
+        **wishes,
+        max_tokens=max_tokens,
+        logit_bias=logit_bias_by_id(fields.logit_bias),
+        stop=tuple(as_list(fields.stop)),
+        stop_token_ids=tuple(fields.stop_token_ids or ()),
+        no_stop_trim=bool(fields.no_stop_trim or fields.include_stop_str_in_output),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+    params.check_vocabulary(info.vocab_size)
+    return params
+
+
+def logit_bias_by_id(bias: Mapping[str, float] | None) -> dict[int, float]:
+    """JSON keys are strings; token ids are not. Raises ApiError 400."""
+    result = {}
+    for key, value in (bias or {}).items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise ApiError(f"logit_bias has the key {key[:40]!r}: keys must be token ids, such as '50256'", param="logit_bias")
+        result[int(key)] = value
+    return result
+
+
+def answer_length(info: ModelInfo, *, prompt_tokens: int, asked: int | None, default: int | None, prompt_param: str) -> int:
+    """How many tokens may be generated. `default` None stands for all the room that is left.
+
+    Raises ApiError 400 `context_length_exceeded` when prompt and answer do not fit the context together.
+    """
+    context = info.context_length
+    room = context - prompt_tokens
+    length = asked if asked is not None else default
+    if length is None:
+        length = min(room, info.max_total_tokens - prompt_tokens) if room > 0 else 1
+        length = max(length, 1)
+    if prompt_tokens + max(length, 0) > context:
+        remedy = (
+            f"shorten the prompt or ask for at most {room} tokens" if room > 0 else f"shorten the prompt to fewer than {context} tokens"
+        )
+        raise ApiError(
+            f"this model's context holds {context} tokens, but {prompt_tokens + length} are asked for: "
+            f"{prompt_tokens} in the prompt and {length} to generate; {remedy}",
+            param=prompt_param if room <= 0 else "max_tokens",
+            code="context_length_exceeded",
+        )
+    return length
+
+
+def check_token_ids(ids: list[int], info: ModelInfo, *, param: str) -> list[int]:
+    """Refuse an empty prompt and ids that the model does not have. Raises ApiError 400."""
+    if not ids:
+        raise ApiError(f"{param} is empty: give at least one token", param=param)
+    for extreme in (min(ids), max(ids)):
+        if not 0 <= extreme < info.vocab_size:
+            raise ApiError(f"{param} has the token id {extreme}: ids must be from 0 to {info.vocab_size - 1}", param=param)
+    return ids
+
+
+def check_n(n: int | None) -> int:
+    """How many answers to one prompt. Raises ApiError 400."""
+    if n is None:
+        return 1
+    if not 1 <= n <= MAX_N:
+        raise ApiError(f"n={n} is not valid: it must be from 1 to {MAX_N}", param="n")
+    return n
+
+
+def for_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """The same wishes for the `choice`-th answer to one prompt: a given seed is counted up, so that answers differ."""
+    if params.seed is None or choice == 0:
+        return params
+    seed = params.seed + choice
+    return replace(params, seed=seed if seed < _SEED_RANGE else seed - _SEED_RANGE)

@@ -1,0 +1,142 @@
+"""The running server: one uvicorn on a socket, from ready to stopped, with an engine that may die. Knows no flag."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import uvicorn
+
+from ..runtime.client import EngineClient
+from .app import create_app
+from .context import ServeContext
+from .options import ServerOptions
+
+logger = logging.getLogger("octavo.serve")
+
+_CUT_OFF_S = 2.0  # after the time to finish is over: for aborted requests to say so
+
+
+class RunningEngine(EngineClient, Protocol):
+    """An engine in a process of its own, as its launcher hands it over."""
+
+    async def wait_dead(self) -> str:
+        """Returns when the engine has ended by itself, with what is known of its end."""
+        ...
+
+    def close(self) -> None:
+        """End the engine and free what it holds."""
+        ...
+
+
+def listening_socket(options: ServerOptions) -> socket.socket:
+    """A socket bound to the address of `options`, not listening yet: it holds the port while the model loads.
+
+    Raises OSError whose text says what to do.
+    """
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((options.host, options.port))
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, _bind_failure(error, options)) from None
+    return sock
+
+
+def _bind_failure(error: OSError, options: ServerOptions) -> str:
+    where = f"port {options.port} on {options.host}"
+    if error.errno == errno.EADDRINUSE:
+        return f"{where} is in use: stop what listens there, or choose another with --port (0 takes any free one)"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"{where} may not be used by this user: choose one above 1023 with --port"
+    return f"cannot listen on {where}: {error.strerror or error}; check --host and --port"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with its signals left to us and one call when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+def serve_until_stopped(client: RunningEngine, options: ServerOptions, sock: socket.socket, on_ready: Callable[[], None]) -> int:
+    """Serve on `sock` until SIGINT or SIGTERM (gives 0) or until the engine dies (gives 1). The caller closes `client`."""
+    app = create_app(client, options)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=options.log_level == "debug",
+        timeout_graceful_shutdown=int(options.shutdown_timeout_s + _CUT_OFF_S + 1),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        server_header=False,
+    )
+    server = _Server(config, on_ready)
+    context: ServeContext = app.state.context
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        return runner.run(_run(server, client, context, sock))
+
+
+async def _run(server: _Server, client: RunningEngine, context: ServeContext, sock: socket.socket) -> int:
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        if stopping.is_set():
+            server.force_exit = True  # a second signal does not wait for anybody
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    serving = asyncio.create_task(server.serve([sock]))
+    dying = asyncio.create_task(client.wait_dead())
+    stopped = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({serving, dying, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        died = dying.done() and not stopping.is_set()
+        if died:
+            await _outlive(dying.result(), stopped, context.options)
+        context.is_draining = True
+        server.should_exit = True
+        await _drain(serving, context)
+        return 1 if died else 0
+    finally:
+        for task in (dying, stopped, serving):
+            task.cancel()
+        await asyncio.gather(dying, stopped, serving, return_exceptions=True)
+
+
+async def _outlive(cause: str, stopped: asyncio.Task[bool], options: ServerOptions) -> None:
+    """Waiting requests fail by themselves, through the client; probes and late comers get their 503 for a while."""
+    logger.critical("the engine died: %s; this server stops in %g s", cause, options.dead_engine_linger_s)
+    await asyncio.wait({stopped}, timeout=options.dead_engine_linger_s)
+
+
+async def _drain(serving: asyncio.Task[None], context: ServeContext) -> None:
+    """Let running requests finish; end those that are still there when the time is over."""
+    if context.active:
+        logger.info("stopping: %d requests may finish within %g s", len(context.active), context.options.shutdown_timeout_s)
+    await asyncio.wait({serving}, timeout=context.options.shutdown_timeout_s)
+    if not serving.done():
+        count = await context.active.abort_all()
+        logger.warning("stopping: %d requests were ended", count)
+    await serving

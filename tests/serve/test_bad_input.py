@@ -1,0 +1,232 @@
+"""Whatever cannot be answered ends in OpenAI's nested error body, and the engine hears nothing of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from octavo.runtime.client import EngineDead, RequestRefused
+from octavo.runtime.outputs import FinishReason
+
+from .fake_engine import CONTEXT, VOCAB_SIZE
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+ASK: Any = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/generate"])
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b'{"model": ', "not valid JSON"),
+        (b'{"prompt": "\xff\xfe"}', "not valid JSON in UTF-8"),
+        (b'{"prompt": "\\ud800"}', "not valid JSON"),
+        (b"", "no body"),
+        (b"[1, 2]", "must be a JSON object"),
+        (b"[" * 5000, "recursion"),
+        (b"null", "not null"),
+    ],
+)
+def test_not_a_json_object(served, path, raw, words):
+    response = served.http.post(path, content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert words in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "param", "words"),
+    [
+        ({"temprature": 1}, "temprature", "did you mean temperature"),
+        ({"zzz": 1}, "zzz", "unknown field"),
+        ({"temperature": float("nan")}, "temperature", "nan"),
+        ({"temperature": float("inf")}, "temperature", "inf"),
+        ({"temperature": -0.1}, "temperature", "-0.1"),
+        ({"temperature": "0.5"}, "temperature", "'0.5'"),
+        ({"top_p": 0}, "top_p", "above 0"),
+        ({"top_p": 1.5}, "top_p", "1.5"),
+        ({"top_k": -2}, "top_k", "-2"),
+        ({"top_k": 1.5}, "top_k", "1.5"),
+        ({"min_p": 2}, "min_p", "2"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "3"),
+        ({"presence_penalty": -3}, "presence_penalty", "-3"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+        ({"max_tokens": -1}, "max_tokens", "-1"),
+        ({"max_tokens": True}, "max_tokens", "True"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most max_tokens"),
+        ({"n": 0}, "n", "from 1"),
+        ({"n": 1000}, "n", "1000"),
+        ({"seed": 2**70}, "seed", "64-bit"),
+        ({"stop": [""]}, "stop", "non-empty"),
+        ({"stop": 5}, "stop", "a string or a list of strings"),
+        ({"stop": ["x"] * 65}, "stop", "65"),
+        ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids", str(VOCAB_SIZE)),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "'x'"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1'"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "101"),
+        ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias", str(VOCAB_SIZE)),
+        ({"logit_bias": [1]}, "logit_bias", "an object"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
+        ({"stream_options": {"nope": 1}, "stream": True}, "stream_options.nope", "unknown field"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "constrain"),
+        ({"regex": "a+"}, "regex", "constrain"),
+        ({"lora_path": "x"}, "lora_path", "LoRA"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_fields_of_both_endpoints(served, path, extra, param, words):
+    body = {"messages": ASK} if path == CHAT else {"prompt": "Hi"}
+    response = served.http.post(path, content=json.dumps({**body, **extra}), headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert served.engine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, "messages", "required"),
+        ({"messages": []}, "messages", "empty"),
+        ({"messages": "Hi"}, "messages", "list of messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'robot'"),
+        ({"messages": [{"content": "x"}]}, "messages.0.role", "None"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "string or a list"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "5"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type",
+            "text parts only",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "string"),
+        ({"messages": [{"role": "user", "content": "x", "weight": 3}]}, "messages.0.weight", "not supported"),
+        ({"messages": ASK, "chat_template_kwargs": {"fail": True}}, "messages", "roles must alternate"),
+        ({"messages": ASK, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tool_choice"),
+        ({"messages": ASK, "tool_choice": "required"}, "tool_choice", "without tools"),
+        ({"messages": ASK, "functions": [{"name": "f"}]}, "functions", "tool"),
+        ({"messages": ASK, "modalities": ["audio"]}, "modalities", "text"),
+        ({"messages": ASK, "audio": {"voice": "x"}}, "audio", "text"),
+        ({"messages": ASK, "reasoning_effort": "high"}, "reasoning_effort", "chat_template_kwargs"),
+        ({"messages": ASK, "top_logprobs": 3}, "top_logprobs", "logprobs=true"),
+        ({"messages": ASK, "logprobs": True, "top_logprobs": -1}, "logprobs", "-1"),
+        ({"messages": ASK, "max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "differ"),
+        ({"messages": ASK, "continue_final_message": True}, "continue_final_message", "assistant"),
+        (
+            {"messages": ASK, "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            "exclude",
+        ),
+    ],
+)
+def test_chat_fields(served, body, param, words):
+    error = served.error(CHAT, 400, **body)
+    assert error["param"] == param
+    assert words in error["message"]
+    assert served.engine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, "prompt", "required"),
+        ({"prompt": None}, "prompt", "must be a string"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": []}, "prompt", "empty"),
+        ({"prompt": [[]]}, "prompt", "empty"),
+        ({"prompt": ["a", 1]}, "prompt", "a list of strings"),
+        ({"prompt": [VOCAB_SIZE]}, "prompt", str(VOCAB_SIZE)),
+        ({"prompt": [-1]}, "prompt", "-1"),
+        ({"prompt": [2**80]}, "prompt", "ids must be"),
+        ({"prompt": "a", "suffix": "b"}, "suffix", "infill"),
+        ({"prompt": "a", "best_of": 3}, "best_of", "3"),
+        ({"prompt": "a", "logprobs": -1}, "logprobs", "-1"),
+        ({"prompt": "a", "logprobs": True}, "logprobs", "True"),
+        ({"prompt": ["a"] * 200, "n": 128}, None, "25600 sequences"),
+    ],
+)
+def test_completion_fields(served, body, param, words):
+    error = served.error(TEXT, 400, **body)
+    assert error["param"] == param
+    assert words in error["message"]
+    assert served.engine.calls == []
+
+
+def test_too_long_names_both_lengths(served):
+    error = served.error(TEXT, 400, prompt="x" * 3000)
+    assert error["code"] == "context_length_exceeded"
+    assert str(CONTEXT) in error["message"]
+    assert "3000" in error["message"]
+    error = served.error(TEXT, 400, prompt="x" * (CONTEXT - 10), max_tokens=11)
+    assert "at most 10 tokens" in error["message"]
+    error = served.error(CHAT, 400, messages=[{"role": "user", "content": "x" * 5000}])
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.openai.completions.create(model="m", prompt="x" * CONTEXT)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/generate"])
+@pytest.mark.parametrize(
+    ("refusal", "status", "code"),
+    [
+        (RequestRefused("longer than the KV pool", code="context_length_exceeded", param="prompt"), 400, "context_length_exceeded"),
+        (RequestRefused("the queue is full", status_code=503, code="queue_full"), 503, "queue_full"),
+        (EngineDead("killed by signal 9"), 503, "engine_dead"),
+        (RuntimeError("secret"), 500, "internal_error"),
+    ],
+)
+def test_engine_refusals_keep_their_status(served, path, refusal, status, code):
+    served.engine.refusal = refusal
+    body = {"messages": ASK} if path == CHAT else {"prompt": "Hi"} if path == TEXT else {"text": "Hi"}
+    for stream in (False, True):
+        error = served.error(path, status, **body, stream=stream)
+        assert error["code"] == code
+        assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+        assert "secret" not in error["message"]
+
+
+def test_queue_full_says_when_to_come_back(served):
+    served.engine.refusal = RequestRefused("the queue is full", status_code=503, code="queue_full")
+    response = served.post(TEXT, prompt="Hi", n=3)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code"),
+    [
+        ({"failure": EngineDead("killed by signal 9")}, "engine_dead"),
+        ({"end": FinishReason("abort", message="out of KV memory", status_code=500)}, "engine_failure"),
+        ({"end": FinishReason("abort", message="overload", status_code=503)}, "engine_overloaded"),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 3])
+def test_failure_after_the_first_token(served, trouble, code, n):
+    served.engine.__dict__.update(trouble)
+    whole = served.post(CHAT, messages=ASK, n=n)
+    assert whole.status_code >= 500
+    assert whole.json()["error"]["code"] == code
+    streamed = served.post(CHAT, messages=ASK, stream=True, n=n)
+    assert streamed.status_code == 200
+    *_, error, done = [line for line in streamed.text.split("\n\n") if line]
+    assert error.startswith('data: {"error":{"message":')
+    assert done == "data: [DONE]"
+    with pytest.raises(openai.APIError) as caught:
+        list(served.openai.chat.completions.create(model="m", messages=ASK, stream=True, n=n))
+    assert caught.value.code == code
+
+
+def test_no_chat_template(served):
+    served.engine.tokenizer.has_chat_template = False
+    assert "--chat-template" in served.error(CHAT, 400, messages=ASK)["message"]
+
+
+def test_unknown_paths_and_methods(served):
+    assert served.error("/v1/nothing", 404)["code"] == "unknown_url"
+    response = served.http.get(CHAT)
+    assert response.status_code == 405
+    assert response.json()["error"]["code"] == "method_not_allowed"

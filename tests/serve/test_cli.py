@@ -1,0 +1,108 @@
+"""The command lines: which flag sets what, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from octavo.__main__ import main as octavo
+from octavo.runtime.config import EngineConfig
+from octavo.serve.arguments import options_of, serve_parser
+from octavo.serve.cli import main
+from octavo.serve.options import ServerOptions
+
+
+def _options(*argv: str) -> tuple[EngineConfig, ServerOptions]:
+    return options_of(serve_parser("serve").parse_all(argv))
+
+
+def test_nothing_given_is_every_default():
+    assert _options() == (EngineConfig(), ServerOptions())
+
+
+@pytest.mark.parametrize("argv", [["--model-path", "m"], ["--model", "m"], ["m"], ["--model-path=m"], ["m", "--model", "m"]])
+def test_three_ways_to_name_the_model(argv):
+    assert _options(*argv)[0].model_path == "m"
+
+
+def test_every_engine_flag():
+    config, _ = _options(
+        "--tokenizer-path", "t", "--revision", "r", "--device", "cpu", "--dtype", "float32", "--mem-fraction-static", "0.5",
+        "--max-total-tokens", "4096", "--max-running-requests", "8", "--max-queued-requests", "9", "--chunked-prefill-size", "128",
+        "--page-size", "64", "--context-length", "1024", "--schedule-policy", "lpm", "--max-radix-cache-len", "512",
+        "--chat-template", "c.jinja", "--random-seed", "3", "--num-threads", "2",
+    )  # fmt: skip
+    wanted = {
+        "tokenizer_path": "t", "revision": "r", "device": "cpu", "dtype": "float32", "mem_fraction_static": 0.5,
+        "max_total_tokens": 4096, "max_running_requests": 8, "max_queued_requests": 9, "chunked_prefill_size": 128,
+        "page_size": 64, "context_length": 1024, "schedule_policy": "lpm", "max_radix_cache_len": 512, "chat_template": "c.jinja",
+        "random_seed": 3, "num_threads": 2,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert _options("--disable-radix-cache")[0].disable_radix_cache is True
+    assert _options("--seed", "4")[0].random_seed == 4
+
+
+def test_every_server_flag():
+    _, options = _options(
+        "--host", "0.0.0.0", "--port", "8000", "--api-key", "a", "--api-key", "b", "--served-model-name", "n", "--log-level", "debug",
+        "--strict-model-names",
+    )  # fmt: skip
+    assert options == ServerOptions(
+        host="0.0.0.0", port=8000, api_keys=("a", "b"), served_model_name="n", log_level="debug", strict_model_names=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model-pth", "m"], "unknown flag --model-pth; did you mean --model-path?"),
+        (["--max-runing-requests=3"], "did you mean --max-running-requests?"),
+        (["--xyzzy"], "--help lists the flags"),
+        (["--mem-fraction", "0.5"], "unknown flag --mem-fraction"),
+        (["--port", "many"], "invalid int value: 'many'"),
+        (["--port", "70000"], "70000"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--schedule-policy", "random"], "fcfs"),
+        (["a", "b"], "unexpected argument 'b'"),
+        (["a", "--model-path", "b"], "two models"),
+        (["--api-key", ""], "API key is empty"),
+        (["--mem-fraction-static", "1.5"], "1.5"),
+    ],
+)
+def test_bad_command_lines_end_with_two(argv, words, capsys):
+    assert main(argv) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help_tells_the_defaults_of_the_dataclasses(capsys):
+    assert main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 30000)" in text
+    chunk = next(field.default for field in dataclasses.fields(EngineConfig) if field.name == "chunked_prefill_size")
+    assert f"(default: {'automatic' if chunk is None else chunk})" in text
+    for group in ("model:", "server:", "memory and prefix cache:", "scheduling:"):
+        assert group in text
+
+
+def test_octavo_dispatches(capsys):
+    assert octavo(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("octavo 0.")
+    assert octavo(["--help"]) == 0
+    assert "serve" in capsys.readouterr().out
+    assert octavo(["serve", "--help"]) == 0
+    assert octavo([]) == 2
+    capsys.readouterr()
+    assert octavo(["srve"]) == 2
+    assert "did you mean serve?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["octavo", "octavo.serve", "octavo.launch_server"])
+def test_modules_run(module):
+    argv = ["serve", "--help"] if module == "octavo" else ["--help"]
+    ended = subprocess.run([sys.executable, "-m", module, *argv], check=False, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 0, ended.stderr
+    assert "--model-path" in ended.stdout

@@ -1,0 +1,122 @@
+"""Health, models, cache, server_info, keys, ids, the OpenAPI page."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+import openai
+import pytest
+
+from octavo.runtime.client import Health
+from octavo.serve.options import ServerOptions
+
+
+def test_health(served):
+    response = served.http.get("/health")
+    assert (response.status_code, response.json()) == (200, {"status": "ok", "reason": "running", "heartbeat_age_s": 0.01})
+    served.engine.state = Health(False, "no sign of life for 12 s", float("inf"))
+    response = served.http.get("/health")
+    assert (response.status_code, response.json()["reason"]) == (503, "no sign of life for 12 s")
+
+
+def test_health_turns_red_when_the_server_stops(served):
+    served.app.state.context.is_draining = True
+    try:
+        assert served.http.get("/health").status_code == 503
+    finally:
+        served.app.state.context.is_draining = False
+
+
+def test_models(served):
+    (model,) = served.openai.models.list().data
+    assert (model.id, model.object, model.owned_by) == ("toy-model", "model", "octavo")
+    assert model.model_extra == {"root": "/models/org/toy-model", "parent": None, "max_model_len": 2048}
+    assert served.openai.models.retrieve("default").id == "toy-model"
+    assert served.http.get("/v1/models//models/org/toy-model").status_code == 200
+    with pytest.raises(openai.NotFoundError) as caught:
+        served.openai.models.retrieve("org/other")
+    assert caught.value.code == "model_not_found"
+
+
+def test_strict_model_names(start_server):
+    server = start_server(strict_model_names=True, served_model_name="nice")
+    for name in ("default", "nice", "toy-model", "/models/org/toy-model", "", None):
+        assert server.post("/v1/completions", model=name, prompt="a").status_code == 200
+    error = server.error("/v1/completions", 404, model="gpt-9", prompt="a")
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "'nice'" in error["message"]
+
+
+def test_flush_cache(served):
+    assert served.http.post("/flush_cache").status_code == 200
+    assert served.http.get("/flush_cache").text == "Cache flushed.\n"
+    served.engine.flushes = False
+    started = time.perf_counter()
+    assert served.http.get("/flush_cache?timeout=0.2").status_code == 400
+    assert 0.2 <= time.perf_counter() - started < 2
+    assert served.http.get("/flush_cache?timeout=soon").json()["error"]["param"] == "timeout"
+
+
+def test_api_keys_and_their_absence_from_server_info(start_server):
+    server = start_server(api_keys=("one", "zwei-secret"))
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "one"}, {"Authorization": "Basic one"}):
+        response = server.http.get("/v1/models", headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    assert server.http.get("/health").status_code == 200
+    for key in ("one", "zwei-secret"):
+        assert openai.OpenAI(base_url=f"{server.url}/v1", api_key=key).models.list().data
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="zwei").models.list()
+    info = server.http.get("/server_info", headers={"Authorization": "Bearer one"})
+    assert "zwei-secret" not in info.text
+    assert info.json()["api_keys"] == ["***", "***"]
+
+
+@pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
+def test_server_info(served, path):
+    info = served.http.get(path).json()
+    assert info["max_total_num_tokens"] == 10_000
+    assert info["served_model_name"] == "toy-model"
+    assert info["version"]
+
+
+def test_request_id_in_and_out(served):
+    assert served.http.get("/health", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    fresh = {served.http.get("/health", headers={"X-Request-Id": value}).headers["x-request-id"] for value in ("", "a b", "x" * 200)}
+    assert len(fresh) == 3
+    assert served.post("/v1/completions", prompt="").headers["x-request-id"]
+    assert served.post("/v1/completions", prompt="a", stream=True).headers["x-request-id"]
+
+
+def test_openapi_knows_the_bodies(served):
+    page = served.http.get("/openapi.json").json()
+    body = page["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatRequest"}
+    assert "StreamOptions" in page["components"]["schemas"]
+    assert "422" not in page["paths"]["/generate"]["post"]["responses"]
+
+
+def test_health_is_quick_while_a_long_text_is_tokenized(served):
+    real = served.engine.tokenizer.encode
+
+    def slow(text: str, **options: bool) -> list[int]:
+        time.sleep(0.3)
+        return real(text[:10], **options)
+
+    served.engine.tokenizer.encode = slow
+    with httpx.Client(base_url=served.url) as other, pytest.raises(httpx.ReadTimeout):
+        other.post("/v1/completions", json={"prompt": "x" * 5000}, timeout=httpx.Timeout(5, read=0.05))
+    started = time.perf_counter()
+    assert served.http.get("/health").status_code == 200
+    assert time.perf_counter() - started < 0.2
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"port": 70000}, {"host": ""}, {"api_keys": ("",)}, {"api_keys": ("schlüssel",)}, {"served_model_name": " "}]
+)
+def test_options_refuse_what_cannot_work(wrong):
+    with pytest.raises(ValueError):
+        ServerOptions(**wrong)

@@ -1,0 +1,161 @@
+"""The server as a process: ready line, signals, a dying engine, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from .fake_engine import wait_until
+
+SCRIPT = Path(__file__).with_name("serve_fake.py")
+ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1000}
+
+
+def _command(engine: dict[str, Any], *flags: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), json.dumps(engine), *flags]
+
+
+@dataclass
+class Process:
+    popen: subprocess.Popen[str]
+    ready: str
+    url: str
+
+    def stop(self, number: int, timeout_s: float = 10) -> int:
+        self.popen.send_signal(number)
+        return self.popen.wait(timeout_s)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    running: list[subprocess.Popen[str]] = []
+
+    def run(*flags: str, **engine: Any) -> Process:
+        command = _command(engine, "--port", "0", *flags)
+        popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(popen)
+        assert popen.stdout is not None
+        ready = ""
+        for line in popen.stdout:
+            ready += line
+            if "try it" in line:
+                break
+        url = re.search(r"http://127\.0\.0\.1:\d+", ready)
+        assert url, ready
+        return Process(popen, ready, url[0])
+
+    yield run
+    for popen in running:
+        popen.kill()
+        popen.communicate()
+
+
+def _stream(process: Process, lines: list[str]) -> threading.Thread:
+    def read() -> None:
+        with (
+            suppress(httpx.RemoteProtocolError),
+            httpx.stream("POST", f"{process.url}/v1/chat/completions", json={**ASK, "stream": True}, timeout=20) as response,
+        ):
+            lines.extend(line for line in response.iter_lines() if line)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    wait_until(lambda: httpx.get(f"{process.url}/server_info").json()["active_jobs"] == 1)
+    return thread
+
+
+def test_ready_block_and_its_curl(start):
+    process = start("--served-model-name", "nice", "--api-key", "s3cret")
+    assert "nice" in process.ready
+    assert "s3cret" not in process.ready
+    command = process.ready.split("try it")[1].strip()
+    answer = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, "API_KEY": "s3cret"}, check=False, capture_output=True, text=True, timeout=10
+    )
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "Hello wörld!"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_with_zero(start, number):
+    process = start()
+    assert process.stop(number) == 0
+    out, err = process.popen.communicate()
+    assert "engine closed" in out
+    assert "Traceback" not in err
+
+
+def test_a_stream_may_finish_after_sigterm(start):
+    process = start(delay_s=0.05)
+    lines: list[str] = []
+    thread = _stream(process, lines)
+    assert process.stop(signal.SIGTERM) == 0
+    thread.join(5)
+    assert lines[-1] == "data: [DONE]"
+    assert '"finish_reason":"stop"' in lines[-2]
+
+
+def test_a_long_stream_is_ended_after_sigterm(start):
+    process = start(delay_s=0.05, reply="x" * 1000)
+    lines: list[str] = []
+    thread = _stream(process, lines)
+    assert process.stop(signal.SIGTERM, 12) == 0
+    thread.join(5)
+    assert lines[-1] == "data: [DONE]"
+    assert '"finish_reason":"abort"' in lines[-2]
+
+
+def test_a_second_signal_does_not_wait(start):
+    process = start(delay_s=0.05, reply="x" * 1000)
+    lines: list[str] = []
+    thread = _stream(process, lines)
+    process.popen.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.popen.wait(0.3)
+    assert process.stop(signal.SIGTERM, 2) == 0
+    thread.join(5)
+    assert lines[-1] != "data: [DONE]"
+
+
+def test_a_dead_engine_ends_the_server(start):
+    process = start(delay_s=0.05, reply="x" * 1000, dies_after_s=1.0)
+    lines: list[str] = []
+    thread = _stream(process, lines)
+    thread.join(10)
+    assert "killed by signal 9" in lines[-2]
+    assert lines[-1] == "data: [DONE]"
+    assert httpx.get(f"{process.url}/health").status_code == 503
+    error = httpx.post(f"{process.url}/v1/chat/completions", json=ASK)
+    assert (error.status_code, error.json()["error"]["code"]) == (503, "engine_dead")
+    assert process.popen.wait(10) == 1
+    assert "the engine died: killed by signal 9" in process.popen.communicate()[1]
+
+
+def test_port_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = subprocess.run(_command({}, "--port", port), check=False, capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 1
+    assert f"port {port} on 127.0.0.1 is in use" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_start_that_fails_says_why():
+    ended = subprocess.run(
+        _command({"start_failure": "no such model"}, "--port", "0"), check=False, capture_output=True, text=True, timeout=20
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1] == "octavo serve: no such model"
