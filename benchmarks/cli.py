@@ -8,15 +8,18 @@ import importlib.util
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from .datasets import Dataset, IdVocabulary, Prompt, TokenizerLike, Vocabulary, WordVocabulary, random_prompts, shared_prefix_prompts
+from ..quant.checkpoint.errors import CheckpointError
+from ..quant.checkpoint.resolve import ModelFiles, resolve_tokenizer
+from ..runtime.tokenizer import load_tokenizer
+from .datasets import Dataset, IdVocabulary, Prompt, Vocabulary, WordVocabulary, random_prompts, shared_prefix_prompts
 from .metrics import RunResult
 from .report import as_json, load_label, run_table, sweep_table, write_png
-from .serving import Target, Unreachable, first_model, run_load, with_v1
+from .serving import ListedModel, Target, Unreachable, first_model, run_load, with_v1
 
 DEFAULT_CONCURRENCY = 16
 DEFAULT_NUM_PREFIXES = 4
@@ -40,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Unreachable as error:
         print(f"octavo bench serving: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("octavo bench serving: stopped, nothing was written", file=sys.stderr)
+        return 130
 
 
 def _at_least(kind: Callable[[str], _Number], low: _Number, *, open_end: bool = False) -> Callable[[str], _Number]:
@@ -69,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     serving = commands.add_parser(
         "serving",
+        allow_abbrev=False,
         help="measure any OpenAI-compatible URL",
         description="Measure TTFT, TPOT, ITL, latency and throughput of any OpenAI-compatible URL with greedy, streamed requests.",
     )
@@ -91,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-prefixes", type=_count, metavar="N", help=f"shared-prefix: different prefixes (default: {DEFAULT_NUM_PREFIXES})")
     add("--prefix-len", type=_count, metavar="N", help=f"shared-prefix: tokens of each (default: {DEFAULT_PREFIX_LEN})")
     add("--warm-prefixes", action="store_true", help="shared-prefix: send each prefix once, alone, before measuring")
-    add("--tokenizer", metavar="PATH", help="folder or hub id; gives the vocabulary, and the words of --endpoint chat")
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="folder, tokenizer.json, .gguf or hub id (default: where /v1/models says the model lies, if it is here)",
+    )
     add("--vocab-size", type=_count, metavar="N", help="token ids are drawn below N; instead of --tokenizer")
     add("--ignore-eos", action="store_true", help="ask the server not to stop early (not an OpenAI field; vLLM, SGLang and Octavo know it)")
     add(
@@ -129,13 +140,13 @@ def _serving(args: argparse.Namespace) -> int:
     _check(args)
     base_url = with_v1(args.base_url)
     listed = first_model(base_url, api_key=args.api_key)
-    model = args.model or listed
+    model = args.model or (listed.id if listed else None)
     if model is None:
         raise BadOptions(f"{base_url}/models lists no model: name one with --model")
     target = Target(
         base_url=base_url, model=model, endpoint=args.endpoint, api_key=args.api_key, timeout_s=args.timeout, ignore_eos=args.ignore_eos
     )
-    vocabulary = _vocabulary(args)
+    vocabulary = _vocabulary(args, listed)
     print(f"measuring {model} at {base_url}")
     _warm(args, target, _random(args, vocabulary, args.warmup).prompts, args.output_len, "warm-up")
     runs: list[RunResult] = []
@@ -155,10 +166,8 @@ def _check(args: argparse.Namespace) -> None:
             raise BadOptions(
                 f"--{given[0].replace('_', '-')} means nothing for random prompts: add --dataset shared-prefix or leave it out"
             )
-    if args.endpoint == "chat" and args.tokenizer is None:
-        raise BadOptions("--endpoint chat sends text, and text of a known length needs the model's tokenizer: add --tokenizer PATH")
-    if args.tokenizer is None and args.vocab_size is None:
-        raise BadOptions("random token ids need to know how many there are: add --vocab-size N or --tokenizer PATH")
+    if args.endpoint == "chat" and args.vocab_size is not None:
+        raise BadOptions("--endpoint chat sends text, which --vocab-size says nothing about: give --tokenizer PATH instead")
     if args.tokenizer is not None and args.vocab_size is not None:
         raise BadOptions("--tokenizer and --vocab-size both say which tokens there are: give one of them")
     for path in filter(None, (args.output_json, args.output_png)):
@@ -168,18 +177,24 @@ def _check(args: argparse.Namespace) -> None:
         raise BadOptions("--output-png draws with matplotlib, which is not installed: pip install 'octavo[bench]'")
 
 
-def _vocabulary(args: argparse.Namespace) -> Vocabulary:
-    if args.tokenizer is None:
+def _vocabulary(args: argparse.Namespace, model: ListedModel | None) -> Vocabulary:
+    """Where tokens come from: the options, else the tokenizer of the model where the server says it lies, when that is on this machine."""
+    if args.vocab_size is not None:
         return IdVocabulary(args.vocab_size)
-    from transformers import AutoTokenizer  # takes seconds, and --vocab-size does without
-
+    path = args.tokenizer
+    if path is None and args.model is None and model is not None and model.root and Path(model.root).exists():
+        path = model.root
+    if path is None:
+        missing = "--tokenizer PATH" if args.endpoint == "chat" else "--vocab-size N or --tokenizer PATH"
+        raise BadOptions(f"prompts of a known length need the model's vocabulary, and its files are not on this machine: add {missing}")
     try:
-        tokenizer = cast(TokenizerLike, AutoTokenizer.from_pretrained(args.tokenizer))
-    except (OSError, ValueError) as error:
-        raise BadOptions(
-            f"--tokenizer {args.tokenizer}: no tokenizer there ({error}). Give a folder with tokenizer.json or a hub id."
-        ) from error
-    return WordVocabulary(tokenizer) if args.endpoint == "chat" else IdVocabulary(len(tokenizer), excluded=tokenizer.all_special_ids)
+        root = resolve_tokenizer(path)
+        tokenizer = load_tokenizer(ModelFiles("hf", root, None, (), None, path, None), tokenizer_path=str(root))
+    except CheckpointError as error:
+        raise BadOptions(f"--tokenizer: {error}") from error
+    return (
+        WordVocabulary(tokenizer) if args.endpoint == "chat" else IdVocabulary(tokenizer.vocab_size, excluded=tokenizer.special_token_ids)
+    )
 
 
 def _random(args: argparse.Namespace, vocabulary: Vocabulary, num_prompts: int) -> Dataset:

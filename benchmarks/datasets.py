@@ -6,26 +6,26 @@ Without a tokenizer a prompt is a list of token ids. With one it can be text, of
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 
 _NUM_WORDS = 4096
-_PLAIN_WORD = re.compile(r"[Ġ▁][a-z]{2,}")  # a token that begins with a space, in byte-level and in SentencePiece spelling
+_PLAIN_WORD = re.compile(r" [a-z]{2,}")
 
 Content = tuple[int, ...] | str
 
 
 class TokenizerLike(Protocol):
-    """The part of a Hugging Face tokenizer that prompts need."""
+    """The part of a tokenizer that prompts of words need."""
 
-    all_special_ids: list[int]
+    vocab_size: int
 
-    def __len__(self) -> int: ...
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
-    def decode(self, token_ids: list[int]) -> str: ...
+    def token_text(self, token_id: int) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
@@ -48,8 +48,8 @@ class Vocabulary(Protocol):
 class IdVocabulary:
     """Token ids below `size`, sent as they are."""
 
-    def __init__(self, size: int, *, excluded: Sequence[int] = ()) -> None:
-        self._ids = np.setdiff1d(np.arange(size), np.asarray(excluded, dtype=np.int64))
+    def __init__(self, size: int, *, excluded: Iterable[int] = ()) -> None:
+        self._ids = np.setdiff1d(np.arange(size), np.asarray(sorted(excluded), dtype=np.int64))
         if len(self._ids) == 0:
             raise ValueError(f"a vocabulary of {size} tokens leaves none to draw from: give the model's own size")
 
@@ -65,8 +65,8 @@ class WordVocabulary:
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
         self._tokenizer = tokenizer
-        spelled = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self._ids = np.array([i for i, token in enumerate(spelled) if token and _PLAIN_WORD.fullmatch(token)][:_NUM_WORDS], dtype=np.int64)
+        words = (i for i in range(tokenizer.vocab_size) if _PLAIN_WORD.fullmatch(tokenizer.token_text(i)))
+        self._ids = np.fromiter(islice(words, _NUM_WORDS), dtype=np.int64)
         if len(self._ids) == 0:
             raise ValueError(
                 "this tokenizer has no tokens that are whole words, so text of an exact length cannot be made: use --endpoint completions"

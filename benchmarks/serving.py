@@ -56,8 +56,16 @@ def with_v1(url: str) -> str:
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
-def first_model(base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> str | None:
-    """Id of the first model of /v1/models; None when the server answers but has no such list. Raises Unreachable."""
+@dataclass(frozen=True)
+class ListedModel:
+    """An entry of /v1/models. `root` is where the model came from (vLLM, SGLang and Octavo give it; OpenAI does not)."""
+
+    id: str
+    root: str | None
+
+
+def first_model(base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> ListedModel | None:
+    """The first model of /v1/models; None when the server answers but has no such list. Raises Unreachable."""
     url = f"{base_url}/models"
     try:
         response = httpx.get(url, headers=_authorization(api_key), timeout=timeout_s)
@@ -71,8 +79,8 @@ def first_model(base_url: str, *, api_key: str | None = None, timeout_s: float =
         return None
     try:
         models = response.json()["data"]
-        return str(models[0]["id"]) if models else None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        return ListedModel(str(models[0]["id"]), models[0].get("root")) if models else None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(f"{url} answered something else than an OpenAI list of models: {response.text[:200]!r}") from error
 
 

@@ -117,7 +117,7 @@ def top_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, k: int) -> tu
         raise ValueError(f"k={k} is not valid: it must be from 0 to the vocabulary size {vocab}")
     if logits.device.type != "cpu":
         return reference_top_logprobs(logits, token_ids, k=k)
-    if token_ids.numel() and not (0 <= int(token_ids.min()) and int(token_ids.max()) < vocab):
+    if token_ids.numel() and (int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab):
         raise ValueError(f"token_ids must be from 0 to {vocab - 1}, not {token_ids.tolist()}")
     return cpu.top_logprobs(logits, token_ids, k)
 
@@ -231,13 +231,11 @@ def add_to_logits(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Ten
 
 def _check_logits(logits: torch.Tensor) -> None:
     if logits.dim() != 2 or logits.dtype != torch.float32 or logits.shape[1] == 0 or logits.stride(1) != 1:
-        raise ValueError(
-            f"logits must be float32 [rows, vocabulary] with contiguous rows, not {logits.dtype} {tuple(logits.shape)} strides {logits.stride()}"
-        )
+        given = f"{logits.dtype} {tuple(logits.shape)} with strides {logits.stride()}"
+        raise ValueError(f"logits must be float32 [rows, vocabulary] with contiguous rows, not {given}")
 
 
 def _check_per_row(name: str, tensor: torch.Tensor, dtype: torch.dtype, logits: torch.Tensor) -> None:
     if tensor.shape != logits.shape[:1] or tensor.dtype != dtype or tensor.device != logits.device or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous {dtype} [{logits.shape[0]}] on {logits.device}, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        )
+        given = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} must be contiguous {dtype} [{logits.shape[0]}] on {logits.device}, not {given}")

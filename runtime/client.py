@@ -6,23 +6,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .errors import EngineDead, RequestRefused
 from .outputs import TextOutput
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
-
-class RequestRefused(ValueError):
-    """The engine cannot take this request, and says why. `code` is OpenAI's error code or None; `status_code` is HTTP's."""
-
-    def __init__(self, message: str, *, status_code: int = 400, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status_code = status_code
-        self.code = code
-        self.param = param
-
-
-class EngineDead(RuntimeError):
-    """The engine process is gone or no longer answers. The text says what is known of its end."""
+__all__ = ["EngineClient", "EngineDead", "Health", "ModelInfo", "RequestRefused"]
 
 
 @dataclass(frozen=True)

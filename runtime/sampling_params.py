@@ -61,10 +61,13 @@ class SamplingParams:
     no_stop_trim: bool = False  # keep the matched stop string in the text
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0  # first prompt position that is reported; what lies before may come from the prefix cache
 
     def __post_init__(self) -> None:
         _require(_is_int(self.max_tokens) and self.max_tokens >= 0, "max_tokens", self.max_tokens, "a whole number >= 0")
         _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "a whole number >= 0")
+        start = self.prompt_logprobs_start
+        _require(_is_int(start) and start >= 0, "prompt_logprobs_start", start, "a whole number >= 0")
         _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
         for name, low, high in (
             ("temperature", 0.0, 100.0),

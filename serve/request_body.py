@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, from_json
 
 from .errors import ApiError
@@ -51,13 +52,19 @@ def check_body(model: type[BodyT], data: object, *, where: str = "") -> BodyT:
     fields = {}
     for name, value in data.items():
         if name in model.model_fields:
-            fields[name] = value
+            if value is not None or _takes_null(model.model_fields[name]):
+                fields[name] = value
         else:
             _judge_stranger(model, name, value, where)
     try:
         return model.model_validate(fields)
     except ValidationError as error:
         raise _refusal(model, error.errors(include_url=False), where) from None
+
+
+def _takes_null(field: FieldInfo) -> bool:
+    """False for an option whose type has no null: there, null says "as if not sent"."""
+    return field.is_required() or type(None) in get_args(field.annotation)
 
 
 def _judge_stranger(model: type[Body], name: str, value: object, where: str) -> None:

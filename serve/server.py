@@ -21,6 +21,7 @@ from .options import ServerOptions
 logger = logging.getLogger("octavo.serve")
 
 _CUT_OFF_S = 2.0  # after the time to finish is over: for aborted requests to say so
+_KEEP_ALIVE_S = 75  # longer than clients and proxies keep a connection, so that none reuses one we just closed
 
 
 class RunningEngine(EngineClient, Protocol):
@@ -89,6 +90,7 @@ def serve_until_stopped(client: RunningEngine, options: ServerOptions, sock: soc
         http="httptools",
         ws="none",
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
     )
     server = _Server(config, on_ready)
     context: ServeContext = app.state.context

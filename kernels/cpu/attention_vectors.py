@@ -6,7 +6,6 @@ how work was cut. They know addresses and byte strides; pages are the caller's b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -16,125 +15,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .tile import MAX_ROWS, WIDTH, BDtype
+from .vector_math import at, constant, exp2_of, fma, for_vectors, load, reduce, splat, store, tanh_of
 
 _F32 = ir.FloatType()
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
-_EXP2 = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1)
-_TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)  # Cephes, for |x| < 0.625
-_LOG2E = 1.4426950408889634
-
-
-def _lanes(kind: Any) -> int:
-    return kind.count if isinstance(kind, ir.VectorType) else 1
-
-
-def _suffix(kind: Any) -> str:
-    return f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
-
-
-def _constant(kind: Any, value: float) -> Any:
-    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
-
-
-def _integers(kind: Any) -> Any:
-    return ir.VectorType(_I32, kind.count) if isinstance(kind, ir.VectorType) else _I32
-
-
-def _call(builder: Any, name: str, *args: Any) -> Any:
-    kind = args[0].type
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * len(args)), f"llvm.{name}.{_suffix(kind)}")
-    return builder.call(function, args)
-
-
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, "fma", a, b, c)
-
-
-def _polynomial(builder: Any, x: Any, coefficients: tuple[float, ...]) -> Any:
-    value = _constant(x.type, coefficients[0])
-    for coefficient in coefficients[1:]:
-        value = _fma(builder, value, x, _constant(x.type, coefficient))
-    return value
-
-
-def _exp2(builder: Any, x: Any) -> Any:
-    """2 ** x for x <= 127 with a relative error below 2e-7; exactly 0 from -127 down (so for -inf), NaN for NaN."""
-    kind = x.type
-    low = _constant(kind, -127.0)
-    x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
-    whole = _call(builder, "rint", x)
-    fraction = builder.fsub(x, whole)
-    mantissa = _fma(builder, _polynomial(builder, fraction, _EXP2), fraction, _constant(kind, 1.0))
-    integers = _integers(kind)
-    exponent = builder.add(builder.fptosi(whole, integers), _constant(integers, 127))
-    power = builder.bitcast(builder.shl(exponent, _constant(integers, 23)), kind)
-    return builder.fmul(mantissa, power)
-
-
-def _tanh(builder: Any, x: Any) -> Any:
-    kind = x.type
-    square = builder.fmul(x, x)
-    small = _fma(builder, builder.fmul(_polynomial(builder, square, _TANH), square), x, x)
-    size = _call(builder, "fabs", x)
-    most = _constant(kind, 15.0)
-    size = builder.select(builder.fcmp_ordered(">", size, most), most, size)
-    power = _exp2(builder, builder.fmul(size, _constant(kind, 2 * _LOG2E)))
-    large = builder.fsub(_constant(kind, 1.0), builder.fdiv(_constant(kind, 2.0), builder.fadd(power, _constant(kind, 1.0))))
-    large = _call(builder, "copysign", large, x)
-    return builder.select(builder.fcmp_ordered("<", _call(builder, "fabs", x), _constant(kind, 0.625)), small, large)
-
-
-def _at(builder: Any, base: Any, offset: int) -> Any:
-    return builder.add(base, ir.Constant(_I64, offset))
-
-
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    value = builder.load(builder.inttoptr(address, ir.PointerType(kind)))
-    value.align = 4 if kind == _F32 or getattr(kind, "element", None) == _F32 else 2
-    return value
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    stored = builder.store(value, builder.inttoptr(address, ir.PointerType(value.type)))
-    stored.align = 4
-
-
-def _splat(builder: Any, value: Any, width: int) -> Any:
-    kind = ir.VectorType(value.type, width)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_I32, width), [0] * width))
-
-
-def _reduce(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
-    """Combine all lanes by halving."""
-    width = value.type.count
-    while width > 1:
-        half = width // 2
-        undefined = ir.Constant(value.type, ir.Undefined)
-        low, high = (
-            builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I32, half), list(range(i * half, (i + 1) * half))))
-            for i in (0, 1)
-        )
-        value, width = combine(low, high), half
-    return builder.extract_element(value, ir.Constant(_I32, 0))
-
-
-def _for_vectors(builder: Any, address: Any, count: Any, body: Callable[[Any], None]) -> None:
-    """Run body(address of a vector) over `count` floats, a multiple of WIDTH."""
-    steps = builder.udiv(count, ir.Constant(_I64, WIDTH))
-    with cgutils.for_range(builder, steps, intp=_I64) as loop:
-        body(builder.add(address, builder.mul(loop.index, ir.Constant(_I64, 4 * WIDTH))))
-
-
 _VECTOR = ir.VectorType(_F32, WIDTH)
-
-
-@intrinsic
-def exp2(typingctx: Any, x: Any) -> Any:
-    """2 ** x of one float32, with the same bits as the vector form."""
-    return types.float32(types.float32), lambda context, builder, signature, args: _exp2(builder, args[0])
 
 
 @intrinsic
@@ -142,12 +29,12 @@ def cap_scores(typingctx: Any, scores: Any, count: Any, inverse: Any, cap: Any) 
     """scores[i] = cap * tanh(scores[i] * inverse) for `count` floats (a multiple of WIDTH)."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        inverses, caps = _splat(builder, args[2], WIDTH), _splat(builder, args[3], WIDTH)
+        inverses, caps = splat(builder, args[2], WIDTH), splat(builder, args[3], WIDTH)
 
         def body(address: Any) -> None:
-            _store(builder, builder.fmul(_tanh(builder, builder.fmul(_load(builder, address, _VECTOR), inverses)), caps), address)
+            store(builder, builder.fmul(tanh_of(builder, builder.fmul(load(builder, address, _VECTOR), inverses)), caps), address)
 
-        _for_vectors(builder, args[0], args[1], body)
+        for_vectors(builder, args[0], args[1], body)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32, types.float32), codegen
@@ -162,30 +49,30 @@ def softmax_row(typingctx: Any, scores: Any, count: Any, result: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         scores, count, result = args
-        bottom = _constant(_VECTOR, float("-inf"))
+        bottom = constant(_VECTOR, float("-inf"))
         greatest_cell, sum_cell = (cgutils.alloca_once(builder, _VECTOR) for _ in range(2))
         builder.store(bottom, greatest_cell)
-        builder.store(_constant(_VECTOR, 0.0), sum_cell)
+        builder.store(constant(_VECTOR, 0.0), sum_cell)
 
         def larger(a: Any, b: Any) -> Any:
             return builder.select(builder.fcmp_ordered(">", b, a), b, a)
 
         def first(address: Any) -> None:
-            builder.store(larger(builder.load(greatest_cell), _load(builder, address, _VECTOR)), greatest_cell)
+            builder.store(larger(builder.load(greatest_cell), load(builder, address, _VECTOR)), greatest_cell)
 
-        _for_vectors(builder, scores, count, first)
-        greatest = _reduce(builder, builder.load(greatest_cell), larger)
+        for_vectors(builder, scores, count, first)
+        greatest = reduce(builder, builder.load(greatest_cell), larger)
         empty = builder.fcmp_ordered("==", greatest, ir.Constant(_F32, float("-inf")))
-        shift = _splat(builder, builder.select(empty, ir.Constant(_F32, 0.0), greatest), WIDTH)
+        shift = splat(builder, builder.select(empty, ir.Constant(_F32, 0.0), greatest), WIDTH)
 
         def second(address: Any) -> None:
-            weight = _exp2(builder, builder.fsub(_load(builder, address, _VECTOR), shift))
-            _store(builder, weight, address)
+            weight = exp2_of(builder, builder.fsub(load(builder, address, _VECTOR), shift))
+            store(builder, weight, address)
             builder.store(builder.fadd(builder.load(sum_cell), weight), sum_cell)
 
-        _for_vectors(builder, scores, count, second)
-        _store(builder, greatest, result)
-        _store(builder, _reduce(builder, builder.load(sum_cell), builder.fadd), _at(builder, result, 4))
+        for_vectors(builder, scores, count, second)
+        store(builder, greatest, result)
+        store(builder, reduce(builder, builder.load(sum_cell), builder.fadd), at(builder, result, 4))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
@@ -193,11 +80,11 @@ def softmax_row(typingctx: Any, scores: Any, count: Any, result: Any) -> Any:
 
 def _blend(builder: Any, total: Any, keep: Any, part: Any, weight: Any, count: Any, width: int) -> None:
     kind = ir.VectorType(_F32, width)
-    keeps, weights = _splat(builder, keep, width), _splat(builder, weight, width)
+    keeps, weights = splat(builder, keep, width), splat(builder, weight, width)
     with cgutils.for_range(builder, builder.udiv(count, ir.Constant(_I64, width)), intp=_I64) as loop:
         offset = builder.mul(loop.index, ir.Constant(_I64, 4 * width))
-        old, new = _load(builder, builder.add(total, offset), kind), _load(builder, builder.add(part, offset), kind)
-        _store(builder, _fma(builder, new, weights, builder.fmul(old, keeps)), builder.add(total, offset))
+        old, new = load(builder, builder.add(total, offset), kind), load(builder, builder.add(part, offset), kind)
+        store(builder, fma(builder, new, weights, builder.fmul(old, keeps)), builder.add(total, offset))
 
 
 @intrinsic
@@ -218,10 +105,10 @@ def scale_row(typingctx: Any, source: Any, factor: Any, target: Any, count: Any)
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, factor, target, count = args
         kind = ir.VectorType(_F32, 8)
-        factors = _splat(builder, factor, 8)
+        factors = splat(builder, factor, 8)
         with cgutils.for_range(builder, builder.udiv(count, ir.Constant(_I64, 8)), intp=_I64) as loop:
             offset = builder.mul(loop.index, ir.Constant(_I64, 32))
-            _store(builder, builder.fmul(_load(builder, builder.add(source, offset), kind), factors), builder.add(target, offset))
+            store(builder, builder.fmul(load(builder, builder.add(source, offset), kind), factors), builder.add(target, offset))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.int64, types.int64), codegen
@@ -231,11 +118,11 @@ def _widen(builder: Any, address: Any, dtype: BDtype, width: int) -> Any:
     """`width` consecutive stored elements as float32."""
     floats = ir.VectorType(_F32, width)
     if dtype == "float32":
-        return _load(builder, address, floats)
+        return load(builder, address, floats)
     if dtype == "float16":
-        return builder.fpext(_load(builder, address, ir.VectorType(ir.HalfType(), width)), floats)
+        return builder.fpext(load(builder, address, ir.VectorType(ir.HalfType(), width)), floats)
     integers = ir.VectorType(_I32, width)
-    wide = builder.shl(builder.zext(_load(builder, address, ir.VectorType(_I16, width)), integers), _constant(integers, 16))
+    wide = builder.shl(builder.zext(load(builder, address, ir.VectorType(_I16, width)), integers), constant(integers, 16))
     return builder.bitcast(wide, floats)
 
 
@@ -263,13 +150,13 @@ def make_transpose(dtype: BDtype) -> Any:
     def transpose(typingctx: Any, rows: Any, dim: Any, target: Any, target_row: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             rows, dim, target, target_row = args
-            keys = [builder.load(builder.inttoptr(_at(builder, rows, 8 * i), ir.PointerType(_I64))) for i in range(8)]
+            keys = [builder.load(builder.inttoptr(at(builder, rows, 8 * i), ir.PointerType(_I64))) for i in range(8)]
             with cgutils.for_range(builder, builder.udiv(dim, ir.Constant(_I64, 8)), intp=_I64) as loop:
                 offset = builder.mul(loop.index, ir.Constant(_I64, 8 * size))
                 columns = _transpose8(builder, [_widen(builder, builder.add(key, offset), dtype, 8) for key in keys])
                 place = builder.add(target, builder.mul(target_row, builder.mul(loop.index, ir.Constant(_I64, 8))))
                 for i, column in enumerate(columns):
-                    _store(builder, column, builder.add(place, builder.mul(target_row, ir.Constant(_I64, i))))
+                    store(builder, column, builder.add(place, builder.mul(target_row, ir.Constant(_I64, i))))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), codegen
@@ -289,21 +176,21 @@ def _make_gather_tile(*, rows: int, vectors: int, dtype: BDtype, width: int) -> 
         cells = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(rows)]
         for row in cells:
             for cell in row:
-                builder.store(_constant(vector, 0.0), cell)
+                builder.store(constant(vector, 0.0), cell)
         a_rows = [builder.add(a, builder.mul(a_row, ir.Constant(_I64, i))) for i in range(rows)]
         with cgutils.for_range(builder, depth, intp=_I64) as loop:
             slot = builder.add(b_rows, builder.mul(loop.index, ir.Constant(_I64, 8)))
             b_at = builder.add(builder.load(builder.inttoptr(slot, ir.PointerType(_I64))), b_offset)
-            columns = [_widen(builder, _at(builder, b_at, size * width * j), dtype, width) for j in range(vectors)]
+            columns = [_widen(builder, at(builder, b_at, size * width * j), dtype, width) for j in range(vectors)]
             a_offset = builder.mul(loop.index, ir.Constant(_I64, 4))
             for i in range(rows):
-                scalar = _splat(builder, _load(builder, builder.add(a_rows[i], a_offset), _F32), width)
+                scalar = splat(builder, load(builder, builder.add(a_rows[i], a_offset), _F32), width)
                 for j in range(vectors):
-                    builder.store(_fma(builder, scalar, columns[j], builder.load(cells[i][j])), cells[i][j])
+                    builder.store(fma(builder, scalar, columns[j], builder.load(cells[i][j])), cells[i][j])
         for i in range(rows):
             target = builder.add(c, builder.mul(c_row, ir.Constant(_I64, i)))
             for j in range(vectors):
-                _store(builder, builder.load(cells[i][j]), _at(builder, target, 4 * width * j))
+                store(builder, builder.load(cells[i][j]), at(builder, target, 4 * width * j))
 
     def tile(typingctx: Any, a: Any, a_row: Any, b_rows: Any, b_offset: Any, c: Any, c_row: Any, depth: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -25,14 +25,15 @@ from torch import Tensor
 
 from .address import load_f32, load_i32, load_i64, store_f32, store_i64
 from .atomics import fetch_add
-from .attention_vectors import blend, cap_scores, exp2, make_gather_tiles, make_transpose, scale_row, softmax_row
+from .attention_vectors import blend, cap_scores, make_gather_tiles, make_transpose, scale_row, softmax_row
 from .attention_work import ITEM_FIELDS, KEY_BLOCK, MAX_QUERY_ROWS
 from .threads import KERNEL_SIGNATURE, Kernel
-from .tile import COLUMNS, MAX_ROWS, WIDTH, BDtype, make_row_tiles
+from .tile import COLUMNS, MAX_ROWS, BDtype, make_row_tiles
+from .vector_math import exp2
 
 _LOG2E = 1.4426950408889634
 _KEY_BLOCK, _MAX_QUERY_ROWS, _ITEM_BYTES = KEY_BLOCK, MAX_QUERY_ROWS, 8 * ITEM_FIELDS
-_COLUMNS, _MAX_ROWS, _WIDTH = COLUMNS, MAX_ROWS, WIDTH
+_COLUMNS, _MAX_ROWS = COLUMNS, MAX_ROWS
 _SCORE_ROW = 4 * KEY_BLOCK + 64  # bytes; not a power of two, so that a column of rows spreads over the cache's sets
 _MINUS_INFINITY = np.float32(-np.inf)
 

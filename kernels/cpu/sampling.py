@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -23,6 +24,8 @@ from numba.extending import intrinsic
 from .address import bits_of, float_of, load_i64, store_f32, store_i64
 from .atomics import fetch_add
 from .threads import KERNEL_SIGNATURE, Kernel, team_size
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 BLOCK = 64
 INF_KEY = 0x7F800000
@@ -47,15 +50,16 @@ _p3 = np.float32(4.1665795894e-2)
 _p4 = np.float32(1.6666665459e-1)
 _p5 = np.float32(5.0000001201e-1)
 _sign = np.uint32(0x80000000)
-_lowest_float = np.float32(-np.inf)
+_lowest_float = np.float32(-3.4e38)
 _half = np.float32(0.5)
 _zero = np.float32(0.0)
 _one = np.float32(1.0)
 _tiny = np.float32(1.2e-38)  # below every weight but 0: exp(-87) is 1.6e-38
 
 
-def _jit(*fastmath: str) -> Any:
-    return numba.njit(nogil=True, error_model="numpy", fastmath=set(fastmath))
+def _jit(*fastmath: str) -> Callable[[_Function], _Function]:
+    decorator: Callable[[_Function], _Function] = numba.njit(nogil=True, error_model="numpy", fastmath=set(fastmath))
+    return decorator
 
 
 def _pointer_maker(element: Any, bits: Any) -> Any:
@@ -128,7 +132,7 @@ def _scan(x: Any, block_max: Any) -> Any:
 
 
 @_jit()
-def _first_with(x: Any, block_max: Any, key: Any) -> int:
+def _first_with(x: Any, block_max: Any, key: Any) -> Any:
     block = 0
     while block_max[block] != key:
         block += 1
@@ -193,17 +197,44 @@ def _fill_weights(x: Any, n: int, peak: Any, temperature: Any, floor: Any, weigh
 
 
 @_jit()
-def _collect_above(x: Any, block_max: Any, bound: Any, values: Any, ids: Any) -> int:
+def _collect_above(x: Any, block_max: Any, bound: Any, values: Any, ids: Any) -> Any:
     """Gather logits whose key reaches `bound`, and their ids, in id order, from the blocks that have any."""
-    n = 0
+    n: Any = 0
     for block in range(block_max.size):
         if block_max[block] >= bound:
             for i in range(block * BLOCK, min(x.size, (block + 1) * BLOCK)):
-                if _key_of(np.int32(bits_of(x[i]))) >= bound:
-                    values[n] = x[i]
-                    ids[n] = i
-                    n += 1
+                ids[n] = i
+                n += np.int64(_key_of(np.int32(bits_of(x[i]))) >= bound)
+    for j in range(n):
+        values[j] = x[ids[j]]
     return n
+
+
+@_jit()
+def _count_reaching(x: Any, bound: Any) -> Any:
+    count = np.int32(0)
+    for i in range(x.size):
+        count = np.int32(count + np.int32(x[i] >= bound))
+    return count
+
+
+@_jit()
+def _bound_for_count(x: Any, k: int, peak: Any, temperature: Any) -> Any:
+    """A key that holds at least k logits above it and few more, or all that weigh anything."""
+    depth = np.float64(_lowest) * np.float64(temperature)
+    low = np.float32(np.float64(peak) + depth - 1e-6 * (abs(np.float64(peak)) - depth))
+    low = max(low, _lowest_float)
+    high = peak
+    for _ in range(_MAX_PASSES):
+        middle = np.float32(_half * low + _half * high)
+        count = _count_reaching(x, middle)
+        if count < k:
+            high = middle
+        else:
+            low = middle
+            if count <= k + k // 2 + _FEW:
+                break
+    return _key_of(np.int32(bits_of(low)))
 
 
 @_jit()
@@ -303,13 +334,12 @@ def _least(values: Any, weights: Any, n: int) -> Any:
 
 
 @_jit()
-def _last_kept(values: Any, weights: Any, n: int, peak: Any, by_mass: bool, target: float, scratch: Any) -> Any:
+def _last_kept(values: Any, weights: Any, n: int, low: Any, peak: Any, by_mass: bool, target: float, scratch: Any) -> Any:
     """The place, by falling logit and then rising place, where the running sum of weights (or, not by_mass, of ones) reaches `target`.
 
-    Bisection by logit until few are left, then an exact cut among these.
+    Bisection by logit, between `low` (known to be enough) and the peak, until few are left, then an exact cut among these.
     """
     histogram, keys, ids, near_weights = scratch
-    low = _least(values, weights, n)
     high = np.float32(np.inf)
     count_low = _count_from(values, weights, n, low)
     count_high = np.int32(0)
@@ -327,7 +357,7 @@ def _last_kept(values: Any, weights: Any, n: int, peak: Any, by_mass: bool, targ
             high = middle
             count_high = count
             before = reached
-    found = 0
+    found: Any = 0
     for start in range(0, n, _STRIP):
         stop = min(n, start + _STRIP)
         if stop < n and not _any_between(values, start, start + _STRIP, low, high):
@@ -339,6 +369,14 @@ def _last_kept(values: Any, weights: Any, n: int, peak: Any, by_mass: bool, targ
         keys[j] = _key_of(np.int32(bits_of(values[ids[j]])))
         near_weights[j] = weights[ids[j]] if by_mass else _one
     return _cut(keys, ids, near_weights, found, target - before, histogram)
+
+
+@_jit()
+def _enough_for_mass(n: int, peak: Any, temperature: Any, top_p: Any, total: float) -> Any:
+    """A logit that all of top-p's tokens reach: n tokens that each weigh less than (1 - top_p) * total / n are not needed."""
+    negligible = 0.999 * (1.0 - np.float64(top_p)) * total / n
+    depth = np.float64(temperature) * math.log(negligible)
+    return np.float32(np.float64(peak) + depth - 1e-6 * (abs(np.float64(peak)) + abs(depth)))
 
 
 @_jit("reassoc")
@@ -355,23 +393,33 @@ def _drop_after(values: Any, weights: Any, n: int, last: int) -> float:
 
 @_jit()
 def _draw_filtered(
-    x: Any, block_max: Any, peak: Any, temperature: Any, k: int, top_p: Any, min_p: Any, uniform: float, gathered: Any, scratch: Any
-) -> int:
+    x: Any, block_max: Any, peak: Any, temperature: Any, k: Any, top_p: Any, min_p: Any, uniform: float, gathered: Any, scratch: Any
+) -> Any:
     """min_p, then top-k, then top-p, then the inverse CDF in token id order over what is left."""
     values, ids, weights = gathered
     floor = max(min_p, _tiny)
-    gathers = 0 < k <= block_max.size
+    gathers = k > 0
     if gathers:
-        n = _collect_above(x, block_max, _kth_bound(block_max, k, scratch), values, ids)
+        bound = _kth_bound(block_max, k, scratch) if k <= block_max.size else _bound_for_count(x, k, peak, temperature)
+        n = _collect_above(x, block_max, bound, values, ids)
     else:
         n = x.size
+    total = _fill_weights(values if gathers else x, n, peak, temperature, floor, weights)
+    if not gathers and top_p < _one:
+        low = _enough_for_mass(n, peak, temperature, top_p, total)
+        if _count_reaching(x, low) < n // 2:
+            gathers = True
+            n = _collect_above(x, block_max, _key_of(np.int32(bits_of(low))), values, ids)
+            for j in range(n):
+                weights[j] = weights[ids[j]]
+    if not gathers:
         values = x
-    total = _fill_weights(values, n, peak, temperature, floor, weights)
     if 0 < k < n and _count_from(values, weights, n, _lowest_float) > k:
-        last = _last_kept(values, weights, n, peak, False, np.float64(k), scratch)
+        last = _last_kept(values, weights, n, _least(values, weights, n), peak, False, np.float64(k), scratch)
         total = _drop_after(values, weights, n, last)
     if top_p < _one:
-        last = _last_kept(values, weights, n, peak, True, np.float64(top_p) * total, scratch)
+        low = _enough_for_mass(n if k > 0 else x.size, peak, temperature, top_p, total)
+        last = _last_kept(values, weights, n, low, peak, True, np.float64(top_p) * total, scratch)
         total = _drop_after(values, weights, n, last)
     place = _draw_weights(weights, n, uniform * total)
     return np.int64(ids[place]) if gathers else place
@@ -555,7 +603,7 @@ def _penalties_body(arguments: int) -> None:
 
 @functools.cache
 def _sample_kernel() -> Kernel:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True)
     def sample(arguments):  # type: ignore[no-untyped-def]
         _sample_body(arguments)
 
@@ -564,7 +612,7 @@ def _sample_kernel() -> Kernel:
 
 @functools.cache
 def _logprobs_kernel() -> Kernel:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True)
     def logprobs(arguments):  # type: ignore[no-untyped-def]
         _logprobs_body(arguments)
 
@@ -573,7 +621,7 @@ def _logprobs_kernel() -> Kernel:
 
 @functools.cache
 def _penalties_kernel() -> Kernel:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True)
     def penalties(arguments):  # type: ignore[no-untyped-def]
         _penalties_body(arguments)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import runpy
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ def main() -> int:
     def launch_engine(config: Any) -> Any:
         if "start_failure" in fields:
             raise RuntimeError(fields["start_failure"])
+        if "start_hangs" in fields:
+            print("loading", flush=True)
+            time.sleep(60)
         return fake_engine["FakeEngine"](**fields)
 
     process = types.ModuleType("octavo.runtime.process")

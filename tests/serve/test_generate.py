@@ -37,6 +37,12 @@ def test_length_and_null_length(served):
     assert served.engine.calls[1].params.max_tokens == CONTEXT - 1
 
 
+def test_null_is_as_if_not_sent(served):
+    body = {"text": "a", "stream": None, "return_logprob": None, "rid": None, "sampling_params": {"temperature": None, "n": None}}
+    assert served.post("/generate", **body).json()["text"] == "Hello wörld!"
+    assert served.engine.calls[0].params.temperature == 1.0
+
+
 def test_batch_with_params_of_their_own(served):
     params = [{"max_new_tokens": 1}, {"max_new_tokens": 2, "temperature": 0, "sampling_seed": 3, "stop": ["zz"], "min_new_tokens": 1}]
     results = served.post("/generate", text=["a", "b"], sampling_params=params, rid="job").json()

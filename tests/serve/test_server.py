@@ -159,3 +159,15 @@ def test_a_start_that_fails_says_why():
     )
     assert ended.returncode == 1
     assert ended.stderr.strip().splitlines()[-1] == "octavo serve: no such model"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads(number):
+    with subprocess.Popen(
+        _command({"start_hangs": True}, "--port", "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as popen:
+        assert popen.stdout is not None
+        assert popen.stdout.readline() == "loading\n"
+        popen.send_signal(number)
+        assert popen.wait(5) == 0
+        assert "Traceback" not in popen.communicate()[1]

@@ -1,0 +1,94 @@
+"""EngineConfig: every engine option and its default, once. Frozen; `resolve` gives another. Knows no HTTP and loads no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Policy = Literal["fcfs", "lpm"]
+
+_CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "schedule_policy": ("fcfs", "lpm"),
+}
+_AT_LEAST_ONE = (
+    "max_total_tokens",
+    "max_running_requests",
+    "max_queued_requests",
+    "chunked_prefill_size",
+    "page_size",
+    "context_length",
+    "num_threads",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of one engine, named as SGLang's flags. None means "worked out at start". Raises ValueError naming flag, value and remedy."""
+
+    model_path: str | None = None  # folder, GGUF file or hub id; None: the embedded default model
+    tokenizer_path: str | None = None
+    revision: str | None = None
+    chat_template: str | None = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"  # auto: the checkpoint's, bfloat16 for GGUF
+    context_length: int | None = None  # None: the model's own
+    mem_fraction_static: float | None = None  # of the device's memory for weights and KV; None: 0.88 on CUDA, 0.5 on the CPU
+    max_total_tokens: int | None = None  # size of the KV pool; None: what mem_fraction_static leaves
+    max_running_requests: int = 256
+    max_queued_requests: int | None = None
+    chunked_prefill_size: int | None = None  # tokens a step computes at most; None: 2048 on CUDA, 256 on the CPU
+    page_size: int = 16
+    schedule_policy: Policy = "fcfs"
+    disable_radix_cache: bool = False
+    max_radix_cache_len: int | None = None  # cap on evictable cached tokens
+    random_seed: int | None = None
+    num_threads: int | None = None  # compute threads on the CPU; None: the cores this process may use
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{_flag(name)} {value!r} is not valid: give a whole number of at least 1")
+        fraction = self.mem_fraction_static
+        if fraction is not None and not 0 < fraction < 1:
+            raise ValueError(f"--mem-fraction-static {fraction!r} is not valid: give a number between 0 and 1, such as 0.85")
+        cached = self.max_radix_cache_len
+        if cached is not None and cached < 0:
+            raise ValueError(f"--max-radix-cache-len {cached!r} is not valid: give 0 or more tokens")
+        if cached and self.disable_radix_cache:
+            raise ValueError(f"--max-radix-cache-len {cached} and --disable-radix-cache contradict each other: leave one out")
+        if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
+            raise ValueError(
+                f"--max-total-tokens {self.max_total_tokens} is less than one page (--page-size {self.page_size}): raise one or lower the other"
+            )
+        if self.max_total_tokens is not None and self.mem_fraction_static is not None:
+            raise ValueError("--max-total-tokens and --mem-fraction-static both size the KV pool: give one of them")
+
+    def resolve(self, *, device: Literal["cpu", "cuda"]) -> EngineConfig:
+        """The same options with what depends on the device filled in."""
+        on_cpu = device == "cpu"
+        return replace(
+            self,
+            device=device,
+            chunked_prefill_size=self.chunked_prefill_size or (256 if on_cpu else 2048),
+            num_threads=self.num_threads or len(os.sched_getaffinity(0)),
+        )
+
+    @property
+    def memory_fraction(self) -> float:
+        """`mem_fraction_static`, or the device's default."""
+        if self.mem_fraction_static is not None:
+            return self.mem_fraction_static
+        return 0.88 if self.device == "cuda" else 0.5
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

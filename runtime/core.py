@@ -1,0 +1,194 @@
+"""EngineCore: one step after another: schedule, compute, sample, hand out. Synchronous; knows no threads, sockets or text."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .admission import EngineLimits, admit
+from .batch import Batch
+from .config import EngineConfig
+from .errors import RequestRefused
+from .model_runner import ModelRunner
+from .outputs import FinishReason, TokenLogprob, TokenOutput
+from .page_allocator import PageAllocator
+from .radix_cache import RadixCache
+from .request import Request
+from .sampler import Sampler, SampleRow, prompt_logprobs
+from .sampling_params import SamplingParams
+from .scheduler import QueueFull, Scheduler, SchedulerLimits
+
+_MIXED_CHUNK = {"cpu": 32, "cuda": 512}
+_RATE_WINDOW_S = 10.0
+
+
+class EngineCore:
+    """A scheduler, a model runner and a sampler, and the step that joins them. Used by one thread."""
+
+    def __init__(self, config: EngineConfig, runner: ModelRunner) -> None:
+        assert config.chunked_prefill_size is not None
+        self.config = config
+        self.runner = runner
+        self.limits = EngineLimits(runner.context_length, runner.pool.num_tokens, runner.model_config.vocab_size)
+        allocator = PageAllocator(runner.pool.num_pages)
+        cache = RadixCache(
+            config.page_size, allocator.free, max_evictable_tokens=config.max_radix_cache_len, enabled=not config.disable_radix_cache
+        )
+        limits = SchedulerLimits(
+            max_running_requests=config.max_running_requests,
+            max_queued_requests=config.max_queued_requests,
+            chunk_tokens=config.chunked_prefill_size,
+            mixed_chunk_tokens=_MIXED_CHUNK[runner.device.type],
+            policy=config.schedule_policy,
+        )
+        self.scheduler = Scheduler(allocator, cache, limits)
+        self.sampler = Sampler(device=runner.device, random_seed=config.random_seed)
+        self.num_steps = 0
+        self._prompt_logprobs: dict[str, dict[int, TokenLogprob]] = {}
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        stop_token_ids: frozenset[int] = frozenset(),
+        namespace: str = "",
+        priority: int = 0,
+    ) -> None:
+        """Queue a request. `stop_token_ids` are all that end it (the model's end tokens included, unless ignored). Raises RequestRefused."""
+        max_tokens = admit(prompt, params, self.limits)
+        tokens = list(prompt)
+        request = Request(request_id, len(tokens), tokens, params, max_tokens, stop_token_ids, namespace=namespace, priority=priority)
+        try:
+            self.scheduler.add(request)
+        except QueueFull as error:
+            raise RequestRefused(str(error), status_code=503, code="queue_full") from error
+        except ValueError as error:
+            raise RequestRefused(str(error), param="rid") from error
+        self.sampler.add(request_id, params, tokens, tuple(stop_token_ids) if params.min_tokens else ())
+
+    def abort(self, request_id: str, finish: FinishReason) -> TokenOutput | None:
+        """End a request now. None when it is not here."""
+        request = self.scheduler.abort(request_id, finish)
+        if request is None:
+            return None
+        self._forget(request_id)
+        return TokenOutput(request_id, (), finish=finish, cached_tokens=request.cached_tokens or 0, num_retractions=request.num_retractions)
+
+    def abort_all(self, finish: FinishReason) -> list[TokenOutput]:
+        outputs = [self.abort(request.request_id, finish) for request in self.scheduler.requests]
+        return [output for output in outputs if output is not None]
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one batch and give what it made. Empty when nothing can run."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        logits = self.runner.forward(batch)
+        sampled_rows = self._take_prompt_logprobs(batch, logits)
+        rows = [row.request for row in batch.rows if row.samples]
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
+        if rows:
+            wanted = logits if len(sampled_rows) == logits.shape[0] else logits[sampled_rows]
+            result = self.sampler.sample(wanted, [SampleRow(request.request_id, request.num_generated) for request in rows])
+            tokens, logprobs = list(result.token_ids), list(result.logprobs)
+        self.scheduler.commit(batch, tokens)
+        self.num_steps += 1
+        outputs = [self._output(request, token, logprob) for request, token, logprob in zip(rows, tokens, logprobs, strict=True)]
+        self._note_rate(len(tokens))
+        for output in outputs:
+            if output.finish is not None:
+                self._forget(output.request_id)
+        return outputs
+
+    def flush_cache(self) -> bool:
+        """Drop every cached prefix; False, and nothing dropped, while requests are here."""
+        if self.has_work:
+            return False
+        self.scheduler.cache.flush()
+        return True
+
+    def info(self) -> dict[str, Any]:
+        """Live figures, JSON-able."""
+        scheduler, cache, counters = self.scheduler, self.scheduler.cache, self.scheduler.counters
+        page = self.config.page_size
+        used = self.runner.pool.num_tokens - (scheduler.allocator.num_free + cache.num_evictable_pages) * page
+        return {
+            "num_running_reqs": len(scheduler.running),
+            "num_waiting_reqs": len(scheduler.waiting),
+            "num_used_tokens": used,
+            "max_total_num_tokens": self.runner.pool.num_tokens,
+            "token_usage": round(used / self.runner.pool.num_tokens, 4),
+            "num_evictable_cached_tokens": cache.num_evictable_pages * page,
+            "num_evicted_tokens": cache.num_evicted_pages * page,
+            "cache_hit_rate": round(counters.cached_tokens / counters.prompt_tokens, 4) if counters.prompt_tokens else 0.0,
+            "gen_throughput": round(self._rate(), 2),
+            "num_steps": self.num_steps,
+            **vars(counters),
+        }
+
+    def _take_prompt_logprobs(self, batch: Batch, logits: torch.Tensor) -> list[int]:
+        """Read off the log-probabilities of prompts that asked for them; gives the rows of `logits` that are to be sampled."""
+        at = 0
+        sampled: list[int] = []
+        for row in batch.rows:
+            request = row.request
+            scored = request.scored_positions(row.start, row.count)
+            if scored:
+                targets = torch.tensor([request.tokens[position + 1] for position in scored], device=logits.device)
+                found = prompt_logprobs(logits[at : at + len(scored)], targets, k=request.params.prompt_logprobs or 0)
+                by_position = self._prompt_logprobs.setdefault(request.request_id, {})
+                by_position.update((position + 1, logprob) for position, logprob in zip(scored, found, strict=True))
+                at += len(scored)
+            if row.samples:
+                sampled.append(at)
+                at += 1
+        return sampled
+
+    def _output(self, request: Request, token: int, logprob: TokenLogprob | None) -> TokenOutput:
+        produced = token >= 0 and request.max_tokens > 0
+        return TokenOutput(
+            request.request_id,
+            (token,) if produced else (),
+            logprobs=(logprob,) if produced and logprob is not None else (),
+            finish=request.finish,
+            cached_tokens=request.cached_tokens or 0,
+            prompt_logprobs=self._prompt_logprobs_of(request),
+            num_retractions=request.num_retractions,
+        )
+
+    def _prompt_logprobs_of(self, request: Request) -> tuple[TokenLogprob, ...]:
+        params = request.params
+        if params.prompt_logprobs is None or request.num_generated > 1:
+            return ()
+        by_position = self._prompt_logprobs.pop(request.request_id, {})
+        start = params.prompt_logprobs_start
+        first = (TokenLogprob(request.tokens[0], None),) if start == 0 else ()
+        return first + tuple(by_position[position] for position in range(max(start, 1), request.prompt_length))
+
+    def _forget(self, request_id: str) -> None:
+        self.sampler.remove(request_id)
+        self._prompt_logprobs.pop(request_id, None)
+
+    def _note_rate(self, tokens: int) -> None:
+        now = time.monotonic()
+        self._recent.append((now, tokens))
+        while self._recent[0][0] < now - _RATE_WINDOW_S:
+            self._recent.popleft()
+
+    def _rate(self) -> float:
+        """Tokens generated per second over the last seconds."""
+        now = time.monotonic()
+        recent = [(at, tokens) for at, tokens in self._recent if at > now - _RATE_WINDOW_S]
+        return sum(tokens for _, tokens in recent) / max(now - recent[0][0], 1e-3) if recent else 0.0

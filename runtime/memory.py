@@ -1,0 +1,116 @@
+"""Memory: how large the KV pool can be, and the budget table that says so. Knows sizes, not tensors' contents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from .config import EngineConfig
+
+_GIB = 1 << 30
+_HEADROOM = 0.9  # of what is free now: the rest is for activations, the allocator and other processes
+
+
+class OutOfMemoryPlan(ValueError):
+    """Weights and the smallest useful KV pool do not fit; the text says what to change and by how much."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of the device (for the CPU, of the machine or the container) and how many are free now."""
+
+    name: str
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What goes where, in bytes; `num_tokens` is the KV pool's size."""
+
+    device: DeviceMemory
+    weights: int
+    workspace: int
+    kv_per_token: int
+    kv_dtype: str
+    num_tokens: int
+    fraction: float | None
+
+    def table(self) -> str:
+        """The budget for people, with the flags that move it."""
+        kv = self.num_tokens * self.kv_per_token
+        left = self.device.free - self.workspace - kv
+        rows = (
+            ("weights (loaded)", self.weights, ""),
+            ("workspace", self.workspace, "activations of one step"),
+            ("KV cache", kv, f"{self.num_tokens:,} tokens of {self.kv_per_token / 1024:.1f} KiB ({self.kv_dtype})"),
+            ("left", left, f"of {self.device.total / _GIB:.2f} GiB"),
+        )
+        lines = [f"Memory of {self.device.name}:"]
+        lines += [f"  {name:<17}{size / _GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows]
+        how = "--max-total-tokens" if self.fraction is None else f"--mem-fraction-static {self.fraction:g}"
+        lines.append(f"  The KV cache follows {how}: raise it to hold more tokens, lower it to leave more memory to others.")
+        return "\n".join(lines)
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """Read the device's memory now."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceMemory(torch.cuda.get_device_name(device), total, free)
+    machine = psutil.virtual_memory()
+    limit, used = _container_memory()
+    if limit is not None and limit < machine.total:
+        return DeviceMemory("this container", limit, min(machine.available, limit - used))
+    return DeviceMemory("this machine", machine.total, machine.available)
+
+
+def _container_memory() -> tuple[int | None, int]:
+    """The cgroup's memory limit and use (version 2, then 1); None without a limit."""
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return int(Path(limit_file).read_text()), int(Path(used_file).read_text())
+        except (OSError, ValueError):
+            continue
+    return None, 0
+
+
+def plan_memory(
+    config: EngineConfig, *, device: DeviceMemory, weights: int, workspace: int, kv_per_token: int, kv_dtype: str, context_length: int
+) -> MemoryBudget:
+    """Size the KV pool, in whole pages. Raises OutOfMemoryPlan when what was asked for, or one page, does not fit."""
+    room = int(device.free * _HEADROOM) - workspace
+    page = config.page_size
+    if config.max_total_tokens is not None:
+        tokens, fraction = config.max_total_tokens // page * page, None
+        if tokens * kv_per_token > room:
+            raise OutOfMemoryPlan(
+                f"--max-total-tokens {config.max_total_tokens} needs {tokens * kv_per_token / _GIB:.2f} GiB of KV cache and {device.name} has "
+                f"{room / _GIB:.2f} GiB to give: lower it to at most {room // kv_per_token // page * page}"
+            )
+    else:
+        fraction = config.memory_fraction
+        budget = int(device.total * fraction) - weights - workspace
+        if budget < page * kv_per_token:
+            least = (weights + workspace + page * kv_per_token) / device.total
+            raise OutOfMemoryPlan(
+                f"weights ({weights / _GIB:.2f} GiB) and workspace ({workspace / _GIB:.2f} GiB) leave no KV cache within "
+                f"--mem-fraction-static {fraction:g} of {device.total / _GIB:.2f} GiB: raise it above {min(least + 0.01, 0.99):.2f}, or use a smaller model"
+            )
+        if config.mem_fraction_static is not None and budget > room:
+            raise OutOfMemoryPlan(
+                f"--mem-fraction-static {fraction:g} asks for {budget / _GIB:.2f} GiB of KV cache and {device.name} has {room / _GIB:.2f} GiB to give: "
+                f"lower it to at most {(weights + workspace + room) / device.total:.2f}"
+            )
+        # More than every running request at full context can never be in use at once.
+        useful = config.max_running_requests * context_length
+        tokens = min(min(budget, room) // kv_per_token, useful) // page * page
+    if tokens < page:
+        raise OutOfMemoryPlan(f"{device.name} has {device.free / _GIB:.2f} GiB free, not enough for one page of KV cache: free some memory")
+    return MemoryBudget(device, weights, workspace, kv_per_token, kv_dtype, tokens, fraction)

@@ -1,0 +1,129 @@
+"""ModelRunner: device memory: the model, its KV pool and its workspace. Knows no queue, no request's life and no socket."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from ..quant.checkpoint.hf_config import read_config
+from ..quant.checkpoint.open_reader import open_reader
+from ..quant.checkpoint.resolve import ModelFiles
+from .batch import Batch
+from .config import EngineConfig
+from .forward_batch import make_forward_batch
+from .kv_pool import KVPool, kv_bytes_per_token
+from .memory import MemoryBudget, device_memory, plan_memory
+from .models.config import ModelConfig
+from .models.llama import LlamaModel
+from .weights import WeightSource
+
+logger = logging.getLogger("octavo.runtime")
+
+
+class ModelRunner:
+    """Loads a model and computes batches. One thread at a time."""
+
+    def __init__(self, config: EngineConfig, files: ModelFiles, *, show_progress: bool = True) -> None:
+        """`config` is resolved. Raises CheckpointError, UnsupportedModel, OutOfMemoryPlan or ValueError with the remedy."""
+        started = time.perf_counter()
+        self.device = choose_device(config)
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.num_threads or 1)
+        self.model_config = model = ModelConfig.from_hf(read_config(files))
+        self.context_length = _context_length(config, model)
+        self.dtype = _weight_dtype(config, files, model)
+        activation_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        with torch.inference_mode():
+            source = WeightSource(
+                open_reader(files),
+                weight_dtype=self.dtype,
+                activation_dtype=activation_dtype,
+                device=self.device,
+                show_progress=show_progress,
+            )
+            with source:
+                self.model = LlamaModel(model, source, max_position=self.context_length)
+            if source.unread:
+                logger.warning("%d tensors of the checkpoint are not used, the first is %s", len(source.unread), source.unread[0])
+            assert config.chunked_prefill_size is not None
+            self._workspace = self.model.make_workspace(config.chunked_prefill_size + config.max_running_requests)
+            self.budget = self._plan(config)
+            self.pool = KVPool(
+                num_pages=self.budget.num_tokens // config.page_size,
+                page_size=config.page_size,
+                num_layers=model.num_layers,
+                num_kv_heads=model.num_kv_heads,
+                head_dim=model.head_dim,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        self.load_seconds = time.perf_counter() - started
+        logger.info("%s", self.budget.table())
+        logger.info("Linear layers: %s", ", ".join(f"{count} on {name}" for name, count in self.kernels_in_use().items()))
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits of a batch, float32 [R, vocab_size], in the order that ForwardBatch.logits_rows describes."""
+        model = self.model_config
+        forward_batch = make_forward_batch(
+            batch,
+            page_size=self.pool.page_size,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            device=self.device,
+        )
+        return self.model.forward(forward_batch, self.pool, self._workspace)
+
+    def kernels_in_use(self) -> dict[str, int]:
+        """How many linear layers run on which kernel."""
+        counts: dict[str, int] = {}
+        for linear in self.model.linears:
+            counts[linear.kernel.name] = counts.get(linear.kernel.name, 0) + 1
+        return counts
+
+    def _plan(self, config: EngineConfig) -> MemoryBudget:
+        model = self.model_config
+        logits = config.max_running_requests * model.vocab_size * 4 * 2
+        return plan_memory(
+            config,
+            device=device_memory(self.device),
+            weights=self.model.weight_bytes + self.model.cos_sin.nbytes,
+            workspace=self._workspace.nbytes + logits,
+            kv_per_token=kv_bytes_per_token(
+                num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=self.dtype
+            ),
+            kv_dtype=str(self.dtype).removeprefix("torch."),
+            context_length=self.context_length,
+        )
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """The device that `--device` means here. Raises ValueError when it asks for CUDA and there is none."""
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build of torch and its driver")
+    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+
+
+def _context_length(config: EngineConfig, model: ModelConfig) -> int:
+    longest = model.max_position
+    scaling = model.rope.scaling
+    if model.rope.type in ("linear", "dynamic", "yarn") and longest == model.rope.original_max_position:
+        longest = int(longest * float(scaling["factor"]))
+    if config.context_length is None:
+        return longest
+    if config.context_length > longest:
+        raise ValueError(f"--context-length {config.context_length} is beyond the model's {longest} positions: give at most {longest}")
+    return config.context_length
+
+
+def _weight_dtype(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    if files.kind == "gguf":
+        return torch.bfloat16
+    stored = (model.stored_dtype or "float32").removeprefix("torch.")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(stored, torch.bfloat16)

@@ -1,0 +1,288 @@
+"""Sampler: the sampling state of every request, and tokens for rows of logits. Knows no model, no schedule and no stop condition.
+
+The random number of a row depends on (seed, step) alone, so a seed gives the same text whatever else is in the batch, in whatever
+order, and a retracted request goes on as if nothing had happened. Stages that no row needs are skipped.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+
+from ..kernels.sampling import PenaltyRows, TokenCounts, add_to_logits, apply_penalties, greedy_tokens, sample_tokens, top_logprobs
+from .outputs import TokenLogprob
+from .sampling_params import SamplingParams
+
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+_PROMPT_CHUNK_LOGITS: Final = 1 << 23  # 32 MiB of float32 at a time
+
+
+class SampleRow(NamedTuple):
+    """One row of logits: whose it is, and how many tokens that request has generated before it."""
+
+    request_id: str
+    step: int
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """One entry a row. A token id of -1 means that the row held no distribution (NaN, +inf, or every token forbidden).
+
+    `logprobs` is None for rows that did not ask, and for rows without a token.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+
+
+def uniform_numbers(seeds: np.ndarray[tuple[int], np.dtype[np.uint64]], steps: Sequence[int]) -> torch.Tensor:
+    """float64 in [0, 1) for each (seed, step): SplitMix64 (Steele, Lea, Flood 2014) as a hash, its top 53 bits.
+
+    The seed is mixed once before the step is added, so that near seeds are no shifted copies of one stream.
+    """
+    counter = np.asarray(steps, dtype=np.uint64) + np.uint64(1)
+    mixed = _mix(_mix(seeds + _GOLDEN) + counter * _GOLDEN)
+    return torch.from_numpy((mixed >> np.uint64(11)) * 2.0**-53)
+
+
+def _mix(z: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class _History:
+    """What one penalised request has generated, and the counts that follow from it."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        self.counts = TokenCounts(prompt_ids)
+        self._generated: list[int] = []
+
+    def prepare(self, row: SampleRow) -> None:
+        """Make the counts those of `row.step`: tokens from there on are forgotten, for they are about to be sampled anew."""
+        if row.step > len(self._generated):
+            raise ValueError(
+                f"request {row.request_id!r} is at step {row.step}, but only {len(self._generated)} tokens were sampled for it"
+            )
+        while len(self._generated) > row.step:
+            self.counts.forget(self._generated.pop())
+
+    def record(self, token: int) -> None:
+        self._generated.append(token)
+        self.counts.add(token)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One request's wishes in the form a step wants them."""
+
+    params: SamplingParams
+    seed: int
+    forbidden_until_min: tuple[int, ...]
+    history: _History | None  # None when no penalty needs it
+    bias: tuple[tuple[int, float], ...]
+
+
+class _Edits(NamedTuple):
+    """Additions to the logits: see `add_to_logits`."""
+
+    rows: torch.Tensor
+    token_ids: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass
+class _Plan:
+    """Everything that stays the same while the same requests stand in the same rows."""
+
+    request_ids: list[str]
+    temperature: torch.Tensor | None  # None when all rows are greedy
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+    min_p: torch.Tensor | None
+    seeds: np.ndarray[tuple[int], np.dtype[np.uint64]]
+    penalties: PenaltyRows | None
+    histories: list[tuple[_History, list[int]]]  # and the rows of its request
+    min_tokens: list[tuple[int, int]]  # (row, min_tokens) of rows that forbid tokens for a while
+    biased: list[int]
+    logprob_rows: list[int]
+    logprob_index: torch.Tensor
+    num_logprobs: list[int]
+    no_logprobs: list[TokenLogprob | None]
+    forbidding: list[int] | None = None  # rows that `edits` was made for
+    edits: _Edits | None = None
+
+
+class Sampler:
+    """Samples for the requests that were added. Not thread-safe: one engine loop owns it."""
+
+    def __init__(self, *, device: torch.device | str = "cpu", random_seed: int | None = None) -> None:
+        """`random_seed` seeds the generator from which requests without a seed draw theirs; None takes it from the system."""
+        self._device = torch.device(device)
+        self._generator = random.Random(random_seed)
+        self._requests: dict[str, _Request] = {}
+        self._plan: _Plan | None = None
+
+    def add(self, request_id: str, params: SamplingParams, prompt_ids: Sequence[int], forbidden_until_min: tuple[int, ...]) -> None:
+        """Take up a request. `forbidden_until_min` cannot come before params.min_tokens tokens were generated (eos, stop ids)."""
+        if request_id in self._requests:
+            raise ValueError(f"request {request_id!r} is already being sampled: remove it first")
+        repeats = params.repetition_penalty != 1.0
+        penalised = repeats or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+        self._requests[request_id] = _Request(
+            params=params,
+            seed=(self._generator.getrandbits(64) if params.seed is None else params.seed) % 2**64,
+            forbidden_until_min=tuple(forbidden_until_min) if params.min_tokens > 0 else (),
+            history=_History(prompt_ids if repeats else ()) if penalised else None,
+            bias=tuple(params.logit_bias.items()),
+        )
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request; KeyError if it was never added. A retracted request stays."""
+        del self._requests[request_id]
+        if self._plan is not None and request_id in self._plan.request_ids:
+            self._plan = None
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> SampleResult:
+        """One token for each row of logits float32 [B, V], which may be overwritten.
+
+        A request may stand in several rows, by rising step; its penalties then see what was sampled before this call, and all
+        its tokens are taken to follow each other. Sampling an earlier step again forgets what came after. Raises KeyError for an
+        unknown request and ValueError for a step that lies beyond what a penalised request has been sampled for.
+        """
+        if len(rows) != logits.shape[0]:
+            raise ValueError(f"{logits.shape[0]} rows of logits, but {len(rows)} rows to sample")
+        if not rows:
+            return SampleResult([], [])
+        plan = self._plan_for(rows)
+        raw = self._raw_rows(logits, plan)
+        self._edit(logits, plan, rows)
+        if plan.temperature is None:
+            tokens = greedy_tokens(logits)
+        else:
+            uniform = uniform_numbers(plan.seeds, [row.step for row in rows]).to(self._device)
+            tokens = sample_tokens(logits, plan.temperature, top_k=plan.top_k, top_p=plan.top_p, min_p=plan.min_p, uniform=uniform)
+        token_ids: list[int] = tokens.tolist()
+        for history, indices in plan.histories:
+            for index in indices:
+                if token_ids[index] >= 0:
+                    history.record(token_ids[index])
+        return SampleResult(token_ids, plan.no_logprobs.copy() if raw is None else _logprobs(raw, token_ids, plan))
+
+    def _plan_for(self, rows: Sequence[SampleRow]) -> _Plan:
+        request_ids = [row.request_id for row in rows]
+        if self._plan is None or self._plan.request_ids != request_ids:
+            self._plan = _make_plan(request_ids, [self._requests[request_id] for request_id in request_ids], self._device)
+        return self._plan
+
+    def _raw_rows(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
+        """The logits to report log-probabilities of; a copy where something is about to change them."""
+        if not plan.logprob_rows:
+            return None
+        changes = plan.penalties is not None or plan.biased or plan.min_tokens
+        if len(plan.logprob_rows) == logits.shape[0]:
+            return logits.clone() if changes else logits
+        return logits.index_select(0, plan.logprob_index)
+
+    def _edit(self, logits: torch.Tensor, plan: _Plan, rows: Sequence[SampleRow]) -> None:
+        """Penalties, then biases and forbidden tokens."""
+        if plan.penalties is not None:
+            for history, indices in plan.histories:
+                history.prepare(rows[indices[0]])
+            apply_penalties(logits, plan.penalties)
+        if plan.min_tokens or plan.biased:
+            forbidding = [index for index, min_tokens in plan.min_tokens if rows[index].step < min_tokens]
+            if plan.forbidding != forbidding:
+                plan.forbidding = forbidding
+                plan.edits = self._make_edits(plan, forbidding)
+            if plan.edits is not None:
+                add_to_logits(logits, *plan.edits)
+
+    def _make_edits(self, plan: _Plan, forbidding: list[int]) -> _Edits | None:
+        entries = [(row, token, bias) for row in plan.biased for token, bias in self._requests[plan.request_ids[row]].bias]
+        for row in forbidding:
+            entries += [(row, token, -torch.inf) for token in self._requests[plan.request_ids[row]].forbidden_until_min]
+        if not entries:
+            return None
+        places, tokens, values = zip(*entries, strict=True)
+        return _Edits(
+            torch.tensor(places, device=self._device),
+            torch.tensor(tokens, device=self._device),
+            torch.tensor(values, dtype=torch.float32, device=self._device),
+        )
+
+
+def _make_plan(request_ids: list[str], requests: list[_Request], device: torch.device) -> _Plan:
+    params = [request.params for request in requests]
+    drawn = [p for p in params if not p.is_greedy]
+    penalised = [(row, r.params, r.history) for row, r in enumerate(requests) if r.history is not None]
+    rows_of: dict[int, tuple[_History, list[int]]] = {}
+    for row, _, history in penalised:
+        rows_of.setdefault(id(history), (history, []))[1].append(row)
+    logprob_rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+
+    def column(values: list[float] | list[int], dtype: torch.dtype, *, needed: bool) -> torch.Tensor | None:
+        return torch.tensor(values, dtype=dtype, device=device) if needed else None
+
+    return _Plan(
+        request_ids=request_ids,
+        temperature=column([0.0 if p.is_greedy else p.temperature for p in params], torch.float32, needed=bool(drawn)),
+        top_k=column([_int32(p.top_k) for p in params], torch.int32, needed=any(p.top_k > 0 for p in drawn)),
+        top_p=column([p.top_p for p in params], torch.float32, needed=any(p.top_p < 1 for p in drawn)),
+        min_p=column([p.min_p for p in params], torch.float32, needed=any(p.min_p > 0 for p in drawn)),
+        seeds=np.array([request.seed for request in requests], dtype=np.uint64),
+        penalties=PenaltyRows(
+            [row for row, _, _ in penalised],
+            [history.counts for _, _, history in penalised],
+            [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, _ in penalised],
+        )
+        if penalised
+        else None,
+        histories=list(rows_of.values()),
+        min_tokens=[(row, r.params.min_tokens) for row, r in enumerate(requests) if r.forbidden_until_min],
+        biased=[row for row, request in enumerate(requests) if request.bias],
+        logprob_rows=logprob_rows,
+        logprob_index=torch.tensor(logprob_rows, dtype=torch.int64, device=device),
+        num_logprobs=[params[row].logprobs or 0 for row in logprob_rows],
+        no_logprobs=[None] * len(params),
+    )
+
+
+def _int32(top_k: int) -> int:
+    """A top_k that fits its tensor: beyond 31 bits no vocabulary is that large, so the filter is off."""
+    return top_k if top_k < 2**31 else 0
+
+
+def _logprobs(raw: torch.Tensor, token_ids: list[int], plan: _Plan) -> list[TokenLogprob | None]:
+    result = plan.no_logprobs.copy()
+    chosen = [token_ids[row] for row in plan.logprob_rows]
+    reported = _token_logprobs(raw, torch.tensor([max(token, 0) for token in chosen], device=raw.device), plan.num_logprobs)
+    for row, token, logprob in zip(plan.logprob_rows, chosen, reported, strict=True):
+        result[row] = logprob if token >= 0 else None
+    return result
+
+
+def _token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, ks: Sequence[int]) -> list[TokenLogprob]:
+    """For each row the given token and the `ks[row]` best; fewer where the vocabulary has fewer."""
+    values, top_ids, tops = top_logprobs(logits, token_ids, k=min(max(ks), logits.shape[1]))
+    rows = zip(token_ids.tolist(), values.tolist(), top_ids.tolist(), tops.tolist(), ks, strict=True)
+    return [TokenLogprob(token, value, tuple(zip(ids[:k], best[:k], strict=True))) for token, value, ids, best, k in rows]
+
+
+def prompt_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, k: int) -> tuple[TokenLogprob, ...]:
+    """Log-probability of each target under its row, and the k best of the row. logits [T, V] of any float dtype, targets int64 [T].
+
+    Row t predicts targets[t]: the first prompt token has no row, and the caller gives it TokenLogprob(id, None). Rows are taken
+    in chunks, so that no second tensor of the size of `logits` is made.
+    """
+    chunk = max(1, _PROMPT_CHUNK_LOGITS // logits.shape[1])
+    result: list[TokenLogprob] = []
+    for start in range(0, logits.shape[0], chunk):
+        part = logits[start : start + chunk].float()
+        result += _token_logprobs(part, targets[start : start + chunk], [k] * part.shape[0])
+    return tuple(result)

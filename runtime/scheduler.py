@@ -1,0 +1,311 @@
+"""Scheduler: who runs next, and on which pages. Plain integers: knows no tensors, no text, no sockets.
+
+One rule covers prefill and decode: a request has `num_pending` tokens that are known but not computed, and each step
+computes some of them within a budget. Requests that decode have one and go first, so a long prompt never stalls them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .batch import Batch, BatchRow
+from .outputs import FinishReason
+from .page_allocator import PageAllocator
+from .radix_cache import Match, RadixCache
+from .request import Request
+
+SchedulePolicy = Literal["fcfs", "lpm"]
+LPM_LIMIT = 128  # longest-prefix matching asks the tree about every waiting request, so beyond this it gives way to fcfs
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """`chunk_tokens` is the most prompt tokens a step computes.
+
+    While n requests decode it is `max(mixed_chunk_tokens, 2 * n)` if that is less: a step then takes at most about three times
+    as long as it would without the prompt, where arithmetic bounds it.
+    """
+
+    max_running_requests: int
+    max_queued_requests: int | None
+    chunk_tokens: int
+    mixed_chunk_tokens: int
+    policy: SchedulePolicy = "fcfs"
+
+    def prompt_tokens(self, *, decoding: int) -> int:
+        """Prompt tokens for a step in which `decoding` requests decode."""
+        if decoding == 0:
+            return self.chunk_tokens
+        return min(self.chunk_tokens, max(self.mixed_chunk_tokens, 2 * decoding))
+
+
+@dataclass
+class SchedulerCounters:
+    """Totals since the start, in tokens or requests."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
+    retractions: int = 0
+
+
+class QueueFull(RuntimeError):
+    """The waiting queue is at its bound."""
+
+
+class Scheduler:
+    """Owns the waiting queue, the running list and, through allocator and tree, every page."""
+
+    def __init__(self, allocator: PageAllocator, cache: RadixCache, limits: SchedulerLimits) -> None:
+        self.allocator = allocator
+        self.cache = cache
+        self.limits = limits
+        self.counters = SchedulerCounters()
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._requests: dict[str, Request] = {}
+        self._arrivals = 0
+
+    # -- requests in and out ---------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises QueueFull, or ValueError for an id that is already here."""
+        bound = self.limits.max_queued_requests
+        if bound is not None and len(self.waiting) >= bound:
+            raise QueueFull(
+                f"the request queue is full ({len(self.waiting)} of {bound} waiting): try again later or raise --max-queued-requests"
+            )
+        if request.request_id in self._requests:
+            raise ValueError(f"request id {request.request_id!r} is already in flight")
+        self._arrivals += 1
+        request.arrival = self._arrivals
+        self._requests[request.request_id] = request
+        self._enqueue(request)
+
+    def abort(self, request_id: str, finish: FinishReason) -> Request | None:
+        """End a request now, wherever it is. None when it is not here (already finished, or never came)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        if request in self.running:
+            self._end(request, finish)
+        else:
+            self.waiting.remove(request)
+            self._forget(request, finish)
+        self.counters.aborted += 1
+        return request
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        return list(self._requests.values())
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        """Choose the rows of the next step and give them pages. None when nothing can or need run."""
+        rows: list[BatchRow] = []
+        for request in [r for r in self.running if not r.is_prefilling]:
+            if request in self.running and self._make_room(request, 1):
+                rows.append(self._row(request, 1))
+        budget = self.limits.prompt_tokens(decoding=len(rows))
+        for request in [r for r in self.running if r.is_prefilling]:
+            if budget == 0:
+                break
+            count = min(budget, request.num_pending)
+            if request in self.running and self._make_room(request, count):
+                rows.append(self._row(request, count))
+                budget -= count
+        self._admit(rows, budget)
+        rows = [row for row in rows if row.request in self.running]  # a later row may have taken an earlier one's pages
+        return Batch(tuple(rows)) if rows else None
+
+    def commit(self, batch: Batch, tokens: Sequence[int]) -> list[Request]:
+        """Take in a computed step: `tokens` holds the sampled token of each row that samples, in order. Gives the requests that ended.
+
+        A token of -1 means that the model's output for the row was not a number; the request is aborted.
+        """
+        sampled = iter(tokens)
+        ended: list[Request] = []
+        for row in batch.rows:
+            request = row.request
+            token = next(sampled) if row.samples else None
+            if request.finish is not None:
+                continue
+            request.num_computed = row.start + row.count
+            if request.num_computed <= request.prompt_length or row.count > 1:
+                self._share_pages(request)
+            if token is None:
+                continue
+            if token < 0:
+                finish: FinishReason | None = FinishReason("abort", message="the model's output was not a number (NaN)", status_code=500)
+            elif request.max_tokens == 0:
+                finish = FinishReason("length")
+            else:
+                request.tokens.append(token)
+                self.counters.generated_tokens += 1
+                finish = request.finish_after(token)
+            if finish is not None:
+                self._end(request, finish)
+                self.counters.finished += 1
+                ended.append(request)
+        self.cache.trim()
+        return ended
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a page is lost, doubly held, or a lock does not fit."""
+        self.allocator.check_integrity()
+        self.cache.check_integrity()
+        in_tree = [page for node in self.cache.nodes() for page in node.pages]
+        own = [page for request in self.running for page in request.pages[request.num_tree_pages :]]
+        held = in_tree + own
+        assert len(set(held)) == len(held), "a page has two owners"
+        assert len(held) + self.allocator.num_free == self.allocator.num_pages, "a page is lost"
+        assert all(not r.pages and r.node is None for r in self.waiting), "a waiting request holds pages"
+        locks = sum(node.locks for node in self.cache.nodes())
+        expected = 0
+        for request in self.running:
+            node = request.node
+            while node is not None and node.parent is not None:
+                expected += 1
+                node = node.parent
+        assert locks == expected, "locks do not fit the running requests"
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def _admit(self, rows: list[BatchRow], budget: int) -> None:
+        page_size = self.cache.page_size
+        self._sort_waiting()
+        in_progress = {self._next_page_of(r) for r in self.running if r.is_prefilling}
+        committed = sum(self._pages_short(r, r.num_pending) for r in self.running)
+        held_back: list[Request] = []
+        while self.waiting and budget > 0 and len(self.running) < self.limits.max_running_requests:
+            request = self.waiting[0]
+            match = self._match(request)
+            start = len(match.pages) * page_size
+            upcoming = (id(match.node), tuple(request.tokens[start : start + page_size]))
+            if self.cache.enabled and upcoming in in_progress and start + page_size <= request.num_cacheable:
+                # Another request is computing this very page: it will be in the tree after that step, so wait and share it.
+                held_back.append(self.waiting.popleft())
+                continue
+            self.cache.lock(match.node)
+            need = -(-len(request.tokens) // page_size) - len(match.pages)
+            spare = len(self.running) + 1  # a page each to go on decoding with
+            if self.running and need + committed + spare > self.allocator.num_free + self.cache.num_evictable_pages:
+                self.cache.unlock(match.node)
+                break
+            self.waiting.popleft()
+            self._start(request, match)
+            count = min(budget, request.num_pending)
+            if not self._make_room(request, count):
+                break
+            rows.append(self._row(request, count))
+            budget -= count
+            committed += self._pages_short(request, request.num_pending)
+            if request.num_pending > count or count > 1:
+                in_progress.add(upcoming)
+        self.waiting.extendleft(reversed(held_back))
+
+    def _match(self, request: Request) -> Match:
+        """What the tree has of a request, but for what must be computed because its logits are needed."""
+        return self.cache.match(request.namespace, request.tokens[: request.num_cacheable])
+
+    def _start(self, request: Request, match: Match) -> None:
+        """Move a request to the running list on top of a matched prefix whose node is locked already."""
+        request.node = match.node
+        request.pages.extend(match.pages)
+        request.num_tree_pages = len(match.pages)
+        request.num_computed = len(match.pages) * self.cache.page_size
+        if request.cached_tokens is None:
+            request.cached_tokens = request.num_computed
+            self.counters.cached_tokens += request.num_computed
+            self.counters.prompt_tokens += request.prompt_length
+        self.running.append(request)
+
+    def _sort_waiting(self) -> None:
+        if self.limits.policy == "lpm" and 1 < len(self.waiting) <= LPM_LIMIT:
+            by_match = sorted(self.waiting, key=lambda r: (-r.priority, -r.num_retractions, -len(self._match(r).pages), r.arrival))
+            self.waiting = deque(by_match)
+
+    def _enqueue(self, request: Request) -> None:
+        """Keep the queue in order of priority, then arrival: a retracted request so comes back before those that came later."""
+        rank = (-request.priority, request.arrival)
+        at = len(self.waiting)
+        while at > 0 and (-self.waiting[at - 1].priority, self.waiting[at - 1].arrival) > rank:
+            at -= 1
+        self.waiting.insert(at, request)
+
+    def _next_page_of(self, request: Request) -> tuple[int, tuple[int, ...]]:
+        start = request.num_tree_pages * self.cache.page_size
+        return id(request.node), tuple(request.tokens[start : start + self.cache.page_size])
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    def _row(self, request: Request, count: int) -> BatchRow:
+        return BatchRow(request, request.num_computed, count, samples=count == request.num_pending)
+
+    def _pages_short(self, request: Request, count: int) -> int:
+        return max(0, -(-(request.num_computed + count) // self.cache.page_size) - len(request.pages))
+
+    def _make_room(self, request: Request, count: int) -> bool:
+        """Give `request` the pages for its next `count` tokens: free ones, then evicted ones, then those of requests that came later.
+
+        False when the request itself had to go back to the queue.
+        """
+        short = self._pages_short(request, count)
+        while short > self.allocator.num_free:
+            if self.cache.evict(short - self.allocator.num_free):
+                continue
+            victim = max(self.running, key=lambda r: (-r.priority, r.arrival))
+            self._retract(victim)
+            if victim is request:
+                return False
+        request.pages.extend(self.allocator.allocate(short))
+        return True
+
+    def _share_pages(self, request: Request) -> None:
+        """Put the full pages of what is computed into the tree, and take the tree's pages where it had them already."""
+        full = request.num_computed // self.cache.page_size
+        if not self.cache.enabled or full <= request.num_tree_pages:
+            return
+        shared = self.cache.insert(request.namespace, request.tokens[: full * self.cache.page_size], request.pages[:full])
+        self.cache.lock(shared.node)
+        if request.node is not None:
+            self.cache.unlock(request.node)
+        duplicates = [own for own, tree in zip(request.pages[:full], shared.pages, strict=True) if own != tree]
+        request.pages[:full] = type(request.pages)("i", shared.pages)
+        request.node, request.num_tree_pages = shared.node, full
+        self.allocator.free(duplicates)
+
+    def _release(self, request: Request) -> None:
+        """Leave the running list: computed full pages stay in the tree, unlocked; the rest become free."""
+        self.running.remove(request)
+        self._share_pages(request)
+        if request.node is not None:
+            self.cache.unlock(request.node)
+        self.allocator.free(request.pages[request.num_tree_pages :])
+        request.node, request.num_tree_pages, request.num_computed = None, 0, 0
+        del request.pages[:]
+        self.cache.trim()
+
+    def _retract(self, request: Request) -> None:
+        self._release(request)
+        request.num_retractions += 1
+        self.counters.retractions += 1
+        self._enqueue(request)
+
+    def _end(self, request: Request, finish: FinishReason) -> None:
+        self._release(request)
+        self._forget(request, finish)
+
+    def _forget(self, request: Request, finish: FinishReason) -> None:
+        request.finish = finish
+        del self._requests[request.request_id]
