@@ -22,8 +22,7 @@ serve: $(VENV)/.installed  ## set up .venv and serve the embedded model; options
 	@exec $(BIN)/octavo serve $(ARGS)
 
 test: $(VENV)/.installed-dev  ## set up .venv, then format, lint, types and all tests but the long ones
-	scripts/check
-	$(BIN)/python -m pytest $(ARGS)
+	@checked=0; scripts/check || checked=$$?; $(BIN)/python -m pytest $(ARGS) && exit $$checked
 
 test-long: $(VENV)/.installed-dev  ## the tests that `make test` leaves out: soak, large memory
 	HYPOTHESIS_PROFILE=long_run $(BIN)/python -m pytest -m long $(ARGS)

@@ -208,7 +208,7 @@ def make_gather_tiles(*, vectors: int, dtype: BDtype, width: int = WIDTH) -> Any
         _make_gather_tile(rows=r, vectors=vectors, dtype=dtype, width=width) for r in range(1, MAX_ROWS + 1)
     )
 
-    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def tiles(rows: int, a: int, a_row: int, b_rows: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
         if rows == 6:
             tile6(a, a_row, b_rows, b_offset, c, c_row, depth)

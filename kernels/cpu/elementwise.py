@@ -25,7 +25,7 @@ _SERIAL_ELEMENTS = 1 << 15
 _ROWS_PER_TASK = 8
 
 
-@numba.njit(nogil=True, fastmath=_SAFE_MATH)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy", fastmath=_SAFE_MATH)  # type: ignore[untyped-decorator]
 def sum_of_squares(x: int, count: int) -> float:
     """Of `count` floats at address x."""
     total = np.float32(0.0)
@@ -35,7 +35,7 @@ def sum_of_squares(x: int, count: int) -> float:
     return total  # type: ignore[no-any-return]
 
 
-@numba.njit(nogil=True, fastmath=_SAFE_MATH)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy", fastmath=_SAFE_MATH)  # type: ignore[untyped-decorator]
 def normalize_row(x: int, weight: int, eps: float, target: int, count: int) -> None:
     """target[i] = x[i] / sqrt(mean(x ** 2) + eps) * weight[i]; target may be x."""
     factor = np.float32(1.0) / np.float32(math.sqrt(sum_of_squares(x, count) / np.float32(count) + eps))
@@ -43,13 +43,13 @@ def normalize_row(x: int, weight: int, eps: float, target: int, count: int) -> N
         store_f32_at(target, i, load_f32_at(x, i) * factor * load_f32_at(weight, i))
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _add_row(x: int, residual: int, count: int) -> None:
     for i in range(count):
         store_f32_at(residual, i, load_f32_at(residual, i) + load_f32_at(x, i))
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _silu_mul_row(x: int, target: int, count: int) -> None:
     for i in range(count):
         gate = load_f32_at(x, i)
@@ -129,6 +129,4 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """out [T, I] = silu(gate_up[:, :I]) * gate_up[:, I:]"""
     rows, count = out.shape
-    _silu_kernel()(
-        _threads(rows * count, rows), rows, count, gate_up.data_ptr(), gate_up.stride(0) * 4, out.data_ptr(), out.stride(0) * 4
-    )
+    _silu_kernel()(_threads(rows * count, rows), rows, count, gate_up.data_ptr(), gate_up.stride(0) * 4, out.data_ptr(), out.stride(0) * 4)

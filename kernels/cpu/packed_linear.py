@@ -46,7 +46,7 @@ def _make_body(dtype: BDtype) -> Any:
     tiles = make_row_tiles(vectors=2, dtype=dtype)
     size = 4 if dtype == "float32" else 2
 
-    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True)
     def panel_rows(
         x: int, x_row: int, panel: int, y: int, y_row: int, bias: int, start: int, stop: int, k: int, valid: int, scratch: int
     ) -> None:
@@ -81,7 +81,7 @@ def _make_body(dtype: BDtype) -> Any:
                     for c in range(valid):
                         store_f32(y + (first + r) * y_row + 4 * c, load_f32(scratch + r * target_row + 4 * c))
 
-    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True)
     def linear(arguments: int) -> None:
         x = load_i64(arguments + 16)
         x_row = load_i64(arguments + 24)
@@ -123,21 +123,21 @@ _f16_body = _make_body("float16")
 def _kernel(dtype: torch.dtype) -> Kernel:
     if dtype == torch.bfloat16:
 
-        @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
-        def linear_bf16(arguments):  # type: ignore[no-untyped-def]
+        @numba.cfunc(KERNEL_SIGNATURE, cache=True)
+        def linear_bf16(arguments):
             _bf16_body(arguments)
 
         return Kernel(linear_bf16)
     if dtype == torch.float16:
 
-        @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
-        def linear_f16(arguments):  # type: ignore[no-untyped-def]
+        @numba.cfunc(KERNEL_SIGNATURE, cache=True)
+        def linear_f16(arguments):
             _f16_body(arguments)
 
         return Kernel(linear_f16)
 
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
-    def linear_f32(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True)
+    def linear_f32(arguments):
         _f32_body(arguments)
 
     return Kernel(linear_f32)

@@ -54,12 +54,12 @@ def _arrive(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _argument(arguments: int, index: int) -> int:
     return load_i64(arguments + 8 * index)  # type: ignore[no-any-return]
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _find_rows(arguments: int, sequence: int, head: int, first: int, keys: int, k_rows: int, v_rows: int) -> None:
     """Addresses of keys and values first..first+keys; the last is repeated up to a whole panel."""
     page_size = _argument(arguments, _PAGE_SIZE)
@@ -88,7 +88,7 @@ def _find_rows(arguments: int, sequence: int, head: int, first: int, keys: int, 
         i += 1
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _weights(arguments: int, scores: int, rows: int, first_row: int, ahead: int, keys: int, begin: int, end: int, result: int) -> None:
     """Turn `rows` rows of scores, columns begin..end, into softmax weights; greatest and sum of each row go to `result`.
 
@@ -114,7 +114,7 @@ def _weights(arguments: int, scores: int, rows: int, first_row: int, ahead: int,
         softmax_row(row + 4 * begin, end - begin, result + 8 * r)
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _merge(running: int, state: int, part: int, greatest: float, total: float, dim: int) -> None:
     """Merge one block's result of one row into the row's running result; `state` holds its greatest score and its sum."""
     if greatest == _MINUS_INFINITY:
@@ -128,7 +128,7 @@ def _merge(running: int, state: int, part: int, greatest: float, total: float, d
     blend(running, keep, part, weight, dim)
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _start_rows(running: int, state: int, rows: int, dim: int) -> None:
     for i in range(rows * dim):
         store_f32(running + 4 * i, np.float32(0.0))
@@ -137,7 +137,7 @@ def _start_rows(running: int, state: int, rows: int, dim: int) -> None:
         store_f32(state + 8 * r + 4, np.float32(0.0))
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _write_rows(arguments: int, item: int, head: int, rows: int, running: int, state: int) -> None:
     dim, group = _argument(arguments, _DIM), _argument(arguments, _GROUP)
     for r in range(rows):
@@ -147,7 +147,7 @@ def _write_rows(arguments: int, item: int, head: int, rows: int, running: int, s
         scale_row(running + r * dim * 4, np.float32(1.0) / load_f32(state + 8 * r + 4), target, dim)
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _merge_parts(arguments: int, item: int, head: int, rows: int, first_block: int, blocks: int, partials: int, scratch: int) -> None:
     """Merge what all tasks of one query block left, in order, and write the rows."""
     dim = _argument(arguments, _DIM)
@@ -168,7 +168,7 @@ def _make_body(dtype: BDtype) -> Any:
     transpose = make_transpose(dtype)
     size = 4 if dtype == "float32" else 2
 
-    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def score_block(
         scores: int, q: int, rows: int, group: int, dim: int, k_rows: int, keys: int, ahead: int, window: int, panel: int
     ) -> None:
@@ -184,7 +184,7 @@ def _make_body(dtype: BDtype) -> Any:
                     continue
                 score_tiles(count, q + r * dim * 4, 4 * dim, panel, 4 * _COLUMNS, scores + r * _SCORE_ROW + 4 * first, _SCORE_ROW, dim, 0)
 
-    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def add_values(rows: int, weights: int, v_rows: int, depth: int, target: int, target_row: int, dim: int) -> None:
         """target[rows, dim] = weights[rows, depth] @ v"""
         column = 0
@@ -195,7 +195,7 @@ def _make_body(dtype: BDtype) -> Any:
             narrow_tiles(rows, weights, _SCORE_ROW, v_rows, column * size, target + 4 * column, target_row, depth)
             column += 8
 
-    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def run_task(arguments: int, item: int, head: int, scratch: int) -> None:
         dim, group = _argument(arguments, _DIM), _argument(arguments, _GROUP)
         window = _argument(arguments, _WINDOW)
@@ -263,7 +263,7 @@ def _make_body(dtype: BDtype) -> Any:
             store_i64(counter, 0)  # for the next call
             _merge_parts(arguments, item, head, rows, first_block, blocks, partials, scratch)
 
-    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def body(arguments: int) -> None:
         slot = fetch_add(arguments + 8 * _SLOT, 1)
         scratch = _argument(arguments, _WORKSPACE) + slot * _argument(arguments, _WORKSPACE_BYTES)

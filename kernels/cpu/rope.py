@@ -27,7 +27,7 @@ _K, _V, _PAGE_STRIDE, _HEAD_STRIDE, _KEY_STRIDE, _PAGE_SIZE, _CODE = range(12, 1
 _Q_NORM, _K_NORM, _EPS, _NUM_POSITIONS, _NUM_SLOTS, _FAULT = range(19, 25)
 
 
-@numba.njit(nogil=True, fastmath=_SAFE_MATH)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy", fastmath=_SAFE_MATH)  # type: ignore[untyped-decorator]
 def _rotate(head: int, table: int, half: int) -> None:
     """Turn the pairs (i, half + i) of one head by the angles whose cosines, then sines, stand at `table`."""
     for i in range(half):
@@ -37,7 +37,7 @@ def _rotate(head: int, table: int, half: int) -> None:
         store_f32_at(head + 4 * half, i, second * cos + first * sin)
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _copy(source: int, target: int, count: int, code: int) -> None:
     if code == 1:
         for i in range(count):
@@ -50,7 +50,7 @@ def _copy(source: int, target: int, count: int, code: int) -> None:
             store_f32_at(target, i, load_f32_at(source, i))
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _row(arguments: int, row: int) -> None:
     heads, kv_heads, dim = load_i64(arguments + 8 * _HEADS), load_i64(arguments + 8 * _KV_HEADS), load_i64(arguments + 8 * _DIM)
     half, code, eps = load_i64(arguments + 8 * _HALF), load_i64(arguments + 8 * _CODE), load_f32(arguments + 8 * _EPS)

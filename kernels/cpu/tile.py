@@ -113,7 +113,7 @@ def make_row_tiles(*, vectors: int, dtype: BDtype, width: int = WIDTH) -> Any:
         make_tile(rows=r, vectors=vectors, dtype=dtype, width=width) for r in range(1, MAX_ROWS + 1)
     )
 
-    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True)
     def row_tiles(rows: int, a: int, a_row: int, b: int, b_row: int, c: int, c_row: int, depth: int, accumulate: int) -> None:
         if rows == 6:
             tile6(a, a_row, b, b_row, c, c_row, depth, accumulate)

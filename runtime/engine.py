@@ -1,0 +1,361 @@
+"""Engine: the Python door. One engine in this process, its steps on a thread of its own; the same core that the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+from .config import EngineConfig
+from .detokenizer import OutputProcessor
+from .errors import EngineDead, RequestRefused
+from .generation import Generation, SamplingDict, parse_sampling
+from .outputs import FinishReason, TextOutput, TokenOutput
+from .sampling_params import SamplingParams
+from .start import load_core, prepare_environment
+from .tokenizer import Tokenizer, load_tokenizer
+
+Sampling = SamplingParams | SamplingDict | None
+Result = dict[str, Any]
+Event = TokenOutput | Exception
+_Sink = Callable[[Event], None]
+
+
+class Engine:
+    """Loads a model and generates, without a server.
+
+        with octavo.Engine(model_path="meta-llama/Llama-3.2-1B-Instruct") as engine:
+            print(engine.generate("The capital of France is", {"max_new_tokens": 8, "temperature": 0})["text"])
+
+    Options are those of EngineConfig (`max_total_tokens`, `mem_fraction_static`, ...). Prompts are texts or, as `input_ids`, token ids;
+    a list of prompts gives a list of results. A result is SGLang's: `{"text", "output_ids", "meta_info"}`. Methods may be called from
+    several threads. Raises ValueError for options that cannot work, RequestRefused (a ValueError) for requests that cannot be served,
+    EngineDead when the engine has ended.
+    """
+
+    def __init__(self, model_path: str | None = None, *, show_progress: bool = True, **options: Any) -> None:
+        known = {field.name for field in fields(EngineConfig)} - {"model_path"}
+        if unknown := sorted(set(options) - known):
+            raise TypeError(f"Engine has no option {', '.join(unknown)}; its options are {', '.join(sorted(known))}")
+        prepare_environment()
+        from ..quant.checkpoint.resolve import resolve_model
+
+        config = EngineConfig(model_path=model_path, **options)
+        files = resolve_model(config.model_path, revision=config.revision)
+        self.tokenizer: Tokenizer = load_tokenizer(files, tokenizer_path=config.tokenizer_path, chat_template=config.chat_template)
+        self._core = load_core(config, show_progress=show_progress)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sinks: dict[str, _Sink] = {}
+        self._cause: str | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="octavo-engine")
+        self._thread.start()
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_logprob: bool = False,
+        top_logprobs_num: int = 0,
+        logprob_start_len: int = -1,
+        stream: Literal[False] = False,
+    ) -> Any: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_logprob: bool = False,
+        top_logprobs_num: int = 0,
+        logprob_start_len: int = -1,
+        stream: Literal[True],
+    ) -> Iterator[Result]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_logprob: bool = False,
+        top_logprobs_num: int = 0,
+        logprob_start_len: int = -1,
+        stream: bool = False,
+    ) -> Any:
+        """Complete one prompt or several. One result for one prompt, a list for a list or for `n` > 1; with `stream`, an iterator.
+
+        A stream yields results whose `text` and `output_ids` are all so far; of several sequences, each result carries its `index`.
+        `return_logprob` adds log-probabilities of the answer, and of the prompt from position `logprob_start_len` on (-1: none of it).
+        """
+        jobs, many = self._jobs(prompt, sampling_params, input_ids, return_logprob, top_logprobs_num, logprob_start_len)
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        self._submit_all(jobs, lambda index: lambda event: events.put((index, event)))
+        if stream:
+            return self._stream(jobs, events)
+        remaining = len(jobs)
+        try:
+            while remaining:
+                index, event = events.get()
+                remaining -= jobs[index].take(event)
+        finally:
+            self._abandon(jobs)
+        results = [job.result() for job in jobs]
+        return results if many else results[0]
+
+    def _stream(self, jobs: list[Generation], events: queue.SimpleQueue[tuple[int, Event]]) -> Iterator[Result]:
+        remaining = len(jobs)
+        try:
+            while remaining:
+                index, event = events.get()
+                remaining -= jobs[index].take(event)
+                yield {**jobs[index].result(), "index": index} if len(jobs) > 1 else jobs[index].result()
+        finally:
+            self._abandon(jobs)
+
+    async def async_generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_logprob: bool = False,
+        top_logprobs_num: int = 0,
+        logprob_start_len: int = -1,
+        stream: bool = False,
+    ) -> Any:
+        """`generate` for coroutines: awaits the result or the list of results; with `stream`, gives an async iterator."""
+        jobs, many = self._jobs(prompt, sampling_params, input_ids, return_logprob, top_logprobs_num, logprob_start_len)
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._submit_all(jobs, lambda index: lambda event: _post(loop, events, (index, event)))
+        if stream:
+            return self._async_stream(jobs, events)
+        remaining = len(jobs)
+        try:
+            while remaining:
+                index, event = await events.get()
+                remaining -= jobs[index].take(event)
+        finally:
+            self._abandon(jobs)
+        results = [job.result() for job in jobs]
+        return results if many else results[0]
+
+    async def _async_stream(self, jobs: list[Generation], events: asyncio.Queue[tuple[int, Event]]) -> AsyncIterator[Result]:
+        remaining = len(jobs)
+        try:
+            while remaining:
+                index, event = await events.get()
+                remaining -= jobs[index].take(event)
+                yield {**jobs[index].result(), "index": index} if len(jobs) > 1 else jobs[index].result()
+        finally:
+            self._abandon(jobs)
+
+    def score(self, prompt: str | Sequence[int], continuations: Sequence[str] | Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability (natural log) of every token of each continuation after `prompt`. The prompt is computed once and shared.
+
+        Texts are tokenized apart, prompt and continuation each. Raises RequestRefused for an empty prompt or continuation.
+        """
+        context = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        jobs = []
+        for continuation in continuations:
+            tail = self.tokenizer.encode(continuation, add_special_tokens=False) if isinstance(continuation, str) else list(continuation)
+            if not tail or not context:
+                raise RequestRefused("score needs a prompt and continuations of at least one token each", param="continuations")
+            params = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=len(context))
+            jobs.append(self._job(context + tail, params))
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        self._submit_all(jobs, lambda index: lambda event: events.put((index, event)))
+        remaining = len(jobs)
+        try:
+            while remaining:
+                index, event = events.get()
+                remaining -= jobs[index].take(event)
+        finally:
+            self._abandon(jobs)
+        return [[entry.logprob for entry in job.prompt_logprobs if entry.logprob is not None] for job in jobs]
+
+    # -- the rest of the door -----------------------------------------------------------------------------------------
+
+    def flush_cache(self) -> bool:
+        """Drop every cached prefix. False, and nothing dropped, while requests are in flight."""
+        return bool(self._ask(self._core.flush_cache))
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Resolved options and live figures, JSON-able."""
+        core = self._core
+        return {**vars(core.config), "kernels": core.runner.kernels_in_use(), "internal_states": [self._ask(core.info)]}
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What model is loaded."""
+        limits = self._core.limits
+        return {
+            "model_path": self._core.config.model_path,
+            "context_length": limits.context_length,
+            "max_total_num_tokens": limits.max_total_tokens,
+            "vocab_size": limits.vocab_size,
+            "dtype": str(self._core.runner.dtype).removeprefix("torch."),
+        }
+
+    def shutdown(self) -> None:
+        """End the engine; requests in flight fail with EngineDead. Calling it again does nothing."""
+        if self._thread.is_alive():
+            self._inbox.put(self._stop)
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        self.shutdown()
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def _jobs(
+        self,
+        prompt: str | Sequence[str] | None,
+        sampling: Sampling | Sequence[Sampling],
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+        return_logprob: bool,
+        top_logprobs_num: int,
+        logprob_start_len: int,
+    ) -> tuple[list[Generation], bool]:
+        """The sequences that a call asks for, and whether its answer is a list."""
+        prompts, many = self._prompts(prompt, input_ids)
+        each = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
+        if len(each) != len(prompts):
+            raise RequestRefused(
+                f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one a prompt", param="sampling_params"
+            )
+        jobs: list[Generation] = []
+        for ids, wish in zip(prompts, each, strict=True):
+            params, n = parse_sampling(wish)
+            if return_logprob:
+                params = replace(params, logprobs=top_logprobs_num)
+                if logprob_start_len >= 0:
+                    params = replace(params, prompt_logprobs=top_logprobs_num, prompt_logprobs_start=logprob_start_len)
+            many = many or n > 1
+            for index in range(n):
+                jobs.append(self._job(ids, params if params.seed is None else replace(params, seed=params.seed + index)))
+        return jobs, many
+
+    def _prompts(
+        self, prompt: str | Sequence[str] | None, input_ids: Sequence[int] | Sequence[Sequence[int]] | None
+    ) -> tuple[list[list[int]], bool]:
+        if (prompt is None) == (input_ids is None):
+            raise RequestRefused("give either a prompt or input_ids", param="prompt")
+        if input_ids is not None:
+            many = len(input_ids) > 0 and not isinstance(input_ids[0], int)
+            lists: Any = input_ids if many else [input_ids]
+            return [list(ids) for ids in lists], many
+        many = not isinstance(prompt, str)
+        texts: Any = prompt if many else [prompt]
+        return [self.tokenizer.encode(text) for text in texts], many
+
+    def _job(self, prompt: list[int], params: SamplingParams) -> Generation:
+        request_id = uuid.uuid4().hex
+        return Generation(request_id, prompt, params, OutputProcessor(self.tokenizer, len(prompt), params, request_id))
+
+    def _submit_all(self, jobs: list[Generation], sink_of: Callable[[int], _Sink]) -> None:
+        """Queue all jobs or, when the engine refuses one, none."""
+        from .admission import admit
+
+        for job in jobs:
+            admit(job.prompt, job.params, self._core.limits)
+        if self._cause is not None or not self._thread.is_alive():
+            raise EngineDead(self._cause or "the engine was shut down")
+        for index, job in enumerate(jobs):
+            self._inbox.put(lambda job=job, sink=sink_of(index): self._add(job, sink))  # type: ignore[misc]
+
+    def _add(self, job: Generation, sink: _Sink) -> None:
+        params = job.params
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.tokenizer.eos_token_ids))
+        try:
+            self._core.add(job.request_id, job.prompt, params, stop_token_ids=frozenset(stops))
+        except RequestRefused as error:
+            sink(error)
+            return
+        self._sinks[job.request_id] = sink
+
+    def _abandon(self, jobs: list[Generation]) -> None:
+        """Abort those that the engine still runs: the caller left, or a stop string ended them."""
+        for job in jobs:
+            if not job.engine_is_done:
+                self._inbox.put(lambda job=job: self._drop(job.request_id))  # type: ignore[misc]
+
+    def _drop(self, request_id: str) -> None:
+        if self._sinks.pop(request_id, None) is not None:
+            self._core.abort(request_id, FinishReason("abort", message="the caller left", status_code=499))
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        if not self._thread.is_alive():
+            raise EngineDead(self._cause or "the engine was shut down")
+        self._inbox.put(lambda: answers.put(question()))
+        while True:
+            try:
+                return answers.get(timeout=1.0)
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise EngineDead(self._cause or "the engine was shut down") from None
+
+    # -- the engine's thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_commands()
+                if self._core.has_work and not self._stopping:
+                    for output in self._core.step():
+                        self._deliver(output)
+            self._cause = "the engine was shut down"
+        except Exception as error:  # whatever it is, callers must hear of it rather than wait for ever
+            self._cause = f"the engine failed: {type(error).__name__}: {error}"
+            raise
+        finally:
+            for sink in list(self._sinks.values()):
+                sink(EngineDead(self._cause or "the engine ended"))
+            self._sinks.clear()
+
+    def _take_commands(self) -> None:
+        if not self._core.has_work:
+            self._inbox.get()()
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _deliver(self, output: TokenOutput) -> None:
+        sink = self._sinks.get(output.request_id)
+        if sink is None:
+            return
+        if output.finish is not None:
+            del self._sinks[output.request_id]
+        sink(output)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+
+def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], item: tuple[int, Event]) -> None:
+    try:
+        loop.call_soon_threadsafe(events.put_nowait, item)
+    except RuntimeError:  # the caller's loop is gone, and with it whoever waited
+        return
+
+
+__all__ = ["Engine", "TextOutput"]
