@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..quant.checkpoint.errors import CheckpointError
-from ..quant.checkpoint.resolve import ModelFiles, resolve_tokenizer
+from ..quant.checkpoint.resolve import ModelFiles, resolve_model, resolve_tokenizer
 from ..runtime.tokenizer import load_tokenizer
 from .datasets import Dataset, IdVocabulary, Prompt, Vocabulary, WordVocabulary, random_prompts, shared_prefix_prompts
 from .metrics import RunResult
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--tokenizer",
         metavar="PATH",
-        help="folder, tokenizer.json, .gguf or hub id (default: where /v1/models says the model lies, if it is here)",
+        help="folder, tokenizer.json, .gguf or hub id (default: the model that /v1/models names as root)",
     )
     add("--vocab-size", type=_count, metavar="N", help="token ids are drawn below N; instead of --tokenizer")
     add("--ignore-eos", action="store_true", help="ask the server not to stop early (not an OpenAI field; vLLM, SGLang and Octavo know it)")
@@ -177,24 +177,34 @@ def _check(args: argparse.Namespace) -> None:
         raise BadOptions("--output-png draws with matplotlib, which is not installed: pip install 'octavo[bench]'")
 
 
-def _vocabulary(args: argparse.Namespace, model: ListedModel | None) -> Vocabulary:
-    """Where tokens come from: the options, else the tokenizer of the model where the server says it lies, when that is on this machine."""
+def _vocabulary(args: argparse.Namespace, listed: ListedModel | None) -> Vocabulary:
+    """Where tokens come from: the options, else the tokenizer of the model that the server says it loaded."""
     if args.vocab_size is not None:
         return IdVocabulary(args.vocab_size)
-    path = args.tokenizer
-    if path is None and args.model is None and model is not None and model.root and Path(model.root).exists():
-        path = model.root
+    loaded = listed.root if listed is not None and args.model in (None, listed.id) else None
+    path = args.tokenizer or _embedded_file(loaded) or loaded
+    remedy = "--tokenizer PATH" if args.endpoint == "chat" else "--vocab-size N or --tokenizer PATH"
     if path is None:
-        missing = "--tokenizer PATH" if args.endpoint == "chat" else "--vocab-size N or --tokenizer PATH"
-        raise BadOptions(f"prompts of a known length need the model's vocabulary, and its files are not on this machine: add {missing}")
+        raise BadOptions(
+            f"prompts of a known length need the model's vocabulary, and the server does not say where its model lies: add {remedy}"
+        )
     try:
         root = resolve_tokenizer(path)
         tokenizer = load_tokenizer(ModelFiles("hf", root, None, (), None, path, None), tokenizer_path=str(root))
     except CheckpointError as error:
-        raise BadOptions(f"--tokenizer: {error}") from error
+        raise BadOptions(f"{error}. Give {remedy}.") from error
     return (
         WordVocabulary(tokenizer) if args.endpoint == "chat" else IdVocabulary(tokenizer.vocab_size, excluded=tokenizer.special_token_ids)
     )
+
+
+def _embedded_file(name: str | None) -> str | None:
+    """The file of the embedded default model, when `name` is what a server calls it."""
+    try:
+        files = resolve_model(None)
+    except CheckpointError:  # not installed, so the server has another one
+        return None
+    return str(files.gguf_file) if name == files.name else None
 
 
 def _random(args: argparse.Namespace, vocabulary: Vocabulary, num_prompts: int) -> Dataset:

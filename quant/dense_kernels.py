@@ -35,9 +35,10 @@ class PackedPanels(LinearKernel):
 
     def __init__(self, spec: LinearSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         from ..kernels.cpu import packed_linear
+        from ..kernels.cpu.tile import COLUMNS
 
         self._linear = packed_linear.linear
-        self._columns = packed_linear.COLUMNS
+        self._columns = COLUMNS
         self._out_features = spec.out_features
         self._packed = packed_linear.pack(weight)
         self._bias = None if bias is None else bias.float().contiguous()

@@ -25,7 +25,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One tensor a scheme wants for a linear: name within the module, shape, dtype and axes. Enough to slice it without knowing the format."""
+    """One tensor a scheme wants for a linear: name within the module, shape, dtype, axes. Enough to slice it, whatever the format."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class LinearKernel(ABC):
 
     @abstractmethod
     def __call__(self, x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        """out[M, out_features] = x[M, in_features] @ W.T + bias, in the spec's activation dtype; allocates nothing that grows with the model."""
+        """out[M, out_features] = x[M, in_features] @ W.T + bias, both in the spec's activation dtype."""
 
     @abstractmethod
     def rows(self, indices: torch.Tensor) -> torch.Tensor:

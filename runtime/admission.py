@@ -19,7 +19,7 @@ class EngineLimits:
 
 
 def admit(prompt: Sequence[int], params: SamplingParams, limits: EngineLimits) -> int:
-    """The number of tokens the request may generate: `max_tokens`, or what context and pool leave. Raises RequestRefused when it cannot run."""
+    """How many tokens the request may generate: `max_tokens`, or what context and pool leave. Raises RequestRefused when it cannot run."""
     length = len(prompt)
     if length == 0:
         raise RequestRefused("the prompt is empty: give at least one token", param="prompt")
@@ -31,7 +31,8 @@ def admit(prompt: Sequence[int], params: SamplingParams, limits: EngineLimits) -
     wanted = min(1, params.max_tokens)
     if length + wanted > limits.context_length:
         raise RequestRefused(
-            f"the prompt has {length} tokens, which leaves no room to answer in a context length of {limits.context_length} tokens: shorten it",
+            f"the prompt has {length} tokens, which leaves no room to answer in a context length of {limits.context_length} tokens: "
+            "shorten it",
             code="context_length_exceeded",
             param="prompt",
         )

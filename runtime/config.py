@@ -67,7 +67,8 @@ class EngineConfig:
             raise ValueError(f"--max-radix-cache-len {cached} and --disable-radix-cache contradict each other: leave one out")
         if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
             raise ValueError(
-                f"--max-total-tokens {self.max_total_tokens} is less than one page (--page-size {self.page_size}): raise one or lower the other"
+                f"--max-total-tokens {self.max_total_tokens} is less than one page (--page-size {self.page_size}): "
+                "raise one or lower the other"
             )
         if self.max_total_tokens is not None and self.mem_fraction_static is not None:
             raise ValueError("--max-total-tokens and --mem-fraction-static both size the KV pool: give one of them")

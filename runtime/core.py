@@ -61,7 +61,7 @@ class EngineCore:
         namespace: str = "",
         priority: int = 0,
     ) -> None:
-        """Queue a request. `stop_token_ids` are all that end it (the model's end tokens included, unless ignored). Raises RequestRefused."""
+        """Queue a request. `stop_token_ids` are all that end it, the model's end tokens included. Raises RequestRefused."""
         max_tokens = admit(prompt, params, self.limits)
         tokens = list(prompt)
         request = Request(request_id, len(tokens), tokens, params, max_tokens, stop_token_ids, namespace=namespace, priority=priority)

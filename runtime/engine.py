@@ -6,8 +6,9 @@ import asyncio
 import queue
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -277,7 +278,7 @@ class Engine:
         if self._cause is not None or not self._thread.is_alive():
             raise EngineDead(self._cause or "the engine was shut down")
         for index, job in enumerate(jobs):
-            self._inbox.put(lambda job=job, sink=sink_of(index): self._add(job, sink))  # type: ignore[misc]
+            self._inbox.put(partial(self._add, job, sink_of(index)))
 
     def _add(self, job: Generation, sink: _Sink) -> None:
         params = job.params
@@ -293,7 +294,7 @@ class Engine:
         """Abort those that the engine still runs: the caller left, or a stop string ended them."""
         for job in jobs:
             if not job.engine_is_done:
-                self._inbox.put(lambda job=job: self._drop(job.request_id))  # type: ignore[misc]
+                self._inbox.put(partial(self._drop, job.request_id))
 
     def _drop(self, request_id: str) -> None:
         if self._sinks.pop(request_id, None) is not None:

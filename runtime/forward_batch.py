@@ -59,7 +59,7 @@ def make_forward_batch(
         if row.samples:
             wanted.append(end - 1)
 
-    def tensor(array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     plan = plan_attention(

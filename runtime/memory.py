@@ -91,8 +91,8 @@ def plan_memory(
         tokens, fraction = config.max_total_tokens // page * page, None
         if tokens * kv_per_token > room:
             raise OutOfMemoryPlan(
-                f"--max-total-tokens {config.max_total_tokens} needs {tokens * kv_per_token / _GIB:.2f} GiB of KV cache and {device.name} has "
-                f"{room / _GIB:.2f} GiB to give: lower it to at most {room // kv_per_token // page * page}"
+                f"--max-total-tokens {config.max_total_tokens} needs {tokens * kv_per_token / _GIB:.2f} GiB of KV cache "
+                f"and {device.name} has {room / _GIB:.2f} GiB to give: lower it to at most {room // kv_per_token // page * page}"
             )
     else:
         fraction = config.memory_fraction
@@ -101,12 +101,13 @@ def plan_memory(
             least = (weights + workspace + page * kv_per_token) / device.total
             raise OutOfMemoryPlan(
                 f"weights ({weights / _GIB:.2f} GiB) and workspace ({workspace / _GIB:.2f} GiB) leave no KV cache within "
-                f"--mem-fraction-static {fraction:g} of {device.total / _GIB:.2f} GiB: raise it above {min(least + 0.01, 0.99):.2f}, or use a smaller model"
+                f"--mem-fraction-static {fraction:g} of {device.total / _GIB:.2f} GiB: "
+                f"raise it above {min(least + 0.01, 0.99):.2f}, or use a smaller model"
             )
         if config.mem_fraction_static is not None and budget > room:
             raise OutOfMemoryPlan(
-                f"--mem-fraction-static {fraction:g} asks for {budget / _GIB:.2f} GiB of KV cache and {device.name} has {room / _GIB:.2f} GiB to give: "
-                f"lower it to at most {(weights + workspace + room) / device.total:.2f}"
+                f"--mem-fraction-static {fraction:g} asks for {budget / _GIB:.2f} GiB of KV cache "
+                f"and {device.name} has {room / _GIB:.2f} GiB: lower it to at most {(weights + workspace + room) / device.total:.2f}"
             )
         # More than every running request at full context can never be in use at once.
         useful = config.max_running_requests * context_length

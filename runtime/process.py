@@ -83,7 +83,7 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, files: ModelFiles, *, log_level: str = "info") -> None:
         self._files = files
         self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # only this user can enter it
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._outbox = context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         self._outbox.setsockopt(zmq.LINGER, 0)

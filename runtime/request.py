@@ -14,7 +14,7 @@ from .sampling_params import SamplingParams
 class Request:
     """One sequence. `tokens` is the prompt and what was generated; `num_computed` of them have their KV in `pages`.
 
-    The first `num_tree_pages` pages belong to the radix tree, and `node` (locked) is where that prefix ends; the rest are the request's own.
+    The first `num_tree_pages` pages belong to the radix tree, and `node` (locked) is where that prefix ends; the rest are its own.
     """
 
     request_id: str

@@ -20,7 +20,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
-def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ignore[no-untyped-def]
     """Load the model that `config` names and give its core, kernels compiled. Raises ValueError (and its kin) with the remedy."""
     from ..quant.checkpoint.resolve import resolve_model
     from .core import EngineCore

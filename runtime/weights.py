@@ -43,7 +43,7 @@ class WeightSource:
         return name in self._infos
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor on the CPU, of exactly `shape`, in `dtype` (default: the weights'). Raises CheckpointError when absent or of another shape."""
+        """One tensor on the CPU, of exactly `shape`, in `dtype` or the weights'. CheckpointError when absent or of another shape."""
         info = self._infos.get(name)
         if info is not None and info.shape != shape:
             raise CheckpointError(

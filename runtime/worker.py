@@ -45,7 +45,7 @@ class _Worker:
     """Takes commands, steps, sends what was made, until told to stop."""
 
     def __init__(self, folder: str) -> None:
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._inbox = context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
         self._inbox.connect(f"ipc://{folder}/to_engine")
@@ -56,6 +56,7 @@ class _Worker:
         self._send_lock = threading.Lock()
         self._last_turn = time.monotonic()
         self._stopping = False
+        self._stopped = threading.Event()
 
     def send(self, message: FromEngine) -> None:
         with self._send_lock:
@@ -82,7 +83,8 @@ class _Worker:
             "config": {name: value for name, value in vars(core.config).items() if name != "chat_template"},
         }
         self.send(Ready(core.limits.context_length, core.limits.max_total_tokens, core.limits.vocab_size, info))
-        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        heart.start()
         try:
             self._serve(core)
         except Exception:
@@ -91,6 +93,9 @@ class _Worker:
             self.send(Outputs(core.abort_all(FinishReason("abort", message=f"the engine failed: {last}", status_code=500))))
             self.send(Failed(f"the engine failed: {last}", False))
             return 1
+        finally:
+            self._stopped.set()
+            heart.join()
         return 0
 
     def _serve(self, core) -> None:  # type: ignore[no-untyped-def]
@@ -139,9 +144,8 @@ class _Worker:
                 self._stopping = True
 
     def _beat(self) -> None:
-        while True:
+        while not self._stopped.wait(HEARTBEAT_S):
             self.send(Heartbeat(time.monotonic() - self._last_turn))
-            time.sleep(HEARTBEAT_S)
 
 
 def _die_with_parent() -> None:
@@ -157,7 +161,7 @@ def main(folder: str, config_text: str, log_level: str) -> int:
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     prepare_environment()
     code = _Worker(folder).run(config_text)
-    zmq.Context.instance().term()
+    zmq.Context.instance().destroy(linger=2000)
     return code
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -69,7 +69,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """Read a Hugging Face config. Raises UnsupportedModel for an unknown architecture or feature, ValueError for a missing or wrong key."""
+        """Read a Hugging Face config. Raises UnsupportedModel for what is not implemented, ValueError for a missing or wrong key."""
         architecture = _architecture(config)
         family = FAMILIES[architecture]
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -128,7 +128,7 @@ def _rope(config: Mapping[str, Any], head_dim: int, max_position: int) -> RopeCo
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
     partial = float(scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
     original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_position
-    return RopeConfig(float(theta), kind, scaling, int(head_dim * partial) // 2 * 2, int(original))
+    return RopeConfig(float(theta), cast(RopeType, kind), scaling, int(head_dim * partial) // 2 * 2, int(original))
 
 
 def _sliding_windows(config: Mapping[str, Any], family: _Family, layers: int) -> tuple[int | None, ...]:

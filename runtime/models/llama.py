@@ -79,7 +79,7 @@ class _Layer:
     def forward(
         self, batch: ForwardBatch, space: Workspace, cos_sin: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, is_first: bool
     ) -> None:
-        """Reads and writes `space`: on entry `residual` and, but for the first layer, `hidden` still to be added to it; the same on exit."""
+        """Reads and writes `space`: `residual` and, except into the first layer, `hidden` that is still to be added to it."""
         eps, heads, kv_heads, dim = self._config.norm_eps, self._heads, self._kv_heads, self._config.head_dim
         if is_first:
             rms_norm(space.residual, self._input_norm, eps, out=space.normed)
@@ -100,8 +100,8 @@ class _Layer:
             k_norm=self._k_norm,
             norm_eps=eps,
         )
-        query = qkv[:, : heads * dim].unflatten(1, (heads, dim))
-        attended = space.attention.unflatten(1, (heads, dim))
+        query = qkv[:, : heads * dim].view(-1, heads, dim)
+        attended = space.attention.view(-1, heads, dim)
         paged_attention(query, k_pages, v_pages, batch.plan, scale=dim**-0.5, sliding_window=self._window, out=attended)
         self.output(space.attention, out=space.hidden)
         add_rms_norm(space.hidden, space.residual, self._mlp_norm, eps, out=space.normed)
