@@ -2,7 +2,7 @@
 
 Client and server often share a machine, so the client must cost little. At 64 streams on a 2-core host listening through httpx cost about
 300 microseconds of CPU a streamed token, this file on uvloop about 30: at 1,000 tokens/s the difference is a quarter of a core taken from
-the server under test. Events are therefore cut and decoded after the run. (benchmarks/README.md has the command.)
+the server under test. Events are therefore cut and decoded after the run. (benchmarks/README.md has the figures.)
 """
 
 from __future__ import annotations

@@ -215,6 +215,7 @@ class RadixCache:
         else:
             del leaf.parent.children[self._key(leaf.tokens, 0)]
             self._offer(leaf.parent)
+            leaf.parent = None  # what the heap still holds of it is no leaf of the tree any more
         self._release_pages(dropped)
         return len(dropped)
 

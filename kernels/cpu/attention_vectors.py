@@ -21,7 +21,9 @@ _F32 = ir.FloatType()
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
+_BYTES = ir.PointerType(ir.IntType(8))
 _VECTOR = ir.VectorType(_F32, WIDTH)
+FEW_ROWS = 3  # 12 sums, 3 weights and a column fill 16 registers
 
 
 @intrinsic
@@ -140,39 +142,79 @@ def _transpose8(builder: Any, rows: list[Any]) -> list[Any]:
     return [mix(quads[i], quads[i + 4], first) for i in range(4)] + [mix(quads[i], quads[i + 4], second) for i in range(4)]
 
 
-def make_transpose(dtype: BDtype) -> Any:
-    """An intrinsic `transpose(rows, dim, target, target_row)`: eight keys, given by address, become float32 columns.
+def _prefetch(builder: Any, address: Any) -> None:
+    pointer = builder.inttoptr(address, _BYTES)
+    kind = ir.FunctionType(ir.VoidType(), [_BYTES, _I32, _I32, _I32])
+    read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+    builder.call(builder.module.declare_intrinsic("llvm.prefetch", [_BYTES], kind), [pointer, read, keep, data])
 
-    `rows` is the address of eight int64 addresses of `dim` elements each (a multiple of 8); target[d, 0..8] is float32.
+
+def _bf16_pairs(builder: Any, addresses: list[Any]) -> list[Any]:
+    """Sixteen bfloat16 of each of eight keys as sixteen columns of float32: transposed in pairs, half the shuffles."""
+    integers = ir.VectorType(_I32, 8)
+    pairs = _transpose8(builder, [load(builder, address, integers) for address in addresses])
+    columns: list[Any] = []
+    for pair in pairs:
+        low = builder.shl(pair, constant(integers, 16))
+        high = builder.and_(pair, constant(integers, 0xFFFF0000))
+        columns += [builder.bitcast(half, ir.VectorType(_F32, 8)) for half in (low, high)]
+    return columns
+
+
+def make_transpose(dtype: BDtype) -> Any:
+    """An intrinsic `transpose(rows, ahead, dim, target, target_row)`: eight keys, given by address, become float32 columns.
+
+    `rows` is the address of eight int64 addresses of `dim` elements each (a multiple of 8); target[d, 0..8] is float32. The rows
+    whose addresses stand at `ahead` are fetched into the cache meanwhile.
     """
     size = 4 if dtype == "float32" else 2
 
-    def transpose(typingctx: Any, rows: Any, dim: Any, target: Any, target_row: Any) -> Any:
+    def emit(builder: Any, rows: Any, ahead: Any, dim: Any, target: Any, target_row: Any) -> None:
+        keys, others = (
+            [builder.load(builder.inttoptr(at(builder, base, 8 * i), ir.PointerType(_I64))) for i in range(8)] for base in (rows, ahead)
+        )
+
+        def step(first: Any, width: int) -> None:
+            """Columns first..first+width."""
+            offset = builder.mul(first, ir.Constant(_I64, size))
+            addresses = [builder.add(key, offset) for key in keys]
+            for other in others:
+                _prefetch(builder, builder.add(other, offset))
+            if width == 16:
+                columns = _bf16_pairs(builder, addresses)
+            else:
+                columns = _transpose8(builder, [_widen(builder, address, dtype, 8) for address in addresses])
+            place = builder.add(target, builder.mul(target_row, first))
+            for i, column in enumerate(columns):
+                store(builder, column, builder.add(place, builder.mul(target_row, ir.Constant(_I64, i))))
+
+        width = 16 if dtype == "bfloat16" else 8
+        with cgutils.for_range(builder, builder.udiv(dim, ir.Constant(_I64, width)), intp=_I64) as loop:
+            step(builder.mul(loop.index, ir.Constant(_I64, width)), width)
+        if width == 16:
+            with builder.if_then(builder.trunc(builder.lshr(dim, ir.Constant(_I64, 3)), ir.IntType(1))):
+                step(builder.sub(dim, ir.Constant(_I64, 8)), 8)
+
+    def transpose(typingctx: Any, rows: Any, ahead: Any, dim: Any, target: Any, target_row: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            rows, dim, target, target_row = args
-            keys = [builder.load(builder.inttoptr(at(builder, rows, 8 * i), ir.PointerType(_I64))) for i in range(8)]
-            with cgutils.for_range(builder, builder.udiv(dim, ir.Constant(_I64, 8)), intp=_I64) as loop:
-                offset = builder.mul(loop.index, ir.Constant(_I64, 8 * size))
-                columns = _transpose8(builder, [_widen(builder, builder.add(key, offset), dtype, 8) for key in keys])
-                place = builder.add(target, builder.mul(target_row, builder.mul(loop.index, ir.Constant(_I64, 8))))
-                for i, column in enumerate(columns):
-                    store(builder, column, builder.add(place, builder.mul(target_row, ir.Constant(_I64, i))))
+            emit(builder, *args)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 4), codegen
+        return types.void(*[types.int64] * 5), codegen
 
     return intrinsic(transpose)
 
 
-def _make_gather_tile(*, rows: int, vectors: int, dtype: BDtype, width: int) -> Any:
-    """An intrinsic `tile(a, a_row, b_rows, b_offset, c, c_row, depth)`: tile.make_tile's product with B's rows given by address.
+def make_gather_tile(*, rows: int, vectors: int, dtype: BDtype, width: int) -> Any:
+    """An intrinsic `tile(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)`: tile.make_tile's product with B's rows given by address.
 
     `b_rows` is the address of `depth` int64 row addresses; each row is read at `b_offset` bytes from there.
+    The rows whose addresses stand at `ahead` are fetched into the cache meanwhile, at the same offset.
     """
     vector = ir.VectorType(_F32, width)
     size = 4 if dtype == "float32" else 2
 
-    def emit(builder: Any, a: Any, a_row: Any, b_rows: Any, b_offset: Any, c: Any, c_row: Any, depth: Any) -> None:
+    def emit(builder: Any, a: Any, a_row: Any, b_rows: Any, ahead: Any, b_offset: Any, c: Any, c_row: Any, depth: Any) -> None:
         cells = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(rows)]
         for row in cells:
             for cell in row:
@@ -181,46 +223,85 @@ def _make_gather_tile(*, rows: int, vectors: int, dtype: BDtype, width: int) -> 
         with cgutils.for_range(builder, depth, intp=_I64) as loop:
             slot = builder.add(b_rows, builder.mul(loop.index, ir.Constant(_I64, 8)))
             b_at = builder.add(builder.load(builder.inttoptr(slot, ir.PointerType(_I64))), b_offset)
-            columns = [_widen(builder, at(builder, b_at, size * width * j), dtype, width) for j in range(vectors)]
+            other = builder.load(builder.inttoptr(builder.add(ahead, builder.mul(loop.index, ir.Constant(_I64, 8))), ir.PointerType(_I64)))
+            _prefetch(builder, builder.add(other, b_offset))
             a_offset = builder.mul(loop.index, ir.Constant(_I64, 4))
-            for i in range(rows):
-                scalar = splat(builder, load(builder, builder.add(a_rows[i], a_offset), _F32), width)
+
+            def weight(i: int) -> Any:
+                return splat(builder, load(builder, builder.add(a_rows[i], a_offset), _F32), width)
+
+            def column(j: int) -> Any:
+                return _widen(builder, at(builder, b_at, size * width * j), dtype, width)
+
+            def add(i: int, j: int, one: Any, other: Any) -> None:
+                builder.store(fma(builder, one, other, builder.load(cells[i][j])), cells[i][j])
+
+            # The smaller set of operands stays in registers, the other passes through one: sums must not be spilled.
+            if rows > vectors:
+                columns = [column(j) for j in range(vectors)]
+                for i in range(rows):
+                    one = weight(i)
+                    for j in range(vectors):
+                        add(i, j, one, columns[j])
+            else:
+                weights = [weight(i) for i in range(rows)]
                 for j in range(vectors):
-                    builder.store(fma(builder, scalar, columns[j], builder.load(cells[i][j])), cells[i][j])
+                    other = column(j)
+                    for i in range(rows):
+                        add(i, j, weights[i], other)
         for i in range(rows):
             target = builder.add(c, builder.mul(c_row, ir.Constant(_I64, i)))
             for j in range(vectors):
                 store(builder, builder.load(cells[i][j]), at(builder, target, 4 * width * j))
 
-    def tile(typingctx: Any, a: Any, a_row: Any, b_rows: Any, b_offset: Any, c: Any, c_row: Any, depth: Any) -> Any:
+    def tile(typingctx: Any, a: Any, a_row: Any, b_rows: Any, ahead: Any, b_offset: Any, c: Any, c_row: Any, depth: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emit(builder, *args)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8), codegen
 
     return intrinsic(tile)
 
 
 def make_gather_tiles(*, vectors: int, dtype: BDtype, width: int = WIDTH) -> Any:
-    """A Numba function `(rows, a, a_row, b_rows, b_offset, c, c_row, depth)` that picks the tile of 1 to MAX_ROWS rows."""
+    """A Numba function `(rows, a, a_row, b_rows, ahead, b_offset, c, c_row, depth)` that picks the tile of 1 to MAX_ROWS rows."""
     tile1, tile2, tile3, tile4, tile5, tile6 = (
-        _make_gather_tile(rows=r, vectors=vectors, dtype=dtype, width=width) for r in range(1, MAX_ROWS + 1)
+        make_gather_tile(rows=r, vectors=vectors, dtype=dtype, width=width) for r in range(1, MAX_ROWS + 1)
     )
 
-    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def tiles(rows: int, a: int, a_row: int, b_rows: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
+    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    def tiles(rows: int, a: int, a_row: int, b_rows: int, ahead: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
         if rows == 6:
-            tile6(a, a_row, b_rows, b_offset, c, c_row, depth)
+            tile6(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
         elif rows == 5:
-            tile5(a, a_row, b_rows, b_offset, c, c_row, depth)
+            tile5(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
         elif rows == 4:
-            tile4(a, a_row, b_rows, b_offset, c, c_row, depth)
+            tile4(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
         elif rows == 3:
-            tile3(a, a_row, b_rows, b_offset, c, c_row, depth)
+            tile3(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
         elif rows == 2:
-            tile2(a, a_row, b_rows, b_offset, c, c_row, depth)
+            tile2(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
         elif rows == 1:
-            tile1(a, a_row, b_rows, b_offset, c, c_row, depth)
+            tile1(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
+
+    return tiles
+
+
+def make_few_row_tiles(dtype: BDtype) -> Any:
+    """Like `make_gather_tiles` for 1 to FEW_ROWS rows, of four vectors.
+
+    A tile of few rows has too few sums in flight to hide an addition's delay; twice the columns make up for it.
+    """
+    tile1, tile2, tile3 = (make_gather_tile(rows=r, vectors=4, dtype=dtype, width=WIDTH) for r in range(1, FEW_ROWS + 1))
+
+    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    def tiles(rows: int, a: int, a_row: int, b_rows: int, ahead: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
+        if rows == 3:
+            tile3(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
+        elif rows == 2:
+            tile2(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
+        else:
+            tile1(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
 
     return tiles

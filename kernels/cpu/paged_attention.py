@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .address import load_f32, load_i32, load_i64, store_f32, store_i64
 from .atomics import fetch_add
-from .attention_vectors import blend, cap_scores, make_gather_tiles, make_transpose, scale_row, softmax_row
+from .attention_vectors import FEW_ROWS, blend, cap_scores, make_few_row_tiles, make_gather_tile, make_gather_tiles, make_transpose, scale_row, softmax_row
 from .attention_work import ITEM_FIELDS, KEY_BLOCK, MAX_QUERY_ROWS
 from .threads import KERNEL_SIGNATURE, Kernel
 from .tile import COLUMNS, MAX_ROWS, BDtype, make_row_tiles
@@ -33,7 +33,8 @@ from .vector_math import exp2
 
 _LOG2E = 1.4426950408889634
 _KEY_BLOCK, _MAX_QUERY_ROWS, _ITEM_BYTES = KEY_BLOCK, MAX_QUERY_ROWS, 8 * ITEM_FIELDS
-_COLUMNS, _MAX_ROWS = COLUMNS, MAX_ROWS
+_COLUMNS, _MAX_ROWS, _FEW_ROWS = COLUMNS, MAX_ROWS, FEW_ROWS
+_PANEL = COLUMNS  # keys transposed at a time
 _SCORE_ROW = 4 * KEY_BLOCK + 64  # bytes; not a power of two, so that a column of rows spreads over the cache's sets
 _MINUS_INFINITY = np.float32(-np.inf)
 
@@ -54,41 +55,65 @@ def _arrive(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _argument(arguments: int, index: int) -> int:
     return load_i64(arguments + 8 * index)  # type: ignore[no-any-return]
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _find_rows(arguments: int, sequence: int, head: int, first: int, keys: int, k_rows: int, v_rows: int) -> None:
-    """Addresses of keys and values first..first+keys; the last is repeated up to a whole panel."""
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _find_rows(arguments: int, pages: int, item: int, head: int, block: int, rows: int) -> None:
+    """Addresses of the keys (or values) in `pages` that an item reads in one block; the last is repeated up to a multiple of 8."""
+    sequence, first = load_i64(item), block * _KEY_BLOCK
+    keys = min(_KEY_BLOCK, load_i64(item + 24) + load_i64(item + 16) - first)
     page_size = _argument(arguments, _PAGE_SIZE)
-    stride = _argument(arguments, _KEY_STRIDE)
+    stride, page_stride = _argument(arguments, _KEY_STRIDE), _argument(arguments, _PAGE_STRIDE)
     table = _argument(arguments, _TABLE) + sequence * _argument(arguments, _TABLE_ROW)
-    offset = head * _argument(arguments, _HEAD_STRIDE)
-    k_to_v = _argument(arguments, _V) - _argument(arguments, _K)
-    base = _argument(arguments, _K) + offset
+    base = pages + head * _argument(arguments, _HEAD_STRIDE)
     page = first // page_size
     within = first - page * page_size
     address = base
     i = 0
     while i < keys:
-        address = base + load_i32(table + 4 * page) * _argument(arguments, _PAGE_STRIDE) + within * stride
+        address = base + load_i32(table + 4 * page) * page_stride + within * stride
         count = min(page_size - within, keys - i)
         for _ in range(count):
-            store_i64(k_rows + 8 * i, address)
-            store_i64(v_rows + 8 * i, address + k_to_v)
+            store_i64(rows + 8 * i, address)
             address += stride
             i += 1
         page += 1
         within = 0
     address -= stride
-    while i % _COLUMNS != 0:
-        store_i64(k_rows + 8 * i, address)
+    while i % 8 != 0:
+        store_i64(rows + 8 * i, address)
         i += 1
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _first_block(arguments: int, item: int) -> int:
+    """The first block of an item's part that any of its queries sees."""
+    window = _argument(arguments, _WINDOW)
+    seen = max(0, load_i64(item + 24) + 1 - window) // _KEY_BLOCK if window > 0 else 0
+    return max(load_i64(item + 32), seen)
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _find_next(arguments: int, item: int, head: int, block: int, rows: int) -> bool:
+    """Addresses of the keys that will probably be read after this block: the item's next block, or the next task's first."""
+    if block + 1 < load_i64(item + 40):
+        _find_rows(arguments, _argument(arguments, _K), item, head, block + 1, rows)
+        return True
+    task, heads = load_i64(arguments), _argument(arguments, _KV_HEADS)
+    if task >= _argument(arguments, _NUM_TASKS):
+        return False
+    other = _argument(arguments, _ITEMS) + task // heads * _ITEM_BYTES
+    first = _first_block(arguments, other)
+    if first >= load_i64(other + 40):
+        return False
+    _find_rows(arguments, _argument(arguments, _K), other, task % heads, first, rows)
+    return True
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _weights(arguments: int, scores: int, rows: int, first_row: int, ahead: int, keys: int, begin: int, end: int, result: int) -> None:
     """Turn `rows` rows of scores, columns begin..end, into softmax weights; greatest and sum of each row go to `result`.
 
@@ -114,7 +139,7 @@ def _weights(arguments: int, scores: int, rows: int, first_row: int, ahead: int,
         softmax_row(row + 4 * begin, end - begin, result + 8 * r)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _merge(running: int, state: int, part: int, greatest: float, total: float, dim: int) -> None:
     """Merge one block's result of one row into the row's running result; `state` holds its greatest score and its sum."""
     if greatest == _MINUS_INFINITY:
@@ -128,7 +153,7 @@ def _merge(running: int, state: int, part: int, greatest: float, total: float, d
     blend(running, keep, part, weight, dim)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _start_rows(running: int, state: int, rows: int, dim: int) -> None:
     for i in range(rows * dim):
         store_f32(running + 4 * i, np.float32(0.0))
@@ -137,7 +162,7 @@ def _start_rows(running: int, state: int, rows: int, dim: int) -> None:
         store_f32(state + 8 * r + 4, np.float32(0.0))
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _write_rows(arguments: int, item: int, head: int, rows: int, running: int, state: int) -> None:
     dim, group = _argument(arguments, _DIM), _argument(arguments, _GROUP)
     for r in range(rows):
@@ -147,7 +172,7 @@ def _write_rows(arguments: int, item: int, head: int, rows: int, running: int, s
         scale_row(running + r * dim * 4, np.float32(1.0) / load_f32(state + 8 * r + 4), target, dim)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _merge_parts(arguments: int, item: int, head: int, rows: int, first_block: int, blocks: int, partials: int, scratch: int) -> None:
     """Merge what all tasks of one query block left, in order, and write the rows."""
     dim = _argument(arguments, _DIM)
@@ -164,46 +189,51 @@ def _merge_parts(arguments: int, item: int, head: int, rows: int, first_block: i
 def _make_body(dtype: BDtype) -> Any:
     score_tiles = make_row_tiles(vectors=2, dtype="float32")
     wide_tiles = make_gather_tiles(vectors=2, dtype=dtype)
-    narrow_tiles = make_gather_tiles(vectors=1, dtype=dtype, width=8)
+    narrow_tile = make_gather_tile(rows=1, vectors=1, dtype=dtype, width=8)
+    few_tiles = make_few_row_tiles(dtype)
     transpose = make_transpose(dtype)
     size = 4 if dtype == "float32" else 2
 
-    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def score_block(
-        scores: int, q: int, rows: int, group: int, dim: int, k_rows: int, keys: int, ahead: int, window: int, panel: int
-    ) -> None:
-        """scores[rows, keys] = q @ k.T, a panel of keys at a time; tiles of which no row sees a panel are left out."""
-        last = (rows - 1) // group
-        begin = max(0, ahead - window) if window > 0 else 0
-        for first in range(begin // _COLUMNS * _COLUMNS, min(keys, ahead + last), _COLUMNS):
-            for c in range(0, _COLUMNS, 8):
-                transpose(k_rows + 8 * (first + c), dim, panel + 4 * c, 4 * _COLUMNS)
+    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    def score_block(arguments: int, scores: int, q: int, rows: int, k_rows: int, v_rows: int, keys: int, ahead: int, panel: int) -> None:
+        """scores[rows, keys] = q @ k.T, a panel of keys at a time; tiles of which no row sees a key are left out."""
+        dim, group = _argument(arguments, _DIM), _argument(arguments, _GROUP)
+        window = _argument(arguments, _WINDOW) if _argument(arguments, _WINDOW) > 0 else 1 << 40
+        for first in range(max(0, ahead - window) // _PANEL * _PANEL, keys, _PANEL):
+            for c in range(0, min(_PANEL, keys - first), 8):
+                transpose(k_rows + 8 * (first + c), v_rows + 8 * (first + c), dim, panel + 4 * c, 4 * _PANEL)
             for r in range(0, rows, _MAX_ROWS):
                 count = min(_MAX_ROWS, rows - r)
-                if first >= ahead + (r + count - 1) // group or (window > 0 and first + _COLUMNS <= ahead + r // group - window):
-                    continue
-                score_tiles(count, q + r * dim * 4, 4 * dim, panel, 4 * _COLUMNS, scores + r * _SCORE_ROW + 4 * first, _SCORE_ROW, dim, 0)
+                stop = min(keys, ahead + (r + count - 1) // group)
+                start = ahead + r // group - window
+                if first < stop and start < first + _PANEL:
+                    target = scores + r * _SCORE_ROW + 4 * first
+                    score_tiles(count, q + r * dim * 4, 4 * dim, panel, 4 * _PANEL, target, _SCORE_ROW, dim, 0)
 
-    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def add_values(rows: int, weights: int, v_rows: int, depth: int, target: int, target_row: int, dim: int) -> None:
+    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    def add_values(rows: int, weights: int, v_rows: int, ahead: int, depth: int, target: int, target_row: int, dim: int) -> None:
         """target[rows, dim] = weights[rows, depth] @ v"""
         column = 0
+        while rows <= _FEW_ROWS and column + 2 * _COLUMNS <= dim:
+            few_tiles(rows, weights, _SCORE_ROW, v_rows, ahead, column * size, target + 4 * column, target_row, depth)
+            column += 2 * _COLUMNS
         while column + _COLUMNS <= dim:
-            wide_tiles(rows, weights, _SCORE_ROW, v_rows, column * size, target + 4 * column, target_row, depth)
+            wide_tiles(rows, weights, _SCORE_ROW, v_rows, ahead, column * size, target + 4 * column, target_row, depth)
             column += _COLUMNS
         while column < dim:
-            narrow_tiles(rows, weights, _SCORE_ROW, v_rows, column * size, target + 4 * column, target_row, depth)
+            for r in range(rows):  # only where dim is no multiple of a tile's columns
+                place = target + r * target_row + 4 * column
+                narrow_tile(weights + r * _SCORE_ROW, 0, v_rows, v_rows, column * size, place, 0, depth)
             column += 8
 
-    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
     def run_task(arguments: int, item: int, head: int, scratch: int) -> None:
         dim, group = _argument(arguments, _DIM), _argument(arguments, _GROUP)
         window = _argument(arguments, _WINDOW)
-        sequence, first_token, queries, position = load_i64(item), load_i64(item + 8), load_i64(item + 16), load_i64(item + 24)
-        begin_block, end_block, parts = load_i64(item + 32), load_i64(item + 40), load_i64(item + 56)
+        first_token, queries, position = load_i64(item + 8), load_i64(item + 16), load_i64(item + 24)
+        end_block, parts = load_i64(item + 40), load_i64(item + 56)
         rows = queries * group
         blocks = (position + queries + _KEY_BLOCK - 1) // _KEY_BLOCK
-        first_block = max(0, position + 1 - window) // _KEY_BLOCK if window > 0 else 0
         part_row = 4 * dim + 8
         partials = (
             _argument(arguments, _PARTIALS) + (load_i64(item + 64) * _argument(arguments, _KV_HEADS) + head * blocks * rows) * part_row
@@ -212,7 +242,7 @@ def _make_body(dtype: BDtype) -> Any:
         k_rows = scratch
         v_rows = k_rows + 8 * _KEY_BLOCK
         panel = v_rows + 8 * _KEY_BLOCK
-        tile = panel + 4 * dim * _COLUMNS
+        tile = panel + 4 * dim * _PANEL
         tile_state = tile + 4 * _MAX_ROWS * dim
         state = tile_state + 64
         q = state + 8 * rows
@@ -223,12 +253,16 @@ def _make_body(dtype: BDtype) -> Any:
             source = _argument(arguments, _Q) + (first_token + i) * _argument(arguments, _Q_ROW) + (head * group + r - i * group) * dim * 4
             scale_row(source, load_f32(arguments + 8 * _SCALE), q + r * dim * 4, dim)
         _start_rows(running, state, rows, dim)
-        for block in range(max(begin_block, first_block), end_block):
+        first_block = _first_block(arguments, item)
+        if first_block < end_block:
+            _find_rows(arguments, _argument(arguments, _K), item, head, first_block, k_rows)
+        for block in range(first_block, end_block):
             first = block * _KEY_BLOCK
             keys = min(_KEY_BLOCK, position + queries - first)
             ahead = position + 1 - first
-            _find_rows(arguments, sequence, head, first, keys, k_rows, v_rows)
-            score_block(scores, q, rows, group, dim, k_rows, keys, ahead, window, panel)
+            _find_rows(arguments, _argument(arguments, _V), item, head, block, v_rows)
+            score_block(arguments, scores, q, rows, k_rows, v_rows, keys, ahead, panel)
+            following = k_rows if _find_next(arguments, item, head, block, k_rows) else v_rows
             for r in range(0, rows, _MAX_ROWS):
                 count = min(_MAX_ROWS, rows - r)
                 stop = min(keys, ahead + (r + count - 1) // group)
@@ -243,27 +277,25 @@ def _make_body(dtype: BDtype) -> Any:
                 end = (stop + _COLUMNS - 1) // _COLUMNS * _COLUMNS
                 tile_scores = scores + r * _SCORE_ROW
                 _weights(arguments, tile_scores, count, r, ahead, keys, begin, end, tile_state)
-                if parts > 1:
-                    add_values(count, tile_scores + 4 * begin, v_rows + 8 * begin, stop - begin, part, part_row, dim)
-                    for i in range(count):
-                        store_f32(part + i * part_row + 4 * dim, load_f32(tile_state + 8 * i))
-                        store_f32(part + i * part_row + 4 * dim + 4, load_f32(tile_state + 8 * i + 4))
-                else:
-                    add_values(count, tile_scores + 4 * begin, v_rows + 8 * begin, stop - begin, tile, 4 * dim, dim)
-                    for i in range(count):
-                        total = load_f32(tile_state + 8 * i + 4)
-                        _merge(
-                            running + (r + i) * dim * 4, state + 8 * (r + i), tile + i * dim * 4, load_f32(tile_state + 8 * i), total, dim
-                        )
+                target, target_row = (part, part_row) if parts > 1 else (tile, 4 * dim)
+                add_values(count, tile_scores + 4 * begin, v_rows + 8 * begin, following, stop - begin, target, target_row, dim)
+                for i in range(count):
+                    greatest, total = load_f32(tile_state + 8 * i), load_f32(tile_state + 8 * i + 4)
+                    if parts > 1:
+                        store_f32(part + i * part_row + 4 * dim, greatest)
+                        store_f32(part + i * part_row + 4 * dim + 4, total)
+                    else:
+                        _merge(running + (r + i) * dim * 4, state + 8 * (r + i), tile + i * dim * 4, greatest, total, dim)
         if parts == 1:
             _write_rows(arguments, item, head, rows, running, state)
             return
         counter = _argument(arguments, _COUNTERS) + 8 * (load_i64(item + 48) * _argument(arguments, _KV_HEADS) + head)
         if _arrive(counter) == parts - 1:
             store_i64(counter, 0)  # for the next call
-            _merge_parts(arguments, item, head, rows, first_block, blocks, partials, scratch)
+            seen = max(0, position + 1 - window) // _KEY_BLOCK if window > 0 else 0
+            _merge_parts(arguments, item, head, rows, seen, blocks, partials, scratch)
 
-    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
     def body(arguments: int) -> None:
         slot = fetch_add(arguments + 8 * _SLOT, 1)
         scratch = _argument(arguments, _WORKSPACE) + slot * _argument(arguments, _WORKSPACE_BYTES)
@@ -286,20 +318,20 @@ _f32_body = _make_body("float32")
 def _kernel(dtype: torch.dtype) -> Kernel:
     if dtype == torch.bfloat16:
 
-        @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
+        @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
         def attention_bf16(arguments):  # type: ignore[no-untyped-def]
             _bf16_body(arguments)
 
         return Kernel(attention_bf16)
     if dtype == torch.float16:
 
-        @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
+        @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
         def attention_f16(arguments):  # type: ignore[no-untyped-def]
             _f16_body(arguments)
 
         return Kernel(attention_f16)
 
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def attention_f32(arguments):  # type: ignore[no-untyped-def]
         _f32_body(arguments)
 
@@ -322,7 +354,7 @@ _scratch = _Scratch()
 def _workspace_floats(group: int, dim: int) -> int:
     """Scratch of one thread (see run_task), or of the merge."""
     rows = max(1, MAX_QUERY_ROWS // group) * group
-    floats = 4 * KEY_BLOCK + dim * COLUMNS + MAX_ROWS * dim + 16 + 2 * rows + 2 * rows * dim + rows * _SCORE_ROW // 4
+    floats = 4 * KEY_BLOCK + dim * _PANEL + MAX_ROWS * dim + 16 + 2 * rows + 2 * rows * dim + rows * _SCORE_ROW // 4
     return -(-floats // 64) * 64 + 64
 
 

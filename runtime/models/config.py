@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+# The numbers that each type of scaling cannot do without.
+_ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 
 class UnsupportedModel(ValueError):
@@ -16,20 +23,29 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class _Family:
-    """What a family's code in transformers fixes that its config does not say. None: the config's own key decides."""
+    """What a family's code in transformers fixes that its config does not say. None: the config's own key decides.
+
+    `defaults` are the values of keys that a config leaves out, where the family has its own.
+    """
 
     qkv_bias: bool | None = None
     output_bias: bool | None = None
     qk_norm: bool = False
     sliding_window_key: bool = True  # False: the family ignores `sliding_window`
     needs_use_sliding_window: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+_QWEN2_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES: Mapping[str, _Family] = {
     "LlamaForCausalLM": _Family(sliding_window_key=False),
-    "MistralForCausalLM": _Family(qkv_bias=False, output_bias=False),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True, output_bias=False, needs_use_sliding_window=True),
-    "Qwen3ForCausalLM": _Family(qk_norm=True, needs_use_sliding_window=True),
+    "MistralForCausalLM": _Family(
+        qkv_bias=False,
+        output_bias=False,
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    ),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, output_bias=False, needs_use_sliding_window=True, defaults=_QWEN2_DEFAULTS),
+    "Qwen3ForCausalLM": _Family(qk_norm=True, needs_use_sliding_window=True, defaults={**_QWEN2_DEFAULTS, "head_dim": 128}),
 }
 
 
@@ -72,6 +88,7 @@ class ModelConfig:
         """Read a Hugging Face config. Raises UnsupportedModel for what is not implemented, ValueError for a missing or wrong key."""
         architecture = _architecture(config)
         family = FAMILIES[architecture]
+        config = {**family.defaults, **config}
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not supported: the Llama family uses silu")
         heads, hidden, layers = _count(config, "num_attention_heads"), _count(config, "hidden_size"), _count(config, "num_hidden_layers")
@@ -128,6 +145,14 @@ def _rope(config: Mapping[str, Any], head_dim: int, max_position: int) -> RopeCo
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
     partial = float(scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
     original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_position
+    if kind == "dynamic":
+        original = max_position  # as in transformers, whatever else the config says
+    if kind == "yarn" and scaling.get("factor") is None:
+        scaling["factor"] = max_position / original
+    for key in _ROPE_TYPES[kind]:
+        value = scaling.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"rope scaling {kind!r} needs a number {key!r} above 0, and the model's config has {value!r}")
     return RopeConfig(float(theta), cast(RopeType, kind), scaling, int(head_dim * partial) // 2 * 2, int(original))
 
 
