@@ -90,7 +90,7 @@ def paged_attention(
     On the CPU q and out are float32, and a row's bits depend on its own query, position, keys and values alone: not on the thread
     count, on what else is in the batch, or on how the prompt was cut into chunks.
     """
-    _check(q, k_pages, v_pages, plan, sliding_window, soft_cap, out)
+    _check(q, k_pages, v_pages, plan, scale, sliding_window, soft_cap, out)
     if plan.num_tokens == 0:
         return out
     if q.device.type == "cpu":
@@ -102,7 +102,14 @@ def paged_attention(
 
 
 def _check(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, sliding_window: int | None, soft_cap: float | None, out: Tensor
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    out: Tensor,
 ) -> None:
     rows, heads, dim = q.shape
     if rows < plan.num_tokens or heads != plan.num_heads or dim != plan.head_dim:
@@ -122,6 +129,8 @@ def _check(
         raise ValueError(f"pages need equal strides and a contiguous last dimension, not {strides} and {v_pages.stride()}")
     if q.is_cpu and (q.dtype != torch.float32 or out.dtype != torch.float32):
         raise ValueError(f"on the CPU q and out are float32, not {q.dtype} and {out.dtype}")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, not {scale}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, not {sliding_window}")
     if soft_cap is not None and not soft_cap > 0:

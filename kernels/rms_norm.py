@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
     """residual += x in place, then out = rms_norm(residual); returns out, which may be x. Shapes as for `rms_norm`."""
     _check(x, weight, out)
-    if residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1:
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.stride()[1] != 1:
         raise ValueError(f"residual must be like x, {x.dtype} {tuple(x.shape)}, not {residual.dtype} {tuple(residual.shape)}")
     if x.is_cpu and x.dtype == torch.float32:
         from .cpu.elementwise import rms_norm as on_cpu
@@ -41,11 +41,12 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    if x.ndim != 2 or out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(f"x and out must be [T, H] of one dtype, not {x.dtype} {tuple(x.shape)} and {out.dtype} {tuple(out.shape)}")
-    if weight.shape != x.shape[1:] or weight.stride(0) != 1:
-        raise ValueError(f"weight must be contiguous [{x.shape[1]}], not {tuple(weight.shape)}")
-    if x.stride(1) != 1 or out.stride(1) != 1:
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 2 or out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"x and out must be [T, H] of one dtype, not {dtype} {tuple(shape)} and {out.dtype} {tuple(out.shape)}")
+    if weight.shape != shape[1:] or not weight.is_contiguous():
+        raise ValueError(f"weight must be contiguous [{shape[1]}], not {tuple(weight.shape)}")
+    if x.stride()[1] != 1 or out.stride()[1] != 1:
         raise ValueError(f"rows must be contiguous, strides are {x.stride()} and {out.stride()}")
-    if x.is_cpu and x.dtype == torch.float32 and weight.dtype != torch.float32:
+    if dtype == torch.float32 and weight.dtype != dtype and x.is_cpu:
         raise ValueError(f"float32 rows on the CPU want a float32 weight, not {weight.dtype}")

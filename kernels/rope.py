@@ -38,10 +38,12 @@ def rope_and_store(
     On the CPU, raises IndexError for a position or slot outside its table.
     """
     rows, width = qkv.shape
-    if width != (num_heads + 2 * num_kv_heads) * head_dim or qkv.stride(1) != 1:
+    if width != (num_heads + 2 * num_kv_heads) * head_dim or qkv.stride()[1] != 1:
         raise ValueError(f"qkv is {tuple(qkv.shape)} with strides {qkv.stride()}; wanted {num_heads}+2*{num_kv_heads} heads of {head_dim}")
     if positions.shape != (rows,) or slots.shape != (rows,) or positions.dtype != torch.int64 or slots.dtype != torch.int64:
-        raise ValueError(f"positions and slots must be int64 [{rows}], not {positions.dtype} {tuple(positions.shape)}, {tuple(slots.shape)}")
+        raise ValueError(
+            f"positions and slots must be int64 [{rows}], not {positions.dtype} {tuple(positions.shape)}, {tuple(slots.shape)}"
+        )
     if cos_sin.dtype != torch.float32 or cos_sin.ndim != 3 or cos_sin.shape[1] != 2 or 2 * cos_sin.shape[2] > head_dim:
         raise ValueError(f"cos_sin must be float32 [max_position, 2, rotary_dim / 2], not {cos_sin.dtype} {tuple(cos_sin.shape)}")
     if not (cos_sin.is_contiguous() and positions.is_contiguous() and slots.is_contiguous()):
@@ -80,7 +82,7 @@ def reference(
     """The same in plain float32 torch, on any device and for any dtype of qkv."""
     _, num_kv_heads, page_size, head_dim = k_pages.shape
     half = cos_sin.shape[2]
-    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, head_dim))
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
     cos, sin = (cos_sin[positions, i, None, :] for i in (0, 1))
     for part, norm in ((heads[:, :num_heads], q_norm), (heads[:, num_heads : num_heads + num_kv_heads], k_norm)):
         x = part.float()

@@ -10,8 +10,9 @@ def silu_mul(gate_up: Tensor, *, out: Tensor) -> Tensor:
     """out [T, I] = silu(gate_up[:, :I]) * gate_up[:, I:], gate_up [T, 2 * I] of out's dtype; rows may be strided. Returns out."""
     rows, width = gate_up.shape
     if width % 2 or out.shape != (rows, width // 2) or out.dtype != gate_up.dtype:
-        raise ValueError(f"gate_up [T, 2 * I] and out [T, I] do not fit: {tuple(gate_up.shape)} {gate_up.dtype}, {tuple(out.shape)} {out.dtype}")
-    if gate_up.stride(1) != 1 or out.stride(1) != 1:
+        got = f"{gate_up.dtype} {tuple(gate_up.shape)} and {out.dtype} {tuple(out.shape)}"
+        raise ValueError(f"gate_up [T, 2 * I] and out [T, I] must be of one dtype, not {got}")
+    if gate_up.stride()[1] != 1 or out.stride()[1] != 1:
         raise ValueError(f"rows must be contiguous, strides are {gate_up.stride()} and {out.stride()}")
     if gate_up.is_cpu and gate_up.dtype == torch.float32:
         from .cpu.elementwise import silu_mul as on_cpu

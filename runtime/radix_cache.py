@@ -11,21 +11,26 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-PageKey = tuple[int, ...]
+PageKey = tuple[str | int, ...]  # the tokens of an edge's first page; below the root, the namespace before them
 
 
 class RadixNode:
-    """The end of one edge. `tokens` and `pages` are the edge's own; the prefix is those of the whole path from the root."""
+    """The end of one edge. `tokens` and `pages` are the edge's own; the prefix is those of the whole path from the root.
 
-    __slots__ = ("children", "last_access", "locks", "pages", "parent", "tokens")
+    `key` is its place among its parent's children.
+    """
 
-    def __init__(self, parent: RadixNode | None, tokens: list[int], pages: list[int]) -> None:
+    __slots__ = ("children", "is_offered", "key", "last_access", "locks", "pages", "parent", "tokens")
+
+    def __init__(self, parent: RadixNode | None, key: PageKey, tokens: list[int], pages: list[int]) -> None:
         self.parent = parent
+        self.key = key
         self.tokens = tokens
         self.pages = pages
         self.children: dict[PageKey, RadixNode] = {}
         self.locks = 0
         self.last_access = 0
+        self.is_offered = False  # stands in the cache's heap of leaves
 
     @property
     def is_evictable_leaf(self) -> bool:
@@ -59,33 +64,25 @@ class RadixCache:
         self.enabled = enabled
         self._release_pages = release_pages
         self._max_evictable_pages = None if max_evictable_tokens is None else max_evictable_tokens // page_size
-        self._roots: dict[str, RadixNode] = {}
+        self._root = RadixNode(None, (), [], [])
         self._clock = itertools.count(1)
         self._order = itertools.count()
-        self._leaves: list[tuple[int, int, RadixNode]] = []  # by age; entries go stale and are checked when taken
+        self._leaves: list[tuple[int, int, RadixNode]] = []  # by age, each once; entries go stale and are checked when taken
         self.num_evictable_pages = 0
         self.num_locked_pages = 0
         self.num_evicted_pages = 0
 
-    def root(self, namespace: str) -> RadixNode:
-        if namespace not in self._roots:
-            self._roots[namespace] = RadixNode(None, [], [])
-        return self._roots[namespace]
-
     def match(self, namespace: str, tokens: Sequence[int]) -> Match:
         """The longest prefix of `tokens` in whole pages. Splits an edge where the match ends inside it; locks nothing."""
-        node = self.root(namespace)
+        node = self._root
         pages: list[int] = []
-        if not self.enabled:
-            return Match(node, pages)
         now = next(self._clock)
         at = 0
-        while (child := node.children.get(self._key(tokens, at))) is not None:
-            child.last_access = now
+        while (child := node.children.get(self._key(namespace, tokens, at))) is not None:
             shared = self._shared_length(child, tokens, at)
             if shared < len(child.tokens):
                 child = self._split(child, shared)
-                child.last_access = now
+            child.last_access = now
             pages += child.pages
             at += shared
             node = child
@@ -104,9 +101,9 @@ class RadixCache:
             return found
         new_tokens = list(tokens[held * self.page_size : count * self.page_size])
         new_pages = list(pages[held:count])
-        leaf = RadixNode(found.node, new_tokens, new_pages)
+        leaf = RadixNode(found.node, self._key(namespace, tokens, held * self.page_size), new_tokens, new_pages)
         leaf.last_access = next(self._clock)
-        found.node.children[self._key(new_tokens, 0)] = leaf
+        found.node.children[leaf.key] = leaf
         self.num_evictable_pages += len(new_pages)
         self._offer(leaf)
         return Match(leaf, found.pages + new_pages)
@@ -134,6 +131,7 @@ class RadixCache:
         released = 0
         while released < num_pages and self._leaves:
             age, _, leaf = heapq.heappop(self._leaves)
+            leaf.is_offered = False
             if not leaf.is_evictable_leaf:
                 continue
             if leaf.last_access != age:
@@ -151,12 +149,10 @@ class RadixCache:
     def flush(self) -> None:
         """Drop every prefix that is not locked."""
         self.evict(self.num_evictable_pages)
-        for name in [name for name, root in self._roots.items() if not root.children]:
-            del self._roots[name]
 
     def nodes(self) -> Iterator[RadixNode]:
-        """Every node but the roots."""
-        stack = [child for root in self._roots.values() for child in root.children.values()]
+        """Every node but the root."""
+        stack = list(self._root.children.values())
         while stack:
             node = stack.pop()
             yield node
@@ -168,7 +164,8 @@ class RadixCache:
         seen: set[int] = set()
         for node in self.nodes():
             assert node.parent is not None
-            assert node.parent.children[self._key(node.tokens, 0)] is node, "a child stands under the wrong key"
+            assert node.parent.children[node.key] is node, "a child stands under the wrong key"
+            assert node.key[-self.page_size :] == tuple(node.tokens[: self.page_size]), "a key is not the edge's first page"
             assert len(node.tokens) == len(node.pages) * self.page_size > 0, "an edge's tokens and pages differ in length"
             assert node.locks >= sum(child.locks for child in node.children.values()), "a child is locked and its parent is not"
             assert not seen.intersection(node.pages), "a page stands in the tree twice"
@@ -179,28 +176,35 @@ class RadixCache:
                 evictable += len(node.pages)
         assert (evictable, locked) == (self.num_evictable_pages, self.num_locked_pages), "page counts are off"
 
-    def _key(self, tokens: Sequence[int], at: int) -> PageKey:
-        return tuple(tokens[at : at + self.page_size])
+    def _key(self, namespace: str, tokens: Sequence[int], at: int) -> PageKey:
+        page = tokens[at : at + self.page_size]
+        return tuple(page) if at else (namespace, *page)
 
     def _shared_length(self, child: RadixNode, tokens: Sequence[int], at: int) -> int:
         edge, size = child.tokens, self.page_size
         limit = min(len(edge), (len(tokens) - at) // size * size)
         if list(tokens[at : at + limit]) == edge[:limit]:
             return limit
-        shared = size  # the first page is the key, and it matched
-        while shared < limit and list(tokens[at + shared : at + shared + size]) == edge[shared : shared + size]:
-            shared += size
-        return shared
+        shared = 1  # in pages: the first one is the key, and it matched. The first `shared` are equal, the first `differs` are not.
+        differs = limit // size
+        while differs - shared > 1:
+            middle = (shared + differs) // 2 + 1
+            if list(tokens[at + shared * size : at + middle * size]) == edge[shared * size : middle * size]:
+                shared = middle
+            else:
+                differs = middle
+        return shared * size
 
     def _split(self, node: RadixNode, length: int) -> RadixNode:
         """Cut an edge after `length` tokens; gives the new upper node. The lower node keeps its identity, so locks stay valid."""
         assert node.parent is not None
         cut = length // self.page_size
-        upper = RadixNode(node.parent, node.tokens[:length], node.pages[:cut])
+        upper = RadixNode(node.parent, node.key, node.tokens[:length], node.pages[:cut])
         upper.locks, upper.last_access = node.locks, node.last_access
-        node.parent.children[self._key(node.tokens, 0)] = upper
+        node.parent.children[node.key] = upper
         node.tokens, node.pages, node.parent = node.tokens[length:], node.pages[cut:], upper
-        upper.children[self._key(node.tokens, 0)] = node
+        node.key = tuple(node.tokens[: self.page_size])
+        upper.children[node.key] = node
         return upper
 
     def _remove_leaf(self, leaf: RadixNode, wanted_pages: int) -> int:
@@ -213,14 +217,15 @@ class RadixCache:
             leaf.pages, leaf.tokens = leaf.pages[:keep], leaf.tokens[: keep * self.page_size]
             self._offer(leaf)
         else:
-            del leaf.parent.children[self._key(leaf.tokens, 0)]
+            del leaf.parent.children[leaf.key]
             self._offer(leaf.parent)
-            leaf.parent = None  # what the heap still holds of it is no leaf of the tree any more
+            leaf.parent = None  # who still holds it can neither lock nor evict what is gone
         self._release_pages(dropped)
         return len(dropped)
 
     def _offer(self, node: RadixNode) -> None:
-        if node.is_evictable_leaf:
+        if node.is_evictable_leaf and not node.is_offered:
+            node.is_offered = True
             heapq.heappush(self._leaves, (node.last_access, next(self._order), node))
 
     @staticmethod

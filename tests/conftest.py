@@ -8,6 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is fir
 
 from hypothesis import settings
 
+from octavo.runtime.start import prepare_environment
+
+prepare_environment()  # the engine processes that tests start then share compiled kernels with this one
+
 # Time limits are off because shared machines stall; print_blob gives the line that replays a failure.
 settings.register_profile("default_run", max_examples=50, deadline=None, print_blob=True)
 settings.register_profile("long_run", max_examples=1000, deadline=None, print_blob=True)

@@ -75,11 +75,11 @@ def bench(name: str, sequences: int, queries: int, context: int, dtype: torch.dt
     torch_taken = best_time(theirs)
     read = 2 * sequences * context * kv_heads * dim * k.element_size()
     pairs = sequences * sum(range(context - queries + 1, context + 1))
-    error = (out.view(sequences, queries, heads, dim).transpose(1, 2) - theirs()).abs().max().item() if layers == 1 else float("nan")
-    print(
-        f"{name:8}{sequences:4} x {queries:4} on {context:5}  {str(dtype)[6:]:9} {heads}/{kv_heads}x{dim:<4}{taken * 1e6:10.1f} us"
-        f"{read / taken / 1e9:8.1f} GB/s{4 * pairs * heads * dim / taken / 1e9:8.1f} GFLOP/s   torch / ours{torch_taken / taken:7.2f}  {error:.1e}"
-    )
+    paged_attention(q, k[0], v[0], plan, scale=dim**-0.5, out=out)
+    error = (out.view(sequences, queries, heads, dim).transpose(1, 2) - theirs()).abs().max().item()
+    rates = f"{read / taken / 1e9:8.1f} GB/s{4 * pairs * heads * dim / taken / 1e9:8.1f} GFLOP/s   torch / ours{torch_taken / taken:7.2f}"
+    case = f"{name:8}{sequences:4} x {queries:4} on {context:5}  {str(dtype)[6:]:9} {heads}/{kv_heads}x{dim:<4}"
+    print(f"{case}{taken * 1e6:10.1f} us{rates}  error {error:.1e}")
 
 
 def main() -> None:

@@ -43,14 +43,15 @@ def cap_scores(typingctx: Any, scores: Any, count: Any, inverse: Any, cap: Any) 
 
 
 @intrinsic
-def softmax_row(typingctx: Any, scores: Any, count: Any, result: Any) -> Any:
-    """scores[i] = 2 ** (scores[i] - greatest) in place; stores the greatest and the sum at `result`.
+def softmax_row(typingctx: Any, scores: Any, count: Any, factor: Any, result: Any) -> Any:
+    """scores[i] = 2 ** ((scores[i] - greatest) * factor) in place; stores the greatest and the sum at `result`.
 
     `count` is a multiple of WIDTH. A row of -inf becomes zeros, with greatest -inf and sum 0.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        scores, count, result = args
+        scores, count, factor, result = args
+        factors = splat(builder, factor, WIDTH)
         bottom = constant(_VECTOR, float("-inf"))
         greatest_cell, sum_cell = (cgutils.alloca_once(builder, _VECTOR) for _ in range(2))
         builder.store(bottom, greatest_cell)
@@ -68,7 +69,8 @@ def softmax_row(typingctx: Any, scores: Any, count: Any, result: Any) -> Any:
         shift = splat(builder, builder.select(empty, ir.Constant(_F32, 0.0), greatest), WIDTH)
 
         def second(address: Any) -> None:
-            weight = exp2_of(builder, builder.fsub(load(builder, address, _VECTOR), shift))
+            # The factor comes after the difference, where rounding is relative to a small number.
+            weight = exp2_of(builder, builder.fmul(builder.fsub(load(builder, address, _VECTOR), shift), factors))
             store(builder, weight, address)
             builder.store(builder.fadd(builder.load(sum_cell), weight), sum_cell)
 
@@ -77,7 +79,7 @@ def softmax_row(typingctx: Any, scores: Any, count: Any, result: Any) -> Any:
         store(builder, reduce(builder, builder.load(sum_cell), builder.fadd), at(builder, result, 4))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), codegen
+    return types.void(types.int64, types.int64, types.float32, types.int64), codegen
 
 
 def _blend(builder: Any, total: Any, keep: Any, part: Any, weight: Any, count: Any, width: int) -> None:
@@ -270,7 +272,7 @@ def make_gather_tiles(*, vectors: int, dtype: BDtype, width: int = WIDTH) -> Any
         make_gather_tile(rows=r, vectors=vectors, dtype=dtype, width=width) for r in range(1, MAX_ROWS + 1)
     )
 
-    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def tiles(rows: int, a: int, a_row: int, b_rows: int, ahead: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
         if rows == 6:
             tile6(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
@@ -295,7 +297,7 @@ def make_few_row_tiles(dtype: BDtype) -> Any:
     """
     tile1, tile2, tile3 = (make_gather_tile(rows=r, vectors=4, dtype=dtype, width=WIDTH) for r in range(1, FEW_ROWS + 1))
 
-    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def tiles(rows: int, a: int, a_row: int, b_rows: int, ahead: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
         if rows == 3:
             tile3(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)

@@ -54,8 +54,7 @@ def _silu_mul_row(x: int, target: int, count: int) -> None:
     for i in range(count):
         gate = load_f32_at(x, i)
         power = -gate * _LOG2E
-        if power > _HIGHEST:
-            power = _HIGHEST
+        power = min(power, _HIGHEST)
         store_f32_at(target, i, gate / (np.float32(1.0) + exp2(power)) * load_f32_at(x + 4 * count, i))
 
 
@@ -116,11 +115,11 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out
         rows,
         count,
         x.data_ptr(),
-        x.stride(0) * 4,
+        x.stride()[0] * 4,
         0 if residual is None else residual.data_ptr(),
-        0 if residual is None else residual.stride(0) * 4,
+        0 if residual is None else residual.stride()[0] * 4,
         out.data_ptr(),
-        out.stride(0) * 4,
+        out.stride()[0] * 4,
         weight.data_ptr(),
         float_bits(eps),
     )
@@ -129,4 +128,5 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """out [T, I] = silu(gate_up[:, :I]) * gate_up[:, I:]"""
     rows, count = out.shape
-    _silu_kernel()(_threads(rows * count, rows), rows, count, gate_up.data_ptr(), gate_up.stride(0) * 4, out.data_ptr(), out.stride(0) * 4)
+    threads = _threads(rows * count, rows)
+    _silu_kernel()(threads, rows, count, gate_up.data_ptr(), gate_up.stride()[0] * 4, out.data_ptr(), out.stride()[0] * 4)

@@ -11,7 +11,6 @@ Hence a row's bits depend on nothing but its own inputs. (They do depend on the 
 from __future__ import annotations
 
 import functools
-import struct
 import threading
 from typing import Any
 
@@ -23,25 +22,42 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .address import load_f32, load_i32, load_i64, store_f32, store_i64
+from .address import load_f32, load_i64, store_f32, store_i64
 from .atomics import fetch_add
-from .attention_vectors import FEW_ROWS, blend, cap_scores, make_few_row_tiles, make_gather_tile, make_gather_tiles, make_transpose, scale_row, softmax_row
-from .attention_work import ITEM_FIELDS, KEY_BLOCK, MAX_QUERY_ROWS
+from .attention_block import MINUS_INFINITY, PANEL, SCORE_ROW, make_add_values, make_score_block, weights
+from .attention_pages import (
+    COUNTERS,
+    DIM,
+    FACTOR,
+    GROUP,
+    ITEM_BYTES,
+    ITEMS,
+    KV_HEADS,
+    NUM_TASKS,
+    OUT,
+    OUT_ROW,
+    PARTIALS,
+    Q_ROW,
+    SLOT,
+    WINDOW,
+    WORKSPACE,
+    WORKSPACE_BYTES,
+    K,
+    Q,
+    V,
+    argument,
+    find_next,
+    find_rows,
+    first_block,
+)
+from .attention_vectors import blend, scale_row
+from .attention_work import KEY_BLOCK, MAX_QUERY_ROWS
+from .elementwise import float_bits
 from .threads import KERNEL_SIGNATURE, Kernel
-from .tile import COLUMNS, MAX_ROWS, BDtype, make_row_tiles
+from .tile import COLUMNS, MAX_ROWS, BDtype
 from .vector_math import exp2
 
 _LOG2E = 1.4426950408889634
-_KEY_BLOCK, _MAX_QUERY_ROWS, _ITEM_BYTES = KEY_BLOCK, MAX_QUERY_ROWS, 8 * ITEM_FIELDS
-_COLUMNS, _MAX_ROWS, _FEW_ROWS = COLUMNS, MAX_ROWS, FEW_ROWS
-_PANEL = COLUMNS  # keys transposed at a time
-_SCORE_ROW = 4 * KEY_BLOCK + 64  # bytes; not a power of two, so that a column of rows spreads over the cache's sets
-_MINUS_INFINITY = np.float32(-np.inf)
-
-# Arguments, as int64 at 8 * index.
-_SLOT, _ITEMS, _NUM_TASKS, _KV_HEADS, _GROUP, _DIM, _Q, _Q_ROW, _OUT, _OUT_ROW = range(2, 12)
-_K, _V, _PAGE_STRIDE, _HEAD_STRIDE, _KEY_STRIDE, _PAGE_SIZE, _TABLE, _TABLE_ROW = range(12, 20)
-_SCALE, _WINDOW, _CAP, _CAP_INVERSE, _CAP_SCALE, _WORKSPACE, _WORKSPACE_BYTES, _PARTIALS, _COUNTERS = range(20, 29)
 
 
 @intrinsic
@@ -55,261 +71,180 @@ def _arrive(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _argument(arguments: int, index: int) -> int:
-    return load_i64(arguments + 8 * index)  # type: ignore[no-any-return]
-
-
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _find_rows(arguments: int, pages: int, item: int, head: int, block: int, rows: int) -> None:
-    """Addresses of the keys (or values) in `pages` that an item reads in one block; the last is repeated up to a multiple of 8."""
-    sequence, first = load_i64(item), block * _KEY_BLOCK
-    keys = min(_KEY_BLOCK, load_i64(item + 24) + load_i64(item + 16) - first)
-    page_size = _argument(arguments, _PAGE_SIZE)
-    stride, page_stride = _argument(arguments, _KEY_STRIDE), _argument(arguments, _PAGE_STRIDE)
-    table = _argument(arguments, _TABLE) + sequence * _argument(arguments, _TABLE_ROW)
-    base = pages + head * _argument(arguments, _HEAD_STRIDE)
-    page = first // page_size
-    within = first - page * page_size
-    address = base
-    i = 0
-    while i < keys:
-        address = base + load_i32(table + 4 * page) * page_stride + within * stride
-        count = min(page_size - within, keys - i)
-        for _ in range(count):
-            store_i64(rows + 8 * i, address)
-            address += stride
-            i += 1
-        page += 1
-        within = 0
-    address -= stride
-    while i % 8 != 0:
-        store_i64(rows + 8 * i, address)
-        i += 1
-
-
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _first_block(arguments: int, item: int) -> int:
-    """The first block of an item's part that any of its queries sees."""
-    window = _argument(arguments, _WINDOW)
-    seen = max(0, load_i64(item + 24) + 1 - window) // _KEY_BLOCK if window > 0 else 0
-    return max(load_i64(item + 32), seen)
-
-
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _find_next(arguments: int, item: int, head: int, block: int, rows: int) -> bool:
-    """Addresses of the keys that will probably be read after this block: the item's next block, or the next task's first."""
-    if block + 1 < load_i64(item + 40):
-        _find_rows(arguments, _argument(arguments, _K), item, head, block + 1, rows)
-        return True
-    task, heads = load_i64(arguments), _argument(arguments, _KV_HEADS)
-    if task >= _argument(arguments, _NUM_TASKS):
-        return False
-    other = _argument(arguments, _ITEMS) + task // heads * _ITEM_BYTES
-    first = _first_block(arguments, other)
-    if first >= load_i64(other + 40):
-        return False
-    _find_rows(arguments, _argument(arguments, _K), other, task % heads, first, rows)
-    return True
-
-
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _weights(arguments: int, scores: int, rows: int, first_row: int, ahead: int, keys: int, begin: int, end: int, result: int) -> None:
-    """Turn `rows` rows of scores, columns begin..end, into softmax weights; greatest and sum of each row go to `result`.
-
-    `ahead` is how many of the block's keys the task's first query may see; each further query may see one more.
-    """
-    group = _argument(arguments, _GROUP)
-    window = _argument(arguments, _WINDOW)
-    capped = _argument(arguments, _CAP) != 0
-    for r in range(rows):
-        row = scores + r * _SCORE_ROW
-        visible = ahead + (first_row + r) // group
-        stop = max(begin, min(visible, keys))
-        start = begin
-        if window > 0:
-            start = min(end, max(begin, visible - window))
-        if capped:
-            inverse, scale = load_f32(arguments + 8 * _CAP_INVERSE), load_f32(arguments + 8 * _CAP_SCALE)
-            cap_scores(row + 4 * begin, end - begin, inverse, scale)
-        for c in range(begin, start):
-            store_f32(row + 4 * c, _MINUS_INFINITY)
-        for c in range(stop, end):
-            store_f32(row + 4 * c, _MINUS_INFINITY)
-        softmax_row(row + 4 * begin, end - begin, result + 8 * r)
-
-
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _merge(running: int, state: int, part: int, greatest: float, total: float, dim: int) -> None:
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _merge(arguments: int, running: int, state: int, part: int, greatest: float, total: float) -> None:
     """Merge one block's result of one row into the row's running result; `state` holds its greatest score and its sum."""
-    if greatest == _MINUS_INFINITY:
+    if greatest == MINUS_INFINITY:
         return
     old = load_f32(state)
     new = max(old, greatest)
-    keep = exp2(old - new)
-    weight = exp2(greatest - new)
+    factor = load_f32(arguments + 8 * FACTOR)
+    keep = exp2((old - new) * factor)
+    weight = exp2((greatest - new) * factor)
     store_f32(state, new)
     store_f32(state + 4, load_f32(state + 4) * keep + total * weight)
-    blend(running, keep, part, weight, dim)
+    blend(running, keep, part, weight, argument(arguments, DIM))
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _start_rows(running: int, state: int, rows: int, dim: int) -> None:
     for i in range(rows * dim):
         store_f32(running + 4 * i, np.float32(0.0))
     for r in range(rows):
-        store_f32(state + 8 * r, _MINUS_INFINITY)
+        store_f32(state + 8 * r, MINUS_INFINITY)
         store_f32(state + 8 * r + 4, np.float32(0.0))
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _write_rows(arguments: int, item: int, head: int, rows: int, running: int, state: int) -> None:
-    dim, group = _argument(arguments, _DIM), _argument(arguments, _GROUP)
+    dim, group = argument(arguments, DIM), argument(arguments, GROUP)
     for r in range(rows):
         i = r // group
-        target = _argument(arguments, _OUT) + (load_i64(item + 8) + i) * _argument(arguments, _OUT_ROW)
+        target = argument(arguments, OUT) + (load_i64(item + 8) + i) * argument(arguments, OUT_ROW)
         target += (head * group + r - i * group) * dim * 4
         scale_row(running + r * dim * 4, np.float32(1.0) / load_f32(state + 8 * r + 4), target, dim)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _merge_parts(arguments: int, item: int, head: int, rows: int, first_block: int, blocks: int, partials: int, scratch: int) -> None:
-    """Merge what all tasks of one query block left, in order, and write the rows."""
-    dim = _argument(arguments, _DIM)
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _layout(scratch: int, rows: int, dim: int) -> tuple[int, int, int, int, int, int, int, int, int]:
+    """Where in a thread's scratch things lie; `_workspace_floats` gives its size."""
+    k_rows = scratch
+    v_rows = k_rows + 8 * KEY_BLOCK
+    panel = v_rows + 8 * KEY_BLOCK
+    tile = panel + 4 * dim * PANEL
+    tile_state = tile + 4 * MAX_ROWS * max(dim, PANEL)
+    state = tile_state + 64
+    q = state + 8 * rows
+    running = q + 4 * rows * dim
+    return k_rows, v_rows, panel, tile, tile_state, state, q, running, running + 4 * rows * dim
+
+
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _partials(arguments: int, item: int, head: int) -> int:
+    """Where the parts of an item's query block leave their results: for each block and row `dim` sums, the greatest score, its sum."""
+    queries = load_i64(item + 16)
+    blocks = (load_i64(item + 24) + queries + KEY_BLOCK - 1) // KEY_BLOCK
+    row = load_i64(item + 64) * argument(arguments, KV_HEADS) + head * blocks * queries * argument(arguments, GROUP)
+    return argument(arguments, PARTIALS) + row * (4 * argument(arguments, DIM) + 8)  # type: ignore[no-any-return]
+
+
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _load_queries(arguments: int, item: int, head: int, q: int) -> None:
+    dim, group = argument(arguments, DIM), argument(arguments, GROUP)
+    for r in range(load_i64(item + 16) * group):
+        i = r // group
+        source = argument(arguments, Q) + (load_i64(item + 8) + i) * argument(arguments, Q_ROW)
+        source += (head * group + r - i * group) * dim * 4
+        scale_row(source, np.float32(1.0), q + r * dim * 4, dim)
+
+
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _merge_parts(arguments: int, item: int, head: int, scratch: int) -> None:
+    """Merge what all parts of one query block left, in order, and write the rows."""
+    dim, window = argument(arguments, DIM), argument(arguments, WINDOW)
+    queries, position = load_i64(item + 16), load_i64(item + 24)
+    rows = queries * argument(arguments, GROUP)
     part_row = 4 * dim + 8
+    partials = _partials(arguments, item, head)
     running, state = scratch, scratch + rows * dim * 4
     _start_rows(running, state, rows, dim)
-    for block in range(first_block, blocks):
+    first = max(0, position + 1 - window) // KEY_BLOCK if window > 0 else 0
+    for block in range(first, (position + queries + KEY_BLOCK - 1) // KEY_BLOCK):
         for r in range(rows):
             part = partials + (block * rows + r) * part_row
-            _merge(running + r * dim * 4, state + 8 * r, part, load_f32(part + 4 * dim), load_f32(part + 4 * dim + 4), dim)
+            _merge(arguments, running + r * dim * 4, state + 8 * r, part, load_f32(part + 4 * dim), load_f32(part + 4 * dim + 4))
     _write_rows(arguments, item, head, rows, running, state)
 
 
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _finish(arguments: int, item: int, head: int, scratch: int) -> None:
+    """Write the rows of an item that has no other part; else count the part, and let the last one merge them."""
+    dim, parts = argument(arguments, DIM), load_i64(item + 56)
+    rows = load_i64(item + 16) * argument(arguments, GROUP)
+    if parts == 1:
+        _, _, _, _, _, state, _, running, _ = _layout(scratch, rows, dim)
+        _write_rows(arguments, item, head, rows, running, state)
+        return
+    counter = argument(arguments, COUNTERS) + 8 * (load_i64(item + 48) * argument(arguments, KV_HEADS) + head)
+    if _arrive(counter) == parts - 1:
+        store_i64(counter, 0)  # for the next call
+        _merge_parts(arguments, item, head, scratch)
+
+
+def _make_attend_block(dtype: BDtype) -> Any:
+    score_block = make_score_block(dtype)
+    add_values = make_add_values(dtype)
+
+    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    def attend_block(arguments: int, item: int, head: int, block: int, scratch: int) -> None:
+        """One block for all rows of an item; k_rows in scratch already holds the block's keys, and will hold the next one's."""
+        dim, group, window = argument(arguments, DIM), argument(arguments, GROUP), argument(arguments, WINDOW)
+        queries, position, parts = load_i64(item + 16), load_i64(item + 24), load_i64(item + 56)
+        rows = queries * group
+        k_rows, v_rows, panel, tile, tile_state, state, q, running, scores = _layout(scratch, rows, dim)
+        keys = min(KEY_BLOCK, position + queries - block * KEY_BLOCK)
+        ahead = position + 1 - block * KEY_BLOCK
+        find_rows(arguments, argument(arguments, V), item, head, block, v_rows)
+        score_block(arguments, scores, q, rows, k_rows, v_rows, keys, ahead, panel, tile)
+        following = k_rows if find_next(arguments, item, head, block, k_rows) else v_rows
+        target, target_row = tile, 4 * dim
+        partials = _partials(arguments, item, head)
+        for r in range(0, rows, MAX_ROWS):
+            count = min(MAX_ROWS, rows - r)
+            stop = min(keys, ahead + (r + count - 1) // group)
+            begin = max(0, ahead + r // group - window) // COLUMNS * COLUMNS if window > 0 else 0
+            if parts > 1:
+                target_row = 4 * dim + 8
+                target = partials + (block * rows + r) * target_row
+            if stop > begin:
+                row = scores + r * SCORE_ROW
+                weights(arguments, row, count, r, ahead, keys, begin, (stop + COLUMNS - 1) // COLUMNS * COLUMNS, tile_state)
+                add_values(count, row + 4 * begin, v_rows + 8 * begin, following, stop - begin, target, target_row, dim)
+            for i in range(count):
+                greatest, total = load_f32(tile_state + 8 * i), load_f32(tile_state + 8 * i + 4)
+                if stop <= begin:
+                    greatest = MINUS_INFINITY
+                if parts > 1:
+                    store_f32(target + i * target_row + 4 * dim, greatest)
+                    store_f32(target + i * target_row + 4 * dim + 4, total)
+                else:
+                    _merge(arguments, running + (r + i) * dim * 4, state + 8 * (r + i), tile + i * dim * 4, greatest, total)
+
+    return attend_block
+
+
 def _make_body(dtype: BDtype) -> Any:
-    score_tiles = make_row_tiles(vectors=2, dtype="float32")
-    wide_tiles = make_gather_tiles(vectors=2, dtype=dtype)
-    narrow_tile = make_gather_tile(rows=1, vectors=1, dtype=dtype, width=8)
-    few_tiles = make_few_row_tiles(dtype)
-    transpose = make_transpose(dtype)
-    size = 4 if dtype == "float32" else 2
-
-    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
-    def score_block(arguments: int, scores: int, q: int, rows: int, k_rows: int, v_rows: int, keys: int, ahead: int, panel: int) -> None:
-        """scores[rows, keys] = q @ k.T, a panel of keys at a time; tiles of which no row sees a key are left out."""
-        dim, group = _argument(arguments, _DIM), _argument(arguments, _GROUP)
-        window = _argument(arguments, _WINDOW) if _argument(arguments, _WINDOW) > 0 else 1 << 40
-        for first in range(max(0, ahead - window) // _PANEL * _PANEL, keys, _PANEL):
-            for c in range(0, min(_PANEL, keys - first), 8):
-                transpose(k_rows + 8 * (first + c), v_rows + 8 * (first + c), dim, panel + 4 * c, 4 * _PANEL)
-            for r in range(0, rows, _MAX_ROWS):
-                count = min(_MAX_ROWS, rows - r)
-                stop = min(keys, ahead + (r + count - 1) // group)
-                start = ahead + r // group - window
-                if first < stop and start < first + _PANEL:
-                    target = scores + r * _SCORE_ROW + 4 * first
-                    score_tiles(count, q + r * dim * 4, 4 * dim, panel, 4 * _PANEL, target, _SCORE_ROW, dim, 0)
-
-    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
-    def add_values(rows: int, weights: int, v_rows: int, ahead: int, depth: int, target: int, target_row: int, dim: int) -> None:
-        """target[rows, dim] = weights[rows, depth] @ v"""
-        column = 0
-        while rows <= _FEW_ROWS and column + 2 * _COLUMNS <= dim:
-            few_tiles(rows, weights, _SCORE_ROW, v_rows, ahead, column * size, target + 4 * column, target_row, depth)
-            column += 2 * _COLUMNS
-        while column + _COLUMNS <= dim:
-            wide_tiles(rows, weights, _SCORE_ROW, v_rows, ahead, column * size, target + 4 * column, target_row, depth)
-            column += _COLUMNS
-        while column < dim:
-            for r in range(rows):  # only where dim is no multiple of a tile's columns
-                place = target + r * target_row + 4 * column
-                narrow_tile(weights + r * _SCORE_ROW, 0, v_rows, v_rows, column * size, place, 0, depth)
-            column += 8
+    attend_block = _make_attend_block(dtype)
 
     @numba.njit(inline="always")  # type: ignore[untyped-decorator]
     def run_task(arguments: int, item: int, head: int, scratch: int) -> None:
-        dim, group = _argument(arguments, _DIM), _argument(arguments, _GROUP)
-        window = _argument(arguments, _WINDOW)
-        first_token, queries, position = load_i64(item + 8), load_i64(item + 16), load_i64(item + 24)
-        end_block, parts = load_i64(item + 40), load_i64(item + 56)
-        rows = queries * group
-        blocks = (position + queries + _KEY_BLOCK - 1) // _KEY_BLOCK
-        part_row = 4 * dim + 8
-        partials = (
-            _argument(arguments, _PARTIALS) + (load_i64(item + 64) * _argument(arguments, _KV_HEADS) + head * blocks * rows) * part_row
-        )
-        # scratch
-        k_rows = scratch
-        v_rows = k_rows + 8 * _KEY_BLOCK
-        panel = v_rows + 8 * _KEY_BLOCK
-        tile = panel + 4 * dim * _PANEL
-        tile_state = tile + 4 * _MAX_ROWS * dim
-        state = tile_state + 64
-        q = state + 8 * rows
-        running = q + 4 * rows * dim
-        scores = running + 4 * rows * dim
-        for r in range(rows):
-            i = r // group
-            source = _argument(arguments, _Q) + (first_token + i) * _argument(arguments, _Q_ROW) + (head * group + r - i * group) * dim * 4
-            scale_row(source, load_f32(arguments + 8 * _SCALE), q + r * dim * 4, dim)
+        dim, rows = argument(arguments, DIM), load_i64(item + 16) * argument(arguments, GROUP)
+        k_rows, _, _, _, _, state, q, running, _ = _layout(scratch, rows, dim)
+        _load_queries(arguments, item, head, q)
         _start_rows(running, state, rows, dim)
-        first_block = _first_block(arguments, item)
-        if first_block < end_block:
-            _find_rows(arguments, _argument(arguments, _K), item, head, first_block, k_rows)
-        for block in range(first_block, end_block):
-            first = block * _KEY_BLOCK
-            keys = min(_KEY_BLOCK, position + queries - first)
-            ahead = position + 1 - first
-            _find_rows(arguments, _argument(arguments, _V), item, head, block, v_rows)
-            score_block(arguments, scores, q, rows, k_rows, v_rows, keys, ahead, panel)
-            following = k_rows if _find_next(arguments, item, head, block, k_rows) else v_rows
-            for r in range(0, rows, _MAX_ROWS):
-                count = min(_MAX_ROWS, rows - r)
-                stop = min(keys, ahead + (r + count - 1) // group)
-                begin = max(0, ahead + r // group - window) if window > 0 else 0
-                part = partials + (block * rows + r) * part_row
-                if stop <= begin:
-                    if parts > 1:
-                        for i in range(count):
-                            store_f32(part + i * part_row + 4 * dim, _MINUS_INFINITY)
-                    continue
-                begin = begin // _COLUMNS * _COLUMNS
-                end = (stop + _COLUMNS - 1) // _COLUMNS * _COLUMNS
-                tile_scores = scores + r * _SCORE_ROW
-                _weights(arguments, tile_scores, count, r, ahead, keys, begin, end, tile_state)
-                target, target_row = (part, part_row) if parts > 1 else (tile, 4 * dim)
-                add_values(count, tile_scores + 4 * begin, v_rows + 8 * begin, following, stop - begin, target, target_row, dim)
-                for i in range(count):
-                    greatest, total = load_f32(tile_state + 8 * i), load_f32(tile_state + 8 * i + 4)
-                    if parts > 1:
-                        store_f32(part + i * part_row + 4 * dim, greatest)
-                        store_f32(part + i * part_row + 4 * dim + 4, total)
-                    else:
-                        _merge(running + (r + i) * dim * 4, state + 8 * (r + i), tile + i * dim * 4, greatest, total, dim)
-        if parts == 1:
-            _write_rows(arguments, item, head, rows, running, state)
-            return
-        counter = _argument(arguments, _COUNTERS) + 8 * (load_i64(item + 48) * _argument(arguments, _KV_HEADS) + head)
-        if _arrive(counter) == parts - 1:
-            store_i64(counter, 0)  # for the next call
-            seen = max(0, position + 1 - window) // _KEY_BLOCK if window > 0 else 0
-            _merge_parts(arguments, item, head, rows, seen, blocks, partials, scratch)
+        first, end = first_block(arguments, item), load_i64(item + 40)
+        if first < end:
+            find_rows(arguments, argument(arguments, K), item, head, first, k_rows)
+        for block in range(first, end):
+            attend_block(arguments, item, head, block, scratch)
+        _finish(arguments, item, head, scratch)
 
     @numba.njit(inline="always")  # type: ignore[untyped-decorator]
     def body(arguments: int) -> None:
-        slot = fetch_add(arguments + 8 * _SLOT, 1)
-        scratch = _argument(arguments, _WORKSPACE) + slot * _argument(arguments, _WORKSPACE_BYTES)
-        heads, tasks = _argument(arguments, _KV_HEADS), _argument(arguments, _NUM_TASKS)
+        slot = fetch_add(arguments + 8 * SLOT, 1)
+        scratch = argument(arguments, WORKSPACE) + slot * argument(arguments, WORKSPACE_BYTES)
+        heads, tasks = argument(arguments, KV_HEADS), argument(arguments, NUM_TASKS)
         while True:
             task = fetch_add(arguments, 1)
             if task >= tasks:
                 break
-            run_task(arguments, _argument(arguments, _ITEMS) + task // heads * _ITEM_BYTES, task % heads, scratch)
+            run_task(arguments, argument(arguments, ITEMS) + task // heads * ITEM_BYTES, task % heads, scratch)
 
     return body
 
 
-_bf16_body = _make_body("bfloat16")  # not made inside _kernel: Numba's cache does not recognise a function made anew
+# Made here and not inside _kernel: Numba's cache does not recognise functions made anew.
+_bf16_body = _make_body("bfloat16")
 _f16_body = _make_body("float16")
 _f32_body = _make_body("float32")
 
@@ -354,13 +289,8 @@ _scratch = _Scratch()
 def _workspace_floats(group: int, dim: int) -> int:
     """Scratch of one thread (see run_task), or of the merge."""
     rows = max(1, MAX_QUERY_ROWS // group) * group
-    floats = 4 * KEY_BLOCK + dim * _PANEL + MAX_ROWS * dim + 16 + 2 * rows + 2 * rows * dim + rows * _SCORE_ROW // 4
+    floats = 4 * KEY_BLOCK + dim * PANEL + MAX_ROWS * max(dim, PANEL) + 16 + 2 * rows + 2 * rows * dim + rows * SCORE_ROW // 4
     return -(-floats // 64) * 64 + 64
-
-
-@functools.lru_cache(maxsize=256)
-def _float_bits(value: float) -> int:
-    return int(struct.unpack("<I", struct.pack("<f", value))[0])
 
 
 def paged_attention(
@@ -399,9 +329,9 @@ def paged_attention(
         group,
         dim,
         q.data_ptr(),
-        q.stride(0) * 4,
+        q.stride()[0] * 4,
         out.data_ptr(),
-        out.stride(0) * 4,
+        out.stride()[0] * 4,
         k_pages.data_ptr(),
         v_pages.data_ptr(),
         page_stride * size,
@@ -409,12 +339,11 @@ def paged_attention(
         key_stride * size,
         page_size,
         page_table.data_ptr(),
-        page_table.stride(0) * 4,
-        _float_bits(scale * _LOG2E if soft_cap is None else scale),
+        page_table.stride()[0] * 4,
+        float_bits(scale * _LOG2E if soft_cap is None else _LOG2E),
         sliding_window or 0,
-        0 if soft_cap is None else 1,
-        0 if soft_cap is None else _float_bits(1.0 / soft_cap),
-        0 if soft_cap is None else _float_bits(soft_cap * _LOG2E),
+        0 if soft_cap is None else float_bits(soft_cap),
+        0 if soft_cap is None else float_bits(scale / soft_cap),
         scratch.workspace.data_ptr(),
         floats * 4,
         scratch.partials.data_ptr(),

@@ -130,7 +130,7 @@ def rope_and_store(
         dim,
         cos_sin.shape[2],
         qkv.data_ptr(),
-        qkv.stride(0) * 4,
+        qkv.stride()[0] * 4,
         positions.data_ptr(),
         slots.data_ptr(),
         cos_sin.data_ptr(),

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from octavo.quant.checkpoint.resolve import resolve_model
@@ -142,6 +142,7 @@ def first_stop(text: str, stops: tuple[str, ...], armed_from: int = 1) -> tuple[
     return None
 
 
+OVERLAPPING_STOPS = st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=2).map(tuple)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4).map(tuple)
 
 
@@ -161,6 +162,17 @@ def test_stop_strings_over_any_split(pieces: list[str], stops: tuple[str, ...]) 
         could_begin = [size for size in range(1, fed + 1) if any(stop.startswith(text[fed - size : fed]) for stop in stops)]
         assert matcher.held == max(could_begin, default=0)
     assert expected is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab", min_size=1, max_size=12), OVERLAPPING_STOPS, st.integers(1, 8))
+@example("aaa", ("aa",), 3)
+def test_matches_before_the_matcher_is_armed_may_overlap_later_ones(text: str, stops: tuple[str, ...], armed_from: int) -> None:
+    """ "aa" in "aaa": the match that ends at 2 is passed over, the one that ends at 3 shares a letter with it and counts."""
+    matcher = StopMatcher(stops)
+    matches = ((end, matcher.feed(text[end - 1], armed=end >= armed_from)) for end in range(1, len(text) + 1))
+    found = next(((end, match.text) for end, match in matches if match is not None), None)
+    assert found == first_stop(text, stops, armed_from)
 
 
 @settings(max_examples=200, deadline=None)

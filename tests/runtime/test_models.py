@@ -85,9 +85,7 @@ CASES = {
     "mistral-window-of-one": Case("MistralConfig", {"sliding_window": 1}),
     "mistral-head-dim": Case("MistralConfig", {"sliding_window": 32, "head_dim": 32}),
     "qwen2": Case("Qwen2Config", {}),
-    "qwen2-window": Case(
-        "Qwen2Config", {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1, "num_hidden_layers": 3}
-    ),
+    "qwen2-window": Case("Qwen2Config", {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1, "num_hidden_layers": 3}),
     "qwen2-window-off": Case("Qwen2Config", {"use_sliding_window": False, "sliding_window": 13, "max_window_layers": 0}),
     "qwen3": Case("Qwen3Config", {"head_dim": 32}),
     "qwen3-biases-tied": Case("Qwen3Config", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
@@ -419,7 +417,9 @@ def test_a_damaged_config_names_the_key_and_the_value(folder: Path, key: str, va
 
 
 def test_a_tensor_of_another_shape_names_both_shapes(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.gate_proj.weight' .* has shape \(88, 64\), the config asks for \(90, 64\)"):
+    with pytest.raises(
+        CheckpointError, match=r"'model.layers.0.mlp.gate_proj.weight' .* has shape \(88, 64\), the config asks for \(90, 64\)"
+    ):
         load(edit_config(folder, intermediate_size=90))
 
 
