@@ -17,7 +17,9 @@ A step makes one `AttentionPlan` and every layer uses it.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +76,14 @@ def plan_attention(
     )
 
 
+@functools.cache
+def _on_cpu() -> Callable[..., None]:
+    """The CPU kernel, imported at the first call."""
+    from .cpu.paged_attention import paged_attention as on_cpu
+
+    return on_cpu
+
+
 def paged_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -94,9 +104,7 @@ def paged_attention(
     if plan.num_tokens == 0:
         return out
     if q.device.type == "cpu":
-        from .cpu.paged_attention import paged_attention as on_cpu
-
-        on_cpu(q, k_pages, v_pages, plan.page_table, plan.work, plan.partial_rows, plan.threads, scale, sliding_window, soft_cap, out)
+        _on_cpu()(q, k_pages, v_pages, plan.page_table, plan.work, plan.partial_rows, plan.threads, scale, sliding_window, soft_cap, out)
         return out
     return reference(q, k_pages, v_pages, plan, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, out=out)
 

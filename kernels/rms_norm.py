@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+
+@functools.cache
+def _on_cpu() -> Callable[..., None]:
+    """The CPU kernel, imported at the first call."""
+    from .cpu.elementwise import rms_norm as on_cpu
+
+    return on_cpu
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
@@ -13,9 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
     """
     _check(x, weight, out)
     if x.is_cpu and x.dtype == torch.float32:
-        from .cpu.elementwise import rms_norm as on_cpu
-
-        on_cpu(x, None, weight, eps, out)
+        _on_cpu()(x, None, weight, eps, out)
         return out
     return out.copy_(rms_norm_reference(x, weight, eps))
 
@@ -26,9 +35,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.stride()[1] != 1:
         raise ValueError(f"residual must be like x, {x.dtype} {tuple(x.shape)}, not {residual.dtype} {tuple(residual.shape)}")
     if x.is_cpu and x.dtype == torch.float32:
-        from .cpu.elementwise import rms_norm as on_cpu
-
-        on_cpu(x, residual, weight, eps, out)
+        _on_cpu()(x, residual, weight, eps, out)
         return out
     residual.add_(x)
     return out.copy_(rms_norm_reference(residual, weight, eps))

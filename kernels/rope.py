@@ -6,10 +6,21 @@ https://arxiv.org/abs/2104.09864
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .paged_attention import PAGE_DTYPES
+
+
+@functools.cache
+def _on_cpu() -> Callable[..., None]:
+    """The CPU kernel, imported at the first call."""
+    from .cpu.rope import rope_and_store as on_cpu
+
+    return on_cpu
 
 
 def rope_and_store(
@@ -59,9 +70,7 @@ def rope_and_store(
     if rows == 0:
         return
     if qkv.is_cpu and qkv.dtype == torch.float32:
-        from .cpu.rope import rope_and_store as on_cpu
-
-        on_cpu(qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads, q_norm, k_norm, norm_eps)
+        _on_cpu()(qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads, q_norm, k_norm, norm_eps)
         return
     reference(qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads=num_heads, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps)
 

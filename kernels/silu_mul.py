@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+
+@functools.cache
+def _on_cpu() -> Callable[..., None]:
+    """The CPU kernel, imported at the first call."""
+    from .cpu.elementwise import silu_mul as on_cpu
+
+    return on_cpu
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor) -> Tensor:
@@ -15,9 +26,7 @@ def silu_mul(gate_up: Tensor, *, out: Tensor) -> Tensor:
     if gate_up.stride()[1] != 1 or out.stride()[1] != 1:
         raise ValueError(f"rows must be contiguous, strides are {gate_up.stride()} and {out.stride()}")
     if gate_up.is_cpu and gate_up.dtype == torch.float32:
-        from .cpu.elementwise import silu_mul as on_cpu
-
-        on_cpu(gate_up, out)
+        _on_cpu()(gate_up, out)
         return out
     return out.copy_(reference(gate_up))
 

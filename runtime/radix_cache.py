@@ -188,7 +188,7 @@ class RadixCache:
         shared = 1  # in pages: the first one is the key, and it matched. The first `shared` are equal, the first `differs` are not.
         differs = limit // size
         while differs - shared > 1:
-            middle = (shared + differs) // 2 + 1
+            middle = (shared + differs) // 2
             if list(tokens[at + shared * size : at + middle * size]) == edge[shared * size : middle * size]:
                 shared = middle
             else:

@@ -25,8 +25,8 @@ LPM_LIMIT = 128  # longest-prefix matching asks the tree about every waiting req
 class SchedulerLimits:
     """`chunk_tokens` is the most prompt tokens a step computes.
 
-    While n requests decode it is `max(mixed_chunk_tokens, 2 * n)` if that is less: a step then takes at most about three times
-    as long as it would without the prompt, where arithmetic bounds it.
+    While n requests decode it is at most `max(mixed_chunk_tokens, 2 * n)` for each prompt in line: one long prompt then stretches a step to
+    about three times what it would take without it, where arithmetic bounds it, and many short ones still fill the batch soon.
     """
 
     max_running_requests: int
@@ -35,11 +35,11 @@ class SchedulerLimits:
     mixed_chunk_tokens: int
     policy: SchedulePolicy = "fcfs"
 
-    def prompt_tokens(self, *, decoding: int) -> int:
-        """Prompt tokens for a step in which `decoding` requests decode."""
+    def prompt_tokens(self, *, decoding: int, prompts: int) -> int:
+        """Prompt tokens for a step in which `decoding` requests decode while `prompts` are being computed or wait."""
         if decoding == 0:
             return self.chunk_tokens
-        return min(self.chunk_tokens, max(self.mixed_chunk_tokens, 2 * decoding))
+        return min(self.chunk_tokens, max(self.mixed_chunk_tokens, 2 * decoding) * prompts)
 
 
 @dataclass
@@ -116,8 +116,9 @@ class Scheduler:
         for request in [r for r in self.running if not r.is_prefilling]:
             if request in self.running and self._make_room(request, 1):
                 rows.append(self._row(request, 1))
-        budget = self.limits.prompt_tokens(decoding=len(rows))
-        for request in [r for r in self.running if r.is_prefilling]:
+        prefilling = [r for r in self.running if r.is_prefilling]
+        budget = self.limits.prompt_tokens(decoding=len(rows), prompts=len(prefilling) + len(self.waiting))
+        for request in prefilling:
             if budget == 0:
                 break
             count = min(budget, request.num_pending)

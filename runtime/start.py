@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -16,8 +17,16 @@ def prepare_environment() -> None:
     because one that spins takes a core from the server.
     """
     cache = Path(os.environ.get("OCTAVO_CACHE_DIR") or Path.home() / ".cache" / "octavo")
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba"))
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba" / _kernel_digest()))
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def _kernel_digest() -> str:
+    """Changes with any kernel source: Numba's own cache looks only at the file that holds the outermost function."""
+    digest = hashlib.sha256()
+    for source in sorted((Path(__file__).parent.parent / "kernels" / "cpu").glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ignore[no-untyped-def]

@@ -78,9 +78,10 @@ def _announce(client: RunningEngine, options: ServerOptions, sock: socket.socket
 
 
 def _curl(url: str, *, has_template: bool, has_key: bool) -> str:
+    body: dict[str, object] = {"model": "default", "max_tokens": 64}
     if has_template:
-        path, body = "chat/completions", {"model": "default", "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello! Who are you?"}]
     else:
-        path, body = "completions", {"model": "default", "prompt": "The capital of France is"}
+        path, body["prompt"] = "completions", "The capital of France is"
     key = ' -H "Authorization: Bearer $API_KEY"' if has_key else ""
     return f"curl {url}/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"

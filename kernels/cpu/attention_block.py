@@ -12,7 +12,16 @@ import numpy as np
 
 from .address import load_f32, store_f32
 from .attention_pages import CAP, CAP_FACTOR, DIM, FACTOR, GROUP, WINDOW, argument
-from .attention_vectors import FEW_ROWS, blend, cap_scores, make_few_row_tiles, make_gather_tile, make_gather_tiles, make_transpose, softmax_row
+from .attention_vectors import (
+    FEW_ROWS,
+    blend,
+    cap_scores,
+    make_few_row_tiles,
+    make_gather_tile,
+    make_gather_tiles,
+    make_transpose,
+    softmax_row,
+)
 from .attention_work import KEY_BLOCK
 from .tile import COLUMNS, MAX_ROWS, BDtype, make_row_tiles
 
@@ -54,7 +63,9 @@ def make_score_block(dtype: BDtype) -> Any:
     transpose = make_transpose(dtype)
 
     @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def score_block(arguments: int, scores: int, q: int, rows: int, k_rows: int, v_rows: int, keys: int, ahead: int, panel: int, spare: int) -> None:
+    def score_block(
+        arguments: int, scores: int, q: int, rows: int, k_rows: int, v_rows: int, keys: int, ahead: int, panel: int, spare: int
+    ) -> None:
         """scores[rows, keys] = q @ k.T, a panel of keys at a time; tiles of which no row sees a key are left out."""
         dim, group = argument(arguments, DIM), argument(arguments, GROUP)
         window = argument(arguments, WINDOW) if argument(arguments, WINDOW) > 0 else 1 << 40

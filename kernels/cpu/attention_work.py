@@ -60,16 +60,21 @@ def divide(query_start: npt.NDArray[Any], context_len: npt.NDArray[Any], *, num_
     parts = np.ones_like(key_blocks)
     if threads > 1:
         parts = np.clip(np.ceil(cost * (_TASKS_PER_THREAD * threads / total)).astype(np.int64), 1, key_blocks)
-    rows = np.where(parts > 1, key_blocks * queries * group, 0)
-    group_index = np.arange(sequence.size)
-    item = np.repeat(group_index, parts) if int(parts.sum()) > parts.size else group_index
-    piece = np.arange(item.size) - (np.cumsum(parts) - parts)[item]
-    items = np.empty((item.size, ITEM_FIELDS), np.int64)
-    begin, end = piece * key_blocks[item] // parts[item], (piece + 1) * key_blocks[item] // parts[item]
-    columns = (sequence, (start[:-1])[sequence] + first, queries, position)
-    for i, column in enumerate(columns):
-        items[:, i] = column[item]
-    items[:, 4], items[:, 5], items[:, 6], items[:, 7] = begin, end, item, parts[item]
-    items[:, 8] = (np.cumsum(rows) - rows)[item]
-    order = np.argsort(-(cost[item] / parts[item]), kind="stable")
-    return Work(np.ascontiguousarray(items[order]), int(rows.sum()), threads)
+    items = np.zeros((sequence.size, ITEM_FIELDS), np.int64)
+    for i, column in enumerate((sequence, start[sequence] + first, queries, position)):
+        items[:, i] = column
+    items[:, 5], items[:, 6], items[:, 7] = key_blocks, np.arange(sequence.size), parts
+    if int(parts.sum()) > parts.size:
+        return _split(items, cost / parts, np.where(parts > 1, key_blocks * queries * group, 0), threads)
+    return Work(items[np.argsort(-cost, kind="stable")], 0, threads)
+
+
+def _split(items: _Ints, cost: npt.NDArray[np.float64], rows: _Ints, threads: int) -> Work:
+    """Give each part of an item its own row; `cost` is that of one part, `rows` what an item leaves in scratch."""
+    items[:, 8] = np.cumsum(rows) - rows
+    parts = items[:, 7]
+    whole = np.repeat(np.arange(len(items)), parts)
+    piece = np.arange(whole.size) - (np.cumsum(parts) - parts)[whole]
+    split = items[whole]
+    split[:, 4], split[:, 5] = piece * split[:, 5] // split[:, 7], (piece + 1) * split[:, 5] // split[:, 7]
+    return Work(split[np.argsort(-cost[whole], kind="stable")], int(rows.sum()), threads)

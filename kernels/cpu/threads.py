@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import re
+import struct
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +34,7 @@ def _openmp() -> Any:
     for path in candidates:
         library = ctypes.CDLL(path)
         if hasattr(library, "GOMP_parallel") and hasattr(library, "omp_get_thread_num"):
-            library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
             library.GOMP_parallel.restype = None
             return library
     return None
@@ -56,17 +57,17 @@ class Kernel:
     def __init__(self, cfunc: Any) -> None:
         self._cfunc = cfunc  # keeps the machine code alive
         self._address = int(cfunc.address)
-        self._serial = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._address)
+        self._serial = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._address)
 
     def __call__(self, threads: int, *arguments: int) -> None:
         """Run on `threads` threads (at most torch's) and wait. The interpreter lock is free meanwhile."""
-        packed = (ctypes.c_int64 * (len(arguments) + 2))(0, threads, *arguments)
         library = _openmp() if threads > 1 else None
+        # Fresh bytes for each call: the kernel counts tasks in them, and nobody else has seen them.
+        packed = struct.pack(f"{len(arguments) + 2}q", 0, 1 if library is None else threads, *arguments)
         if library is None:
-            packed[1] = 1
-            self._serial(ctypes.addressof(packed))
+            self._serial(packed)
         else:
-            library.GOMP_parallel(self._address, ctypes.addressof(packed), threads, 0)
+            library.GOMP_parallel(self._address, packed, threads, 0)
 
 
 def team_size() -> int:
