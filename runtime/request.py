@@ -35,6 +35,10 @@ class Request:
     finish: FinishReason | None = None
 
     @property
+    def is_running(self) -> bool:
+        return self.node is not None
+
+    @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_length
 

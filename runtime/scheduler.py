@@ -14,10 +14,12 @@ from typing import Literal
 from .batch import Batch, BatchRow
 from .outputs import FinishReason
 from .page_allocator import PageAllocator
-from .radix_cache import Match, RadixCache
+from .radix_cache import Match, RadixCache, RadixNode
 from .request import Request
 
 SchedulePolicy = Literal["fcfs", "lpm"]
+NextPage = tuple[str, int, tuple[int, ...]]  # namespace, node and the tokens of a page that is not in the tree yet
+SMALLEST_SHARE = 8  # a step's prompt tokens are not split finer than this
 LPM_LIMIT = 128  # longest-prefix matching asks the tree about every waiting request, so beyond this it gives way to fcfs
 
 
@@ -92,7 +94,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        if request in self.running:
+        if request.is_running:
             self._end(request, finish)
         else:
             self.waiting.remove(request)
@@ -113,20 +115,13 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Choose the rows of the next step and give them pages. None when nothing can or need run."""
         rows: list[BatchRow] = []
+        retractions = self.counters.retractions
         for request in [r for r in self.running if not r.is_prefilling]:
-            if request in self.running and self._make_room(request, 1):
-                rows.append(self._row(request, 1))
+            self._grant(rows, request, 1)
         prefilling = [r for r in self.running if r.is_prefilling]
         budget = self.limits.prompt_tokens(decoding=len(rows), prompts=len(prefilling) + len(self.waiting))
-        for request in prefilling:
-            if budget == 0:
-                break
-            count = min(budget, request.num_pending)
-            if request in self.running and self._make_room(request, count):
-                rows.append(self._row(request, count))
-                budget -= count
-        self._admit(rows, budget)
-        rows = [row for row in rows if row.request in self.running]  # a later row may have taken an earlier one's pages
+        self._compute_prompts(rows, prefilling, budget, retractions)
+        rows = [row for row in rows if row.request.is_running]  # a later row may have taken an earlier one's pages
         return Batch(tuple(rows)) if rows else None
 
     def commit(self, batch: Batch, tokens: Sequence[int]) -> list[Request]:
@@ -141,23 +136,22 @@ class Scheduler:
             token = next(sampled) if row.samples else None
             if request.finish is not None:
                 continue
+            if token is not None and token < 0:  # what this step wrote is not fit to share, so it does not count as computed
+                finish = FinishReason("abort", message="the model's output was not a number (NaN)", status_code=500)
+                self._finish(request, finish, ended)
+                continue
             request.num_computed = row.start + row.count
             if request.num_computed <= request.prompt_length or row.count > 1:
                 self._share_pages(request)
             if token is None:
                 continue
-            if token < 0:
-                finish: FinishReason | None = FinishReason("abort", message="the model's output was not a number (NaN)", status_code=500)
-            elif request.max_tokens == 0:
-                finish = FinishReason("length")
-            else:
-                request.tokens.append(token)
-                self.counters.generated_tokens += 1
-                finish = request.finish_after(token)
-            if finish is not None:
-                self._end(request, finish)
-                self.counters.finished += 1
-                ended.append(request)
+            if request.max_tokens == 0:
+                self._finish(request, FinishReason("length"), ended)
+                continue
+            request.tokens.append(token)
+            self.counters.generated_tokens += 1
+            if (reason := request.finish_after(token)) is not None:
+                self._finish(request, reason, ended)
         self.cache.trim()
         return ended
 
@@ -180,19 +174,50 @@ class Scheduler:
                 node = node.parent
         assert locks == expected, "locks do not fit the running requests"
 
-    # -- admission ---------------------------------------------------------------------------------------------------
+    # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def _admit(self, rows: list[BatchRow], budget: int) -> None:
+    def _compute_prompts(self, rows: list[BatchRow], prefilling: Sequence[Request], budget: int, retractions: int) -> None:
+        """Spend the step's prompt tokens, first on `prefilling`, then on those that wait.
+
+        A prompt that cannot end in this step leaves a quarter of it to those behind, so that short prompts get past long ones.
+        """
+        long: list[tuple[Request, int]] = []
+        for request in prefilling:
+            if not request.is_running:
+                continue
+            if request.num_pending <= budget:
+                budget -= self._grant(rows, request, request.num_pending)
+            elif budget > 0:
+                left = budget // 4 if budget >= 4 * SMALLEST_SHARE else 0
+                long.append((request, budget - left))
+                budget = left
+        if self.counters.retractions == retractions:  # else the requests that just left would come back at once
+            budget = self._admit(rows, budget)
+        for request, share in long:
+            budget += share
+            budget -= self._grant(rows, request, min(budget, request.num_pending))
+
+    def _grant(self, rows: list[BatchRow], request: Request, count: int) -> int:
+        """Give `request` a row of `count` tokens if it still runs and finds pages for them. Gives the tokens granted."""
+        if not request.is_running or not self._make_room(request, count):
+            return 0
+        rows.append(self._row(request, count))
+        return count
+
+    def _admit(self, rows: list[BatchRow], budget: int) -> int:
+        """Start waiting requests while tokens, places and pages last. Gives the tokens left."""
+        if not self.waiting or budget == 0 or len(self.running) >= self.limits.max_running_requests:
+            return budget
         page_size = self.cache.page_size
         self._sort_waiting()
-        in_progress = {self._next_page_of(r) for r in self.running if r.is_prefilling}
+        in_progress = {self._page_after(r, r.node, r.num_tree_pages) for r in self.running if r.is_prefilling}
         committed = sum(self._pages_short(r, r.num_pending) for r in self.running)
         held_back: list[Request] = []
         while self.waiting and budget > 0 and len(self.running) < self.limits.max_running_requests:
             request = self.waiting[0]
             match = self._match(request)
             start = len(match.pages) * page_size
-            upcoming = (id(match.node), tuple(request.tokens[start : start + page_size]))
+            upcoming = self._page_after(request, match.node, len(match.pages))
             if self.cache.enabled and upcoming in in_progress and start + page_size <= request.num_cacheable:
                 # Another request is computing this very page: it will be in the tree after that step, so wait and share it.
                 held_back.append(self.waiting.popleft())
@@ -206,14 +231,14 @@ class Scheduler:
             self.waiting.popleft()
             self._start(request, match)
             count = min(budget, request.num_pending)
-            if not self._make_room(request, count):
+            if not self._grant(rows, request, count):
                 break
-            rows.append(self._row(request, count))
             budget -= count
             committed += self._pages_short(request, request.num_pending)
             if request.num_pending > count or count > 1:
                 in_progress.add(upcoming)
         self.waiting.extendleft(reversed(held_back))
+        return budget
 
     def _match(self, request: Request) -> Match:
         """What the tree has of a request, but for what must be computed because its logits are needed."""
@@ -232,7 +257,11 @@ class Scheduler:
         self.running.append(request)
 
     def _sort_waiting(self) -> None:
-        if self.limits.policy == "lpm" and 1 < len(self.waiting) <= LPM_LIMIT:
+        if self.limits.policy != "lpm":
+            return
+        if len(self.waiting) > LPM_LIMIT:
+            self.waiting = deque(sorted(self.waiting, key=lambda r: (-r.priority, r.arrival)))
+        elif len(self.waiting) > 1:
             by_match = sorted(self.waiting, key=lambda r: (-r.priority, -r.num_retractions, -len(self._match(r).pages), r.arrival))
             self.waiting = deque(by_match)
 
@@ -244,9 +273,10 @@ class Scheduler:
             at -= 1
         self.waiting.insert(at, request)
 
-    def _next_page_of(self, request: Request) -> tuple[int, tuple[int, ...]]:
-        start = request.num_tree_pages * self.cache.page_size
-        return id(request.node), tuple(request.tokens[start : start + self.cache.page_size])
+    def _page_after(self, request: Request, node: RadixNode | None, num_pages: int) -> NextPage:
+        """Names the page that follows the first `num_pages` of a request, which end at `node`."""
+        start = num_pages * self.cache.page_size
+        return request.namespace, id(node), tuple(request.tokens[start : start + self.cache.page_size])
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
@@ -302,6 +332,11 @@ class Scheduler:
         request.num_retractions += 1
         self.counters.retractions += 1
         self._enqueue(request)
+
+    def _finish(self, request: Request, finish: FinishReason, ended: list[Request]) -> None:
+        self._end(request, finish)
+        self.counters.finished += 1
+        ended.append(request)
 
     def _end(self, request: Request, finish: FinishReason) -> None:
         self._release(request)

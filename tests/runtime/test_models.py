@@ -162,7 +162,7 @@ def expected_logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Sequence_:
+class OneSequence:
     """`tokens`, of which `prompt_length` are computed in chunks of `chunk` and the rest one by one, as if they had been sampled."""
 
     tokens: tuple[int, ...]
@@ -173,12 +173,12 @@ class Sequence_:
         return min(self.chunk, self.prompt_length - start) if start < self.prompt_length else 1
 
 
-def sequence(length: int, *, chunk: int, decode: int = 6, seed: int = 0) -> Sequence_:
+def sequence(length: int, *, chunk: int, decode: int = 6, seed: int = 0) -> OneSequence:
     generator = random.Random(seed * 1000 + length)
-    return Sequence_(tuple(generator.randrange(VOCAB) for _ in range(length + decode)), length, chunk)
+    return OneSequence(tuple(generator.randrange(VOCAB) for _ in range(length + decode)), length, chunk)
 
 
-def run(runner: ModelRunner, sequences: Sequence[Sequence_]) -> list[torch.Tensor]:
+def run(runner: ModelRunner, sequences: Sequence[OneSequence]) -> list[torch.Tensor]:
     """Logits [len(tokens), vocab] of every sequence, all of them side by side: each step takes the next chunk of each."""
     page_size, pages = runner.pool.page_size, list(range(runner.pool.num_pages))
     random.Random(7).shuffle(pages)
@@ -229,7 +229,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) 
     assert error < tolerance, f"error {error:.2e} of a standard deviation"
 
 
-def assert_same_logits(runner: ModelRunner, model: Any, sequences: Sequence[Sequence_] = MIXED, tolerance: float = 3e-5) -> None:
+def assert_same_logits(runner: ModelRunner, model: Any, sequences: Sequence[OneSequence] = MIXED, tolerance: float = 3e-5) -> None:
     for item, found in zip(sequences, run(runner, sequences), strict=True):
         assert_close(found, expected_logits(model, item.tokens), tolerance)
 
@@ -266,7 +266,7 @@ def test_dynamic_rope_beyond_the_original_context_is_that_of_decoding_token_by_t
         for token in tokens:
             steps.append(model(torch.tensor([[token]]), cache=cache, use_cache=True).logits[0, -1])
     chunks = (1, 7, 64, length)
-    for found in run(runner, [Sequence_(tokens, length, chunk) for chunk in chunks] + [Sequence_(tokens, 20, 20)]):
+    for found in run(runner, [OneSequence(tokens, length, chunk) for chunk in chunks] + [OneSequence(tokens, 20, 20)]):
         assert_close(found, torch.stack(steps), 3e-5)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from octavo.runtime.radix_cache import RadixCache, RadixNode
 
 Prefix = tuple[str, tuple[int, ...]]  # namespace, and the tokens of one or more whole pages
@@ -316,8 +317,8 @@ def test_integrity_check_bites() -> None:
     cache, _ = make_cache()
     node = cache.insert("", twice(1, 2), [10, 11]).node
     node.pages[1] = 10
-    with pytest.raises(AssertionError):
-        cache.insert("", twice(3), [10])
+    cache.insert("", twice(3), [10])
+    with pytest.raises(AssertionError, match="twice"):
         cache.check_integrity()
     node.pages.append(11)
     with pytest.raises(AssertionError, match="differ in length"):
