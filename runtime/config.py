@@ -58,10 +58,10 @@ class EngineConfig:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{_flag(name)} {value!r} is not valid: give a whole number of at least 1")
         fraction = self.mem_fraction_static
-        if fraction is not None and not 0 < fraction < 1:
+        if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
             raise ValueError(f"--mem-fraction-static {fraction!r} is not valid: give a number between 0 and 1, such as 0.85")
         cached = self.max_radix_cache_len
-        if cached is not None and cached < 0:
+        if cached is not None and (not isinstance(cached, int) or isinstance(cached, bool) or cached < 0):
             raise ValueError(f"--max-radix-cache-len {cached!r} is not valid: give 0 or more tokens")
         if cached and self.disable_radix_cache:
             raise ValueError(f"--max-radix-cache-len {cached} and --disable-radix-cache contradict each other: leave one out")

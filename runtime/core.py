@@ -89,6 +89,7 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @torch.inference_mode()  # the sampler edits the runner's logits in place, which torch allows in this mode alone
     def step(self) -> list[TokenOutput]:
         """Compute one batch and give what it made. Empty when nothing can run."""
         batch = self.scheduler.schedule()

@@ -68,14 +68,15 @@ def device_memory(device: torch.device) -> DeviceMemory:
     return DeviceMemory("this machine", machine.total, machine.available)
 
 
-def _container_memory() -> tuple[int | None, int]:
-    """The cgroup's memory limit and use (version 2, then 1); None without a limit."""
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
+    """The cgroup's memory limit and use (version 2, then 1), without cached files that nobody uses; None without a limit."""
+    for limit, used, stat, unused in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         try:
-            return int(Path(limit_file).read_text()), int(Path(used_file).read_text())
+            figures = dict(line.split() for line in (root / stat).read_text().splitlines())
+            return int((root / limit).read_text()), max(0, int((root / used).read_text()) - int(figures.get(unused, 0)))
         except (OSError, ValueError):
             continue
     return None, 0
@@ -87,6 +88,11 @@ def plan_memory(
     """Size the KV pool, in whole pages. Raises OutOfMemoryPlan when what was asked for, or one page, does not fit."""
     room = int(device.free * _HEADROOM) - workspace
     page = config.page_size
+    if room < page * kv_per_token:
+        raise OutOfMemoryPlan(
+            f"{device.name} has {device.free / _GIB:.2f} GiB free, not enough for a workspace of {workspace / _GIB:.2f} GiB "
+            "and one page of KV cache: free some memory, or lower --chunked-prefill-size or --page-size"
+        )
     if config.max_total_tokens is not None:
         tokens, fraction = config.max_total_tokens // page * page, None
         if tokens * kv_per_token > room:
@@ -105,13 +111,17 @@ def plan_memory(
                 f"raise it above {min(least + 0.01, 0.99):.2f}, or use a smaller model"
             )
         if config.mem_fraction_static is not None and budget > room:
+            most = _rounded_down((weights + workspace + room) / device.total)
             raise OutOfMemoryPlan(
                 f"--mem-fraction-static {fraction:g} asks for {budget / _GIB:.2f} GiB of KV cache "
-                f"and {device.name} has {room / _GIB:.2f} GiB: lower it to at most {(weights + workspace + room) / device.total:.2f}"
+                f"and {device.name} has {room / _GIB:.2f} GiB: lower it to at most {most}"
             )
         # More than every running request at full context can never be in use at once.
-        useful = config.max_running_requests * context_length
+        useful = config.max_running_requests * (-(-context_length // page) * page)
         tokens = min(min(budget, room) // kv_per_token, useful) // page * page
-    if tokens < page:
-        raise OutOfMemoryPlan(f"{device.name} has {device.free / _GIB:.2f} GiB free, not enough for one page of KV cache: free some memory")
     return MemoryBudget(device, weights, workspace, kv_per_token, kv_dtype, tokens, fraction)
+
+
+def _rounded_down(fraction: float) -> str:
+    """A fraction in three places that is never more than it was: what a message advises has to work."""
+    return f"{int(fraction * 1000) / 1000:g}"

@@ -32,6 +32,8 @@ class Request:
     node: RadixNode | None = None
     cached_tokens: int | None = None  # prompt tokens found cached when first admitted
     num_retractions: int = 0
+    leader: Request | None = field(default=None, repr=False)  # while waiting: who computes the pages that this one will share
+    num_followed: int = 0  # leading tokens known to equal the leader's
     finish: FinishReason | None = None
 
     @property

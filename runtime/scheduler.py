@@ -116,9 +116,12 @@ class Scheduler:
         """Choose the rows of the next step and give them pages. None when nothing can or need run."""
         rows: list[BatchRow] = []
         retractions = self.counters.retractions
-        for request in [r for r in self.running if not r.is_prefilling]:
+        decoding: list[Request] = []
+        prefilling: list[Request] = []
+        for request in self.running:
+            (prefilling if request.is_prefilling else decoding).append(request)
+        for request in decoding:
             self._grant(rows, request, 1)
-        prefilling = [r for r in self.running if r.is_prefilling]
         budget = self.limits.prompt_tokens(decoding=len(rows), prompts=len(prefilling) + len(self.waiting))
         self._compute_prompts(rows, prefilling, budget, retractions)
         rows = [row for row in rows if row.request.is_running]  # a later row may have taken an earlier one's pages
@@ -210,16 +213,20 @@ class Scheduler:
             return budget
         page_size = self.cache.page_size
         self._sort_waiting()
-        in_progress = {self._page_after(r, r.node, r.num_tree_pages) for r in self.running if r.is_prefilling}
+        in_progress = {self._page_after(r, r.node, r.num_tree_pages): r for r in self.running if r.is_prefilling}
         committed = sum(self._pages_short(r, r.num_pending) for r in self.running)
         held_back: list[Request] = []
         while self.waiting and budget > 0 and len(self.running) < self.limits.max_running_requests:
             request = self.waiting[0]
+            if self._follows(request):
+                held_back.append(self.waiting.popleft())
+                continue
             match = self._match(request)
             start = len(match.pages) * page_size
             upcoming = self._page_after(request, match.node, len(match.pages))
             if self.cache.enabled and upcoming in in_progress and start + page_size <= request.num_cacheable:
                 # Another request is computing this very page: it will be in the tree after that step, so wait and share it.
+                request.leader, request.num_followed = in_progress[upcoming], start + page_size
                 held_back.append(self.waiting.popleft())
                 continue
             self.cache.lock(match.node)
@@ -236,9 +243,22 @@ class Scheduler:
             budget -= count
             committed += self._pages_short(request, request.num_pending)
             if request.num_pending > count or count > 1:
-                in_progress.add(upcoming)
+                in_progress[upcoming] = request
         self.waiting.extendleft(reversed(held_back))
         return budget
+
+    def _follows(self, request: Request) -> bool:
+        """Whether the leader still computes pages that `request` will share. Compares what is new only: cheaper than a match."""
+        leader, known = request.leader, request.num_followed
+        if leader is None:
+            return False
+        upcoming = (leader.num_tree_pages + 1) * self.cache.page_size
+        in_time = leader.is_running and leader.is_prefilling and upcoming <= request.num_cacheable
+        if not in_time or request.tokens[known:upcoming] != leader.tokens[known:upcoming]:
+            request.leader = None
+            return False
+        request.num_followed = max(known, upcoming)
+        return True
 
     def _match(self, request: Request) -> Match:
         """What the tree has of a request, but for what must be computed because its logits are needed."""
@@ -262,8 +282,14 @@ class Scheduler:
         if len(self.waiting) > LPM_LIMIT:
             self.waiting = deque(sorted(self.waiting, key=lambda r: (-r.priority, r.arrival)))
         elif len(self.waiting) > 1:
-            by_match = sorted(self.waiting, key=lambda r: (-r.priority, -r.num_retractions, -len(self._match(r).pages), r.arrival))
+            by_match = sorted(self.waiting, key=lambda r: (-r.priority, -r.num_retractions, -self._num_matched(r), r.arrival))
             self.waiting = deque(by_match)
+
+    def _num_matched(self, request: Request) -> int:
+        """Pages of `request` in the tree."""
+        if request.leader is not None and self._follows(request):
+            return request.leader.num_tree_pages
+        return len(self._match(request).pages)
 
     def _enqueue(self, request: Request) -> None:
         """Keep the queue in order of priority, then arrival: a retracted request so comes back before those that came later."""
@@ -299,7 +325,8 @@ class Scheduler:
             self._retract(victim)
             if victim is request:
                 return False
-        request.pages.extend(self.allocator.allocate(short))
+        if short:
+            request.pages.extend(self.allocator.allocate(short))
         return True
 
     def _share_pages(self, request: Request) -> None:
