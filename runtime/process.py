@@ -51,6 +51,7 @@ logger = logging.getLogger("octavo.engine")
 SILENT_AFTER_S = 20.0  # without a turn of the engine's loop for so long, it counts as hung
 _POLL_MS = 100
 _ANSWER_TIMEOUT_S = 30.0
+_EMBEDDED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # its model card's advice, which the GGUF does not carry
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 Event = TokenOutput | Exception
@@ -82,6 +83,7 @@ class EngineProcess:
 
     def __init__(self, config: EngineConfig, files: ModelFiles, *, log_level: str = "info") -> None:
         self._files = files
+        self._is_embedded = config.model_path is None
         self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # only this user can enter it
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._outbox = context.socket(zmq.PUSH)
@@ -122,7 +124,7 @@ class EngineProcess:
             max_total_tokens=ready.max_total_tokens,
             vocab_size=ready.vocab_size,
             eos_token_ids=tokenizer.eos_token_ids,
-            default_sampling=default_sampling(self._files),
+            default_sampling=_EMBEDDED_SAMPLING if self._is_embedded else default_sampling(self._files),
         )
 
     def close(self) -> None:

@@ -120,6 +120,7 @@ async def test_questions_are_answered(engine: EngineProcess) -> None:
     assert info["page_size"] == 16
     assert info["memory_usage"]["token_capacity"] == 8192
     assert info["internal_states"][0]["num_evictable_cached_tokens"] == 0
+    assert engine.model_info.default_sampling == {"temperature": 0.2, "top_p": 0.9}
     assert engine.health().ok
     assert engine.health().heartbeat_age_s < 5
 
