@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_e5m2", "int8", "fp8"]
 Policy = Literal["fcfs", "lpm"]
 
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "kv_cache_dtype": get_args(KVCacheDtype),
     "schedule_policy": ("fcfs", "lpm"),
 }
 _AT_LEAST_ONE = (
@@ -36,9 +39,11 @@ class EngineConfig:
     chat_template: str | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"  # auto: the checkpoint's, bfloat16 for GGUF
+    kv_cache_dtype: KVCacheDtype = "auto"  # auto: the model's dtype; fp8: fp8_e4m3
     context_length: int | None = None  # None: the model's own
+    # Both size the KV pool; where both are given, the smaller pool is made.
     mem_fraction_static: float | None = None  # of the device's memory for weights and KV; None: 0.88 on CUDA, 0.5 on the CPU
-    max_total_tokens: int | None = None  # size of the KV pool; None: what mem_fraction_static leaves
+    max_total_tokens: int | None = None  # tokens in the KV pool; None: what mem_fraction_static leaves
     max_running_requests: int = 256
     max_queued_requests: int | None = None
     chunked_prefill_size: int | None = None  # tokens a step computes at most; None: 2048 on CUDA, 256 on the CPU
@@ -52,7 +57,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)!r} is not one of {', '.join(choices)}")
+                raise ValueError(f"{_flag(name)} {getattr(self, name)!r} is not valid: give {one_of(choices)}")
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -67,11 +72,9 @@ class EngineConfig:
             raise ValueError(f"--max-radix-cache-len {cached} and --disable-radix-cache contradict each other: leave one out")
         if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
             raise ValueError(
-                f"--max-total-tokens {self.max_total_tokens} is less than one page (--page-size {self.page_size}): "
-                "raise one or lower the other"
+                f"--max-total-tokens {self.max_total_tokens} is not valid: give at least one page (--page-size {self.page_size}), "
+                "or a smaller page"
             )
-        if self.max_total_tokens is not None and self.mem_fraction_static is not None:
-            raise ValueError("--max-total-tokens and --mem-fraction-static both size the KV pool: give one of them")
 
     def resolve(self, *, device: Literal["cpu", "cuda"]) -> EngineConfig:
         """The same options with what depends on the device filled in."""
@@ -79,6 +82,7 @@ class EngineConfig:
         return replace(
             self,
             device=device,
+            kv_cache_dtype="fp8_e4m3" if self.kv_cache_dtype == "fp8" else self.kv_cache_dtype,
             chunked_prefill_size=self.chunked_prefill_size or (256 if on_cpu else 2048),
             num_threads=self.num_threads or len(os.sched_getaffinity(0)),
         )
@@ -86,9 +90,17 @@ class EngineConfig:
     @property
     def memory_fraction(self) -> float:
         """`mem_fraction_static`, or the device's default."""
-        if self.mem_fraction_static is not None:
-            return self.mem_fraction_static
-        return 0.88 if self.device == "cuda" else 0.5
+        return default_memory_fraction(self.device) if self.mem_fraction_static is None else self.mem_fraction_static
+
+
+def default_memory_fraction(device: str) -> float:
+    """The share of memory for weights and KV cache on "cpu", "cuda" or a numbered device such as "cuda:0"."""
+    return 0.88 if device.startswith("cuda") else 0.5
+
+
+def one_of(choices: Sequence[str]) -> str:
+    """Choices as an error names them: "a, b or c"."""
+    return " or ".join([*([", ".join(choices[:-1])] if choices[1:] else []), choices[-1]])
 
 
 def _flag(name: str) -> str:

@@ -40,7 +40,7 @@ class Engine:
     """
 
     def __init__(self, model_path: str | None = None, *, show_progress: bool = True, **options: Any) -> None:
-        known = {field.name for field in fields(EngineConfig)} - {"model_path"}
+        known = {field.name for field in fields(EngineConfig)}
         if unknown := sorted(set(options) - known):
             raise TypeError(f"Engine has no option {', '.join(unknown)}; its options are {', '.join(sorted(known))}")
         prepare_environment()

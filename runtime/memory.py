@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -29,7 +30,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What goes where, in bytes; `num_tokens` is the KV pool's size."""
+    """What goes where, in bytes; `num_tokens` is the KV pool's size, which the flag in `decided_by` set."""
 
     device: DeviceMemory
     weights: int
@@ -37,7 +38,8 @@ class MemoryBudget:
     kv_per_token: int
     kv_dtype: str
     num_tokens: int
-    fraction: float | None
+    decided_by: str  # flag and value
+    allowed_more: str | None = None  # the other flag, where both were given
 
     def table(self) -> str:
         """The budget for people, with the flags that move it."""
@@ -51,8 +53,10 @@ class MemoryBudget:
         )
         lines = [f"Memory of {self.device.name}:"]
         lines += [f"  {name:<17}{size / _GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows]
-        how = "--max-total-tokens" if self.fraction is None else f"--mem-fraction-static {self.fraction:g}"
-        lines.append(f"  The KV cache follows {how}: raise it to hold more tokens, lower it to leave more memory to others.")
+        beside = f" ({self.allowed_more} allows more)" if self.allowed_more else ""
+        lines.append(
+            f"  The KV cache follows {self.decided_by}{beside}: raise it to hold more tokens, lower it to leave more memory to others."
+        )
         return "\n".join(lines)
 
 
@@ -82,10 +86,21 @@ def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, 
     return None, 0
 
 
+class _Wish(NamedTuple):
+    """A pool that one flag asks for, and the most that the flag can be on this device."""
+
+    tokens: int
+    flag: str
+    most: str
+
+
 def plan_memory(
     config: EngineConfig, *, device: DeviceMemory, weights: int, workspace: int, kv_per_token: int, kv_dtype: str, context_length: int
 ) -> MemoryBudget:
-    """Size the KV pool, in whole pages. Raises OutOfMemoryPlan when what was asked for, or one page, does not fit."""
+    """Size the KV pool, in whole pages: by --max-total-tokens, by --mem-fraction-static, or by the smaller of both.
+
+    Raises OutOfMemoryPlan when what was asked for, or one page, does not fit.
+    """
     room = int(device.free * _HEADROOM) - workspace
     page = config.page_size
     if room < page * kv_per_token:
@@ -93,33 +108,42 @@ def plan_memory(
             f"{device.name} has {device.free / _GIB:.2f} GiB free, not enough for a workspace of {workspace / _GIB:.2f} GiB "
             "and one page of KV cache: free some memory, or lower --chunked-prefill-size or --page-size"
         )
-    if config.max_total_tokens is not None:
-        tokens, fraction = config.max_total_tokens // page * page, None
-        if tokens * kv_per_token > room:
-            raise OutOfMemoryPlan(
-                f"--max-total-tokens {config.max_total_tokens} needs {tokens * kv_per_token / _GIB:.2f} GiB of KV cache "
-                f"and {device.name} has {room / _GIB:.2f} GiB to give: lower it to at most {room // kv_per_token // page * page}"
-            )
-    else:
-        fraction = config.memory_fraction
-        budget = int(device.total * fraction) - weights - workspace
-        if budget < page * kv_per_token:
-            least = (weights + workspace + page * kv_per_token) / device.total
-            raise OutOfMemoryPlan(
-                f"weights ({weights / _GIB:.2f} GiB) and workspace ({workspace / _GIB:.2f} GiB) leave no KV cache within "
-                f"--mem-fraction-static {fraction:g} of {device.total / _GIB:.2f} GiB: "
-                f"raise it above {min(least + 0.01, 0.99):.2f}, or use a smaller model"
-            )
-        if config.mem_fraction_static is not None and budget > room:
-            most = _rounded_down((weights + workspace + room) / device.total)
-            raise OutOfMemoryPlan(
-                f"--mem-fraction-static {fraction:g} asks for {budget / _GIB:.2f} GiB of KV cache "
-                f"and {device.name} has {room / _GIB:.2f} GiB: lower it to at most {most}"
-            )
+    asked, fraction = config.max_total_tokens, config.memory_fraction
+    wishes = []
+    if asked is not None:
+        wishes.append(_Wish(asked, f"--max-total-tokens {asked}", str(room // kv_per_token // page * page)))
+    if asked is None or config.mem_fraction_static is not None:
+        budget = _budget_of(config, device=device, weights=weights, workspace=workspace, page_bytes=page * kv_per_token)
+        most = _rounded_down((weights + workspace + room) / device.total)
+        wishes.append(_Wish(budget // kv_per_token, f"--mem-fraction-static {fraction:g}", most))
+    wish, *more = sorted(wishes)
+    is_asked_for = asked is not None or config.mem_fraction_static is not None
+    if is_asked_for and wish.tokens // page * page * kv_per_token > room:
+        raise OutOfMemoryPlan(
+            f"{wish.flag} asks for {wish.tokens * kv_per_token / _GIB:.2f} GiB of KV cache "
+            f"and {device.name} has {room / _GIB:.2f} GiB to give: lower it to at most {wish.most}"
+        )
+    tokens = min(wish.tokens, room // kv_per_token)
+    if wish.tokens != asked:
         # More than every running request at full context can never be in use at once.
-        useful = config.max_running_requests * (-(-context_length // page) * page)
-        tokens = min(min(budget, room) // kv_per_token, useful) // page * page
-    return MemoryBudget(device, weights, workspace, kv_per_token, kv_dtype, tokens, fraction)
+        tokens = min(tokens, config.max_running_requests * (-(-context_length // page) * page))
+    return MemoryBudget(
+        device, weights, workspace, kv_per_token, kv_dtype, tokens // page * page, wish.flag, more[0].flag if more else None
+    )
+
+
+def _budget_of(config: EngineConfig, *, device: DeviceMemory, weights: int, workspace: int, page_bytes: int) -> int:
+    """Bytes of KV cache within the fraction. Raises OutOfMemoryPlan when they hold no page."""
+    fraction = config.memory_fraction
+    budget = int(device.total * fraction) - weights - workspace
+    if budget < page_bytes:
+        least = (weights + workspace + page_bytes) / device.total
+        raise OutOfMemoryPlan(
+            f"weights ({weights / _GIB:.2f} GiB) and workspace ({workspace / _GIB:.2f} GiB) leave no KV cache within "
+            f"--mem-fraction-static {fraction:g} of {device.total / _GIB:.2f} GiB: "
+            f"raise it above {min(least + 0.01, 0.99):.2f}, or use a smaller model"
+        )
+    return budget
 
 
 def _rounded_down(fraction: float) -> str:

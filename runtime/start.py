@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .config import EngineConfig
 
+logger = logging.getLogger("octavo.runtime")
+
 
 def prepare_environment() -> None:
     """Settle what libraries read at import: call before torch or numba are loaded.
@@ -29,6 +31,11 @@ def _kernel_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def _has_compiled_kernels() -> bool:
+    """Whether an earlier start left kernels of these sources in the cache folder that `prepare_environment` chose."""
+    return any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbc"))
+
+
 def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ignore[no-untyped-def]
     """Load the model that `config` names and give its core, kernels compiled. Raises ValueError (and its kin) with the remedy."""
     from ..quant.checkpoint.resolve import resolve_model
@@ -37,7 +44,10 @@ def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ign
 
     resolved = config.resolve(device=choose_device(config).type)  # type: ignore[arg-type]
     files = resolve_model(resolved.model_path, revision=resolved.revision)
+    must_compile = resolved.device == "cpu" and not _has_compiled_kernels()
     core = EngineCore(resolved, ModelRunner(resolved, files, show_progress=show_progress))
+    if must_compile:
+        logger.info("Compiling kernels, once: later starts reuse them")
     _warm_up(core)
     return core
 
@@ -46,7 +56,6 @@ def _warm_up(core) -> None:  # type: ignore[no-untyped-def]
     """Run a short prompt, greedy and sampled, so that no request pays for compiling kernels."""
     from .sampling_params import SamplingParams
 
-    logging.getLogger("octavo.runtime").info("Compiling kernels (cached for later starts)")
     for index, params in enumerate(
         (SamplingParams(max_tokens=2, temperature=0.0), SamplingParams(max_tokens=2, top_p=0.9, top_k=20, logprobs=1, seed=0))
     ):

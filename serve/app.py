@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 from fastapi import FastAPI
 
 from .. import __version__
@@ -15,7 +12,7 @@ from .completions import completions
 from .context import ServeContext
 from .errors import Handler, guarded, install_router_errors
 from .generate import generate
-from .middleware import BearerAuth, RequestId
+from .middleware import BearerAuth, Exchanges
 from .openapi import openapi_of
 from .options import ServerOptions
 
@@ -35,16 +32,9 @@ _ROUTES: tuple[tuple[str, list[str], Handler, str], ...] = (
 
 
 def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
-    """The HTTP face of one engine. `app.state.context` is its ServeContext."""
-    context = ServeContext(client, options)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        context.close()
-
-    app = FastAPI(title="Octavo", version=__version__, description="The quantization-first LLM serving engine", lifespan=lifespan)
-    app.state.context = context
+    """The HTTP face of one engine. `app.state.context` is its ServeContext, which the caller closes."""
+    app = FastAPI(title="Octavo", version=__version__, description="The quantization-first LLM serving engine")
+    app.state.context = ServeContext(client, options)
     for path, methods, handler, summary in _ROUTES:
         for method in methods:
             name = f"{method.lower()}_{path.strip('/').replace('/', '_').replace('{model:path}', 'one')}"
@@ -53,5 +43,5 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     install_router_errors(app)
     if options.api_keys:
         app.add_middleware(BearerAuth, keys=options.api_keys)
-    app.add_middleware(RequestId)  # outermost: a refusal carries an id too
+    app.add_middleware(Exchanges)  # outermost: a refusal carries an id and is logged too
     return app

@@ -8,21 +8,28 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, get_args
 
-from ..runtime.config import EngineConfig
+from ..runtime.config import Device, Dtype, EngineConfig, KVCacheDtype, Policy
 from .options import LogLevel, ServerOptions
 
+_NEAR = 0.7  # how alike an unknown flag and the one it is taken for are, of 1
 _UNSET = argparse.SUPPRESS  # a flag not given leaves no trace, so that each default lives in its dataclass alone
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that abbreviates nothing and, for an unknown flag, says which one may have been meant."""
+    """An argument parser that abbreviates nothing and, for an unknown flag, says which one may have been meant.
+
+    What is wrong with a flag is told as the option objects tell it: flag, value, remedy.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, argument_default=_UNSET, **options)
+        super().__init__(allow_abbrev=False, argument_default=_UNSET, exit_on_error=False, **options)
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; exits with code 2 and a message on stderr when it is not valid."""
-        namespace, unknown = self.parse_known_args(list(argv))
+        try:
+            namespace, unknown = self.parse_known_args(list(argv))
+        except argparse.ArgumentError as error:
+            self.error(_in_our_words(error))
         if unknown:
             self.error(self._unknown(unknown[0]))
         return namespace
@@ -31,11 +38,40 @@ class Parser(argparse.ArgumentParser):
         if not argument.startswith("-"):
             return f"unexpected argument {argument!r}"
         name = argument.split("=", maxsplit=1)[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.6)
-        return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+        flags = {flag.strip("-"): flag for flag in self._option_string_actions}
+        near = difflib.get_close_matches(name.strip("-"), flags, n=1, cutoff=_NEAR)  # without dashes, which all flags share
+        return f"unknown flag {name}" + (f"; did you mean {flags[near[0]]}?" if near else "; --help lists the flags")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _in_our_words(error: argparse.ArgumentError) -> str:
+    flag = (error.argument_name or "the command line").split("/")[0]
+    if error.message.startswith("expected one argument"):
+        return f"{flag} has no value: give one"
+    if error.message.startswith("ignored explicit argument"):
+        return f"{flag} takes no value: give it alone"
+    return f"{flag} {error.message}"
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid: give a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid: give a number") from None
+
+
+def _choices(annotation: Any) -> str:
+    """The values of a Literal, for help; the option objects check them."""
+    return "{" + ",".join(get_args(annotation)) + "}"
 
 
 def default_of(config: type[Any], name: str) -> str:
@@ -80,52 +116,73 @@ def _add_model(parser: Parser) -> None:
     group.add_argument("--tokenizer-path", metavar="PATH", help=_engine("where the tokenizer is, if not with the model", "tokenizer_path"))
     group.add_argument("--revision", help=_engine("branch, tag or commit on the hub", "revision"))
     group.add_argument("--chat-template", metavar="FILE", help=_engine("a Jinja file in place of the model's template", "chat_template"))
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), help=_engine("where to run", "device"))
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=_engine("of weights and KV cache", "dtype"))
-    group.add_argument("--context-length", type=int, metavar="N", help=_engine("tokens of prompt and answer together", "context_length"))
-    group.add_argument("--random-seed", "--seed", type=int, metavar="N", help=_engine("for requests without a seed", "random_seed"))
-    group.add_argument("--num-threads", type=int, metavar="N", help=_engine("compute threads on the CPU", "num_threads"))
+    group.add_argument("--device", metavar=_choices(Device), help=_engine("where to run", "device"))
+    group.add_argument("--dtype", metavar=_choices(Dtype), help=_engine("of weights", "dtype"))
+    group.add_argument(
+        "--kv-cache-dtype", metavar=_choices(KVCacheDtype), help=_engine("of the KV cache; auto: that of --dtype", "kv_cache_dtype")
+    )
+    group.add_argument(
+        "--context-length", type=_whole_number, metavar="N", help=_engine("tokens of prompt and answer together", "context_length")
+    )
+    group.add_argument(
+        "--random-seed", "--seed", type=_whole_number, metavar="N", help=_engine("for requests without a seed", "random_seed")
+    )
+    group.add_argument("--num-threads", type=_whole_number, metavar="N", help=_engine("compute threads on the CPU", "num_threads"))
 
 
 def _add_server(parser: Parser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", help=_server("address to listen on; 0.0.0.0 for every interface", "host"))
-    group.add_argument("--port", type=int, help=_server("port to listen on; 0 for any free one", "port"))
+    group.add_argument("--port", type=_whole_number, metavar="N", help=_server("port to listen on; 0 for any free one", "port"))
     group.add_argument(
         "--api-key", action="append", metavar="KEY", help="a key that clients must send; repeat it for several (default: open)"
     )
     group.add_argument("--served-model-name", metavar="NAME", help=_server("the model's name in the API", "served_model_name"))
     group.add_argument("--strict-model-names", action="store_true", help="answer 404 to other model names (default: accept any)")
-    group.add_argument("--log-level", choices=get_args(LogLevel), help=_server("how much to log", "log_level"))
+    group.add_argument("--log-level", metavar=_choices(LogLevel), help=_server("how much to log", "log_level"))
 
 
 def _add_memory(parser: Parser) -> None:
     group = parser.add_argument_group("memory and prefix cache")
     group.add_argument(
-        "--mem-fraction-static", type=float, metavar="F", help=_engine("share of memory for weights and KV cache", "mem_fraction_static")
+        "--mem-fraction-static", type=_number, metavar="F", help=_engine("share of memory for weights and KV cache", "mem_fraction_static")
     )
-    group.add_argument("--max-total-tokens", type=int, metavar="N", help=_engine("tokens that the KV cache holds", "max_total_tokens"))
-    group.add_argument("--page-size", type=int, metavar="N", help=_engine("tokens in one page of the KV cache", "page_size"))
+    group.add_argument(
+        "--max-total-tokens",
+        type=_whole_number,
+        metavar="N",
+        help=_engine("tokens that the KV cache holds; with --mem-fraction-static the smaller of both", "max_total_tokens"),
+    )
+    group.add_argument("--page-size", type=_whole_number, metavar="N", help=_engine("tokens in one page of the KV cache", "page_size"))
     group.add_argument("--disable-radix-cache", action="store_true", help="do not reuse the prefixes of earlier requests")
     group.add_argument(
-        "--max-radix-cache-len", type=int, metavar="N", help=_engine("most tokens kept for reuse by later requests", "max_radix_cache_len")
+        "--max-radix-cache-len",
+        type=_whole_number,
+        metavar="N",
+        help=_engine("most tokens kept for reuse by later requests", "max_radix_cache_len"),
     )
 
 
 def _add_scheduling(parser: Parser) -> None:
     group = parser.add_argument_group("scheduling")
     group.add_argument(
-        "--max-running-requests", type=int, metavar="N", help=_engine("most requests computed together", "max_running_requests")
+        "--max-running-requests", type=_whole_number, metavar="N", help=_engine("most requests computed together", "max_running_requests")
     )
     group.add_argument(
-        "--max-queued-requests", type=int, metavar="N", help=_engine("most requests that wait; more get 503", "max_queued_requests")
+        "--max-queued-requests",
+        type=_whole_number,
+        metavar="N",
+        help=_engine("most requests that wait; more get 503", "max_queued_requests"),
     )
     group.add_argument(
-        "--chunked-prefill-size", type=int, metavar="N", help=_engine("most prompt tokens computed in one step", "chunked_prefill_size")
+        "--chunked-prefill-size",
+        type=_whole_number,
+        metavar="N",
+        help=_engine("most prompt tokens computed in one step", "chunked_prefill_size"),
     )
     group.add_argument(
         "--schedule-policy",
-        choices=("fcfs", "lpm"),
+        metavar=_choices(Policy),
         help=_engine("first come first served, or longest cached prefix first", "schedule_policy"),
     )
 

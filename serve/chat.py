@@ -12,7 +12,8 @@ from fastapi.responses import Response
 
 from ..runtime.outputs import FinishReason, TextOutput, TokenLogprob
 from .context import ServeContext, now
-from .errors import ApiError
+from .errors import ApiError, shown
+from .exchange import Exchange
 from .jobs import Job, new_id
 from .logprobs import chat_logprobs
 from .messages import template_messages
@@ -22,6 +23,7 @@ from .sampling import answer_length, check_n, check_token_ids, openai_sampling
 from .streaming import DONE, EventStream, event, json_response, to_json, until_disconnect
 from .usage import usage_of, usage_of_all
 
+MAX_TOP_LOGPROBS = 20  # OpenAI's, of chat; completions and /generate give more
 _TAIL = b',"logprobs":null,"finish_reason":null,"matched_stop":null}'
 _ROLE_DELTA = b',"delta":{"reasoning_content":null,"role":"assistant","content":""}' + _TAIL
 _EMPTY_DELTA = b',"delta":{"reasoning_content":null,"content":null},"logprobs":null,"finish_reason":'
@@ -42,10 +44,11 @@ class ChatJob:
 async def chat_completions(request: Request) -> Response:
     """Answer one request, streamed or whole. Raises ApiError and its kin for what cannot be answered."""
     context: ServeContext = request.app.state.context
+    exchange: Exchange = request.state.exchange
     body = parse_body(ChatRequest, await request.body())
     if body.stream:
-        return EventStream(_events(context, await _prepare(context, body)))
-    return await until_disconnect(request.receive, _whole(context, await _prepare(context, body)))
+        return EventStream(_events(context, await _prepare(context, body), exchange))
+    return await until_disconnect(request.receive, _whole(context, await _prepare(context, body), exchange))
 
 
 async def _prepare(context: ServeContext, body: ChatRequest) -> ChatJob:
@@ -79,7 +82,7 @@ async def _prompt(context: ServeContext, body: ChatRequest) -> list[int]:
             code="unsupported_parameter",
         )
     if body.tool_choice not in (None, "none", "auto"):
-        raise ApiError(f"tool_choice={body.tool_choice!r} is not valid without tools: leave it out", param="tool_choice")
+        raise ApiError(f"tool_choice={shown(body.tool_choice)} is not valid without tools: leave it out", param="tool_choice")
     messages = template_messages(body.messages)
     continues = bool(body.continue_final_message)
     if continues and body.add_generation_prompt:
@@ -108,8 +111,11 @@ def _asked_length(body: ChatRequest) -> int | None:
 
 
 def _num_top_logprobs(body: ChatRequest) -> int | None:
+    num_top = body.top_logprobs or 0
+    if not 0 <= num_top <= MAX_TOP_LOGPROBS:
+        raise ApiError(f"top_logprobs={num_top} is not valid: it must be from 0 to {MAX_TOP_LOGPROBS}", param="top_logprobs")
     if body.logprobs:
-        return body.top_logprobs or 0
+        return num_top
     if body.top_logprobs:
         raise ApiError(f"top_logprobs={body.top_logprobs} needs logprobs=true", param="top_logprobs")
     return None
@@ -120,8 +126,8 @@ def finish_fields(finish: FinishReason | None) -> dict[str, Any]:
     return {"finish_reason": finish and finish.type, "matched_stop": finish and finish.matched}
 
 
-async def _whole(context: ServeContext, chat: ChatJob) -> Response:
-    outputs = await context.gather(chat.job)
+async def _whole(context: ServeContext, chat: ChatJob, exchange: Exchange) -> Response:
+    outputs = await context.gather(chat.job, exchange)
     choices = [
         {
             "index": index,
@@ -149,7 +155,7 @@ def _logprobs(context: ServeContext, chat: ChatJob, logprobs: tuple[TokenLogprob
     return chat_logprobs(context.tokenizer, logprobs, num_top=chat.num_top_logprobs)
 
 
-async def _events(context: ServeContext, chat: ChatJob) -> AsyncGenerator[bytes, None]:
+async def _events(context: ServeContext, chat: ChatJob, exchange: Exchange) -> AsyncGenerator[bytes, None]:
     """Role chunk, text chunks, finish chunk for each choice; then usage where wanted; then [DONE].
 
     Chunks are put together from bytes: this runs once a token.
@@ -158,7 +164,7 @@ async def _events(context: ServeContext, chat: ChatJob) -> AsyncGenerator[bytes,
     start = b"data: " + to_json(head)[:-1] + b',"choices":[{"index":'
     latest: dict[int, TextOutput] = {}
     held: dict[int, tuple[TokenLogprob, ...]] = {}  # log-probabilities of tokens whose text is not decided yet
-    async with aclosing(context.run(chat.job)) as outputs:
+    async with aclosing(context.run(chat.job, exchange)) as outputs:
         async for index, output in outputs:
             prefix = start + str(index).encode()
             end = b"]}\n\n"

@@ -11,14 +11,19 @@ import sys
 
 from .arguments import options_of, serve_parser
 from .options import ServerOptions
+from .served_model import ServedModel
 from .server import RunningEngine, listening_socket, serve_until_stopped
 
 _BAD_USAGE = 2
 _FAILED = 1
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: list[str], *, prog: str = "octavo serve") -> int:
-    """Serve until stopped. 0 after a signal, 1 when the start failed or the engine died, 2 for a bad command line."""
+    """Serve until stopped.
+
+    0 after a signal, 128 and its number after a second one, 1 when the start failed or the engine died, 2 for a bad command line.
+    """
     try:
         namespace = serve_parser(prog).parse_all(argv)
     except SystemExit as end:  # --help, or an error that was told already
@@ -31,15 +36,17 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
     from ..runtime.process import launch_engine  # loads torch's side: not for --help
 
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads, it ends us as Ctrl-C does
+    interrupted = 0
     try:
         with listening_socket(options) as sock:
             client = launch_engine(config)
             try:
                 return serve_until_stopped(client, options, sock, lambda: _announce(client, options, sock))
             finally:
+                interrupted = _INTERRUPTED  # by one signal more, while the engine ends
                 client.close()
     except KeyboardInterrupt:
-        return 0
+        return interrupted
     except Exception as error:
         logging.getLogger("octavo.serve").debug("the start failed", exc_info=error)
         return _fail(prog, error, _FAILED)
@@ -63,13 +70,14 @@ def _set_up_logging(options: ServerOptions) -> None:
 def _announce(client: RunningEngine, options: ServerOptions, sock: socket.socket) -> None:
     """One block when the server listens: what, where, and a command to paste."""
     info = client.model_info
+    name = ServedModel(info, options).name
     host, port = sock.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{reachable}:{port}/v1"
     lines = [
         "",
         "Octavo is ready.",
-        f"  model    {options.served_model_name or info.served_name} (context {info.context_length} tokens)",
+        f"  model    {name} (context {info.context_length} tokens)",
         f"  URL      {url}" + ("" if not options.api_keys else "  (API key required)"),
         "  try it   " + _curl(url, has_template=client.tokenizer.has_chat_template, has_key=bool(options.api_keys)),
         "",

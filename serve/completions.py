@@ -14,6 +14,7 @@ from ..runtime.outputs import TextOutput, TokenLogprob
 from .chat import finish_fields
 from .context import ServeContext, now
 from .errors import ApiError
+from .exchange import Exchange
 from .jobs import Job, new_id
 from .logprobs import completion_logprobs
 from .protocol import CompletionRequest
@@ -46,10 +47,11 @@ class CompletionJob:
 async def completions(request: Request) -> Response:
     """Answer one request, streamed or whole. Raises ApiError and its kin for what cannot be answered."""
     context: ServeContext = request.app.state.context
+    exchange: Exchange = request.state.exchange
     body = parse_body(CompletionRequest, await request.body())
     if body.stream:
-        return EventStream(_events(context, await _prepare(context, body)))
-    return await until_disconnect(request.receive, _whole(context, await _prepare(context, body)))
+        return EventStream(_events(context, await _prepare(context, body), exchange))
+    return await until_disconnect(request.receive, _whole(context, await _prepare(context, body), exchange))
 
 
 async def _prepare(context: ServeContext, body: CompletionRequest) -> CompletionJob:
@@ -131,8 +133,8 @@ def _with_echo(completion: CompletionJob, index: int, output: TextOutput) -> Tex
     return replace(output, text=completion.echo(index) + output.text, logprobs=output.prompt_logprobs + output.logprobs)
 
 
-async def _whole(context: ServeContext, completion: CompletionJob) -> Response:
-    outputs = [_with_echo(completion, index, output) for index, output in enumerate(await context.gather(completion.job))]
+async def _whole(context: ServeContext, completion: CompletionJob, exchange: Exchange) -> Response:
+    outputs = [_with_echo(completion, index, output) for index, output in enumerate(await context.gather(completion.job, exchange))]
     choices = [
         {
             "index": index,
@@ -154,7 +156,7 @@ async def _whole(context: ServeContext, completion: CompletionJob) -> Response:
     )
 
 
-async def _events(context: ServeContext, completion: CompletionJob) -> AsyncGenerator[bytes, None]:
+async def _events(context: ServeContext, completion: CompletionJob, exchange: Exchange) -> AsyncGenerator[bytes, None]:
     """Text chunks, the last of each choice with its finish_reason; then usage where wanted; then [DONE].
 
     Chunks are put together from bytes: this runs once a token.
@@ -164,7 +166,7 @@ async def _events(context: ServeContext, completion: CompletionJob) -> AsyncGene
     latest: dict[int, TextOutput] = {}
     held: dict[int, tuple[TokenLogprob, ...]] = {}  # log-probabilities of tokens whose text is not decided yet
     offsets: dict[int, int] = {}
-    async with aclosing(context.run(completion.job)) as outputs:
+    async with aclosing(context.run(completion.job, exchange)) as outputs:
         async for index, raw in outputs:
             output = raw if index in latest else _with_echo(completion, index, raw)
             latest[index] = output

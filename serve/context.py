@@ -11,6 +11,7 @@ from typing import TypeVar
 from ..runtime.client import EngineClient, ModelInfo
 from ..runtime.outputs import TextOutput
 from ..runtime.tokenizer import Tokenizer
+from .exchange import Exchange
 from .jobs import ActiveJobs, Job, gather_job, run_job
 from .options import ServerOptions
 from .served_model import ServedModel
@@ -44,11 +45,11 @@ class ServeContext:
             return encode()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode)
 
-    def run(self, job: Job) -> AsyncGenerator[tuple[int, TextOutput], None]:
-        return run_job(self.client, self.active, job)
+    def run(self, job: Job, exchange: Exchange) -> AsyncGenerator[tuple[int, TextOutput], None]:
+        return run_job(self.client, self.active, job, exchange)
 
-    async def gather(self, job: Job) -> list[TextOutput]:
-        return await gather_job(self.client, self.active, job)
+    async def gather(self, job: Job, exchange: Exchange) -> list[TextOutput]:
+        return await gather_job(self.client, self.active, job, exchange)
 
     def close(self) -> None:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import PlainTextResponse, Response
 
 from .. import __version__
+from ..runtime.client import ModelInfo
+from ..runtime.config import default_memory_fraction
 from .context import ServeContext
 from .errors import ApiError
 from .request_body import Body, parse_body
@@ -75,12 +79,29 @@ def _timeout(text: str) -> float:
 
 
 async def server_info(request: Request) -> Response:
-    """The engine's resolved options and figures, and the server's own. Keys are told by number only."""
+    """The engine's resolved options and figures, and the server's own. Keys are told by number only.
+
+    Null stays where an option plays no part: no cap, no limit, no revision.
+    """
     context = _context(request)
+    engine = await context.client.server_info()
     own = asdict(context.options)
     own["api_keys"] = ["***"] * len(context.options.api_keys)
     own["served_model_name"] = context.model.name
-    return json_response({**await context.client.server_info(), **own, "version": __version__, "active_jobs": len(context.active)})
+    return json_response({**engine, **_worked_out(engine, context.info), **own, "version": __version__, "active_jobs": len(context.active)})
+
+
+def _worked_out(engine: Mapping[str, Any], info: ModelInfo) -> dict[str, Any]:
+    """What the start settled, for the options that were left to it."""
+    settled: dict[str, Any] = {
+        "model_path": info.model_path,
+        "tokenizer_path": info.model_path,
+        "context_length": info.context_length,
+        "max_total_tokens": info.max_total_tokens,
+    }
+    if engine.get("max_total_tokens") is None:  # else the tokens alone sized the pool
+        settled["mem_fraction_static"] = default_memory_fraction(str(engine.get("device", "cpu")))
+    return {name: value for name, value in settled.items() if engine.get(name) is None}
 
 
 async def abort_request(request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,12 +18,13 @@ from ..runtime.client import EngineDead, RequestRefused
 from ..runtime.outputs import FinishReason
 from ..runtime.sampling_params import InvalidParameter
 from ..runtime.tokenizer import TemplateError
+from .exchange import CLIENT_CLOSED_REQUEST, Exchange
 
 logger = logging.getLogger("octavo.serve")
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _RETRY_AFTER_S = "1"
-CLIENT_CLOSED_REQUEST = 499
+_MAX_SHOWN = 60
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -49,6 +51,12 @@ class ApiError(Exception):
         if self.status_code in (429, 503) and self.code != "engine_dead":
             return {"Retry-After": _RETRY_AFTER_S}
         return {}
+
+
+def shown(value: object) -> str:
+    """A value of a request as the client wrote it, in JSON, cut to what an error message can carry."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -81,11 +89,16 @@ def raise_if_failed(finish: FinishReason) -> None:
         raise ApiError(finish.message or "the engine ended this request", status_code=finish.status_code, code=code)
 
 
-def error_response(error: Exception, request_id: str = "-") -> Response:
-    """The whole HTTP answer for `error`; logs it under the request's id."""
+def failed(error: Exception, exchange: Exchange) -> ApiError:
+    """What the client is told of `error`, which is noted as the end of `exchange`."""
     told = as_api_error(error)
-    level = logging.WARNING if told.status_code >= 500 else logging.INFO
-    logger.log(level, "request %s failed with %d: %s", request_id, told.status_code, told.message)
+    exchange.fail(told.status_code, told.message)
+    return told
+
+
+def error_response(error: Exception, exchange: Exchange) -> Response:
+    """The whole HTTP answer for `error`, which is noted as the end of `exchange`."""
+    told = failed(error, exchange)
     return Response(msgspec.json.encode(told.body), told.status_code, headers=told.headers, media_type="application/json")
 
 
@@ -97,7 +110,7 @@ def guarded(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except Exception as error:
-            return error_response(error, request.state.request_id)
+            return error_response(error, request.state.exchange)
 
     return handle
 
@@ -107,7 +120,7 @@ def install_router_errors(app: FastAPI) -> None:
 
     async def handle(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(_of_router(request, error), request.state.request_id)
+        return error_response(_of_router(request, error), request.state.exchange)
 
     app.add_exception_handler(HTTPException, handle)
 

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 from ..runtime.outputs import FinishReason, TextOutput, TokenLogprob
 from .context import ServeContext
+from .exchange import Exchange
 from .generate_request import GenerateJob, GenerateRequest, generate_jobs
 from .jobs import joined, merged
 from .logprobs import generate_logprobs, generate_top_logprobs
@@ -22,21 +23,21 @@ from .streaming import DONE, EventStream, event, json_response, until_disconnect
 async def generate(request: Request) -> Response:
     """Answer one request, streamed or whole. Raises ApiError and its kin for what cannot be answered."""
     context: ServeContext = request.app.state.context
-    started = time.perf_counter()
+    exchange: Exchange = request.state.exchange
     body = parse_body(GenerateRequest, await request.body())
     jobs, is_batch = await generate_jobs(context, body)
     is_list = is_batch or jobs[0].job.n > 1
     if body.stream:
-        return EventStream(_events(context, jobs, is_list, started))
-    return await until_disconnect(request.receive, _whole(context, jobs, is_list, started))
+        return EventStream(_events(context, jobs, is_list, exchange))
+    return await until_disconnect(request.receive, _whole(context, jobs, is_list, exchange))
 
 
-async def _whole(context: ServeContext, jobs: list[GenerateJob], is_list: bool, started: float) -> Response:
+async def _whole(context: ServeContext, jobs: list[GenerateJob], is_list: bool, exchange: Exchange) -> Response:
     parts: dict[tuple[int, int], list[TextOutput]] = {}
-    async with aclosing(merged([context.run(job.job) for job in jobs])) as outputs:
+    async with aclosing(merged([context.run(job.job, exchange) for job in jobs])) as outputs:
         async for number, (sequence, output) in outputs:
             parts.setdefault((number, sequence), []).append(output)
-    results = [_result(context, jobs[key[0]], joined(parts[key]), started) for key in sorted(parts)]
+    results = [_result(context, jobs[key[0]], joined(parts[key]), exchange.started) for key in sorted(parts)]
     return json_response(results if is_list else results[0])
 
 
@@ -78,18 +79,18 @@ def _finish(finish: FinishReason | None, completion_tokens: int) -> dict[str, An
     return {"type": "abort", "message": finish.message, "status_code": finish.status_code or None, "err_type": None}
 
 
-async def _events(context: ServeContext, jobs: list[GenerateJob], is_list: bool, started: float) -> AsyncGenerator[bytes, None]:
+async def _events(context: ServeContext, jobs: list[GenerateJob], is_list: bool, exchange: Exchange) -> AsyncGenerator[bytes, None]:
     """Each event repeats all that its sequence has given so far, as SGLang's clients expect; batches carry `index`."""
     so_far: dict[int, TextOutput] = {}
     offsets = [0]
     for job in jobs:
         offsets.append(offsets[-1] + len(job.job))
-    async with aclosing(merged([context.run(job.job) for job in jobs])) as outputs:
+    async with aclosing(merged([context.run(job.job, exchange) for job in jobs])) as outputs:
         async for number, (sequence, output) in outputs:
             index = offsets[number] + sequence
             known = so_far[index] = joined([so_far[index], output]) if index in so_far else output
             if not (output.token_ids or output.finish):
                 continue
-            result = _result(context, jobs[number], known, started)
+            result = _result(context, jobs[number], known, exchange.started)
             yield event({**result, "index": index} if is_list else result)
     yield DONE

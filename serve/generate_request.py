@@ -178,7 +178,7 @@ def _params(
         frequency_penalty=sampling.frequency_penalty,
         presence_penalty=sampling.presence_penalty,
         repetition_penalty=sampling.repetition_penalty,
-        logit_bias=logit_bias_by_id(sampling.logit_bias),
+        logit_bias=logit_bias_by_id(sampling.logit_bias, context.info),
         seed=sampling.sampling_seed,
         stop=tuple(as_list(sampling.stop)),
         stop_token_ids=tuple(sampling.stop_token_ids or ()),

@@ -13,7 +13,8 @@ from typing import TypeVar, cast
 from ..runtime.client import EngineClient
 from ..runtime.outputs import TextOutput
 from ..runtime.sampling_params import SamplingParams
-from .errors import ApiError, raise_if_failed
+from .errors import ApiError, raise_if_failed, shown
+from .exchange import Exchange
 from .sampling import for_choice
 
 T = TypeVar("T")
@@ -39,6 +40,10 @@ class Job:
         return len(self.prompts) * self.n
 
     @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+    @property
     def engine_ids(self) -> list[str]:
         """One id a sequence, as the engine knows it."""
         return [self.id] if len(self) == 1 else [f"{self.id}-{i}" for i in range(len(self))]
@@ -62,7 +67,7 @@ class ActiveJobs:
     def entered(self, job: Job) -> Iterator[list[str]]:
         """Hold `job` in flight; gives its engine ids. Raises ApiError 400 when its id is taken."""
         if job.id in self._engine_ids:
-            raise ApiError(f"rid={job.id!r} is in flight already: choose another or leave it out", param="rid")
+            raise ApiError(f"rid={shown(job.id)} is in flight already: choose another or leave it out", param="rid")
         ids = self._engine_ids[job.id] = job.engine_ids
         try:
             yield ids
@@ -84,15 +89,19 @@ class ActiveJobs:
         return len(jobs)
 
 
-async def run_job(client: EngineClient, active: ActiveJobs, job: Job) -> AsyncGenerator[tuple[int, TextOutput], None]:
+async def run_job(client: EngineClient, active: ActiveJobs, job: Job, exchange: Exchange) -> AsyncGenerator[tuple[int, TextOutput], None]:
     """Yield (sequence, output) as they come, until every sequence has finished. Closing it early aborts what still runs.
+
+    `exchange` is told what has been made.
 
     Raises what `EngineClient.generate` raises, and ApiError when the engine gives up on a sequence.
     """
+    latest = exchange.begin(job.id, prompt_tokens=job.prompt_tokens, n=job.n)
     with active.entered(job) as ids:
         streams = [_outputs(client, job, index, engine_id) for index, engine_id in enumerate(ids)]
         async with aclosing(merged(streams)) as outputs:
             async for item in outputs:
+                latest[item[0]] = item[1]
                 yield item
 
 
@@ -154,10 +163,10 @@ async def _outputs(client: EngineClient, job: Job, index: int, engine_id: str) -
     raise ApiError("the engine ended this request without a reason", status_code=500, code="engine_failure")
 
 
-async def gather_job(client: EngineClient, active: ActiveJobs, job: Job) -> list[TextOutput]:
+async def gather_job(client: EngineClient, active: ActiveJobs, job: Job, exchange: Exchange) -> list[TextOutput]:
     """Run `job` to its end; one output a sequence, with all its text, tokens and log-probabilities."""
     parts: list[list[TextOutput]] = [[] for _ in range(len(job))]
-    async with aclosing(run_job(client, active, job)) as outputs:
+    async with aclosing(run_job(client, active, job, exchange)) as outputs:
         async for index, output in outputs:
             parts[index].append(output)
     return [joined(outputs) for outputs in parts]

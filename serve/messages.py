@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from .errors import ApiError
+from .errors import ApiError, shown
 
 # Templates know "system"; OpenAI defines "developer" as its newer name.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -26,7 +26,7 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise ApiError(f"{where}.role={_shown(role)} is not valid: it must be one of {', '.join(_ROLES)}", param=f"{where}.role")
+        raise ApiError(f"{where}.role={shown(role)} is not valid: it must be one of {', '.join(_ROLES)}", param=f"{where}.role")
     result: dict[str, Any] = {"role": _ROLES[role], "content": _content(message.get("content"), role, message, where)}
     for name, value in message.items():
         if name in ("role", "content") or name in _IGNORED or value in _EMPTY:
@@ -48,7 +48,7 @@ def _content(content: object, role: str, message: Mapping[str, Any], where: str)
         return "\n".join(_part(part, f"{param}.{i}") for i, part in enumerate(content))
     if content is None and role == "assistant" and message.get("tool_calls"):
         return ""
-    raise ApiError(f"{param}={_shown(content)} is not valid: it must be a string or a list of text parts", param=param)
+    raise ApiError(f"{param}={shown(content)} is not valid: it must be a string or a list of text parts", param=param)
 
 
 def _part(part: object, where: str) -> str:
@@ -56,7 +56,7 @@ def _part(part: object, where: str) -> str:
         raise ApiError(f'{where} must be an object such as {{"type": "text", "text": "..."}}', param=where)
     kind = part["type"]
     if kind not in ("text", "input_text", "output_text"):
-        message = f"{where}.type={_shown(kind)} is not supported: this model reads text parts only"
+        message = f"{where}.type={shown(kind)} is not supported: this model reads text parts only"
         raise ApiError(message, param=f"{where}.type", code="unsupported_parameter")
     if not isinstance(part.get("text"), str):
         raise ApiError(f"{where}.text must be a string", param=f"{where}.text")
@@ -80,8 +80,3 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
                 raise ApiError(f"{where}.{i}.function.arguments is not valid JSON: {error}", param=where) from None
         result.append({**call, "function": {**function, "arguments": arguments}})
     return result
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from ..runtime.config import one_of
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -23,10 +25,12 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"port={self.port} is not valid: give a number from 1 to 65535, or 0 for any free port")
+            raise ValueError(f"--port {self.port} is not valid: give a number from 1 to 65535, or 0 for any free port")
         if not self.host:
-            raise ValueError("host='' is not valid: give 127.0.0.1 for this machine only or 0.0.0.0 for every interface")
+            raise ValueError("--host '' is not valid: give 127.0.0.1 for this machine only or 0.0.0.0 for every interface")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
-            raise ValueError("an API key is empty or not ASCII: HTTP headers cannot carry it, choose another")
+            raise ValueError("--api-key is not valid, it is empty or not ASCII: give one that HTTP headers can carry")
         if self.served_model_name is not None and not self.served_model_name.strip():
-            raise ValueError("served_model_name is empty: give a name or leave it out")
+            raise ValueError(f"--served-model-name {self.served_model_name!r} is not valid: give a name or leave it out")
+        if self.log_level not in get_args(LogLevel):
+            raise ValueError(f"--log-level {self.log_level!r} is not valid: give {one_of(get_args(LogLevel))}")

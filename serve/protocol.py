@@ -123,6 +123,7 @@ class ChatRequest(SamplingFields):
         **SamplingFields.expected,
         "messages": "a list of messages, each with a role and content",
         "tools": "a list of tools",
+        "tool_choice": '"none", "auto", "required" or an object that names a function',
     }
 
     messages: list[dict[str, Any]]

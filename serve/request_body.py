@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -10,12 +11,25 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, from_json
 
-from .errors import ApiError
+from .errors import ApiError, shown
 
 BodyT = TypeVar("BodyT", bound="Body")
 
 _NEUTRAL: tuple[object, ...] = (None, False, "", [], {})  # what says "not wanted" for any option
-_MAX_SHOWN = 60
+_MAX_PARAM = 60
+_MAX_NESTING = 200  # of the JSON reader
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# In our words, what was wanted where a value is of the wrong type.
+_TYPES: Mapping[str, str] = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "a JSON object",
+    "model_type": "a JSON object",
+}
 
 
 class Body(BaseModel):
@@ -41,8 +55,22 @@ def parse_body(model: type[BodyT], raw: bytes) -> BodyT:
     try:
         data = from_json(raw)
     except ValueError as error:
-        raise ApiError(f"the body is not valid JSON in UTF-8: {error}", code="invalid_json") from None
+        raise ApiError(f"the body {_json_fault(raw, str(error))}", code="invalid_json") from None
     return check_body(model, data)
+
+
+def _json_fault(raw: bytes, error: str) -> str:
+    """What is wrong with a body that the JSON reader refused for `error`, which ends in "at line 1 column 2"."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as undecodable:
+        return f"is not UTF-8: byte {undecodable.start} is 0x{raw[undecodable.start]:02x}"
+    where = error[error.rfind(" at line ") :]
+    if "recursion limit" in error:
+        return f"is nested too deeply{where}: at most {_MAX_NESTING} levels are read"
+    if "hex escape" in error and _SURROGATE.search(raw):
+        return f"has half of a surrogate pair (such as \\ud83d alone){where}, which is no character: send both halves, or the text itself"
+    return f"is not valid JSON: {error}"
 
 
 def check_body(model: type[BodyT], data: object, *, where: str = "") -> BodyT:
@@ -59,7 +87,7 @@ def check_body(model: type[BodyT], data: object, *, where: str = "") -> BodyT:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _refusal(model, error.errors(include_url=False), where) from None
+        raise _refusal(model, error.errors(include_url=False)[0], fields, where) from None
 
 
 def _takes_null(field: FieldInfo) -> bool:
@@ -78,32 +106,25 @@ def _judge_stranger(model: type[Body], name: str, value: object, where: str) -> 
         raise ApiError(f"{param} is not supported: {model.unsupported[name]}", param=param, code="unsupported_parameter")
     near = difflib.get_close_matches(name, model.model_fields, n=1)
     hint = f"did you mean {near[0]}?" if near else "remove it"
-    raise ApiError(f"unknown field {_shown(param)}: {hint}", param=param[:_MAX_SHOWN], code="unknown_parameter")
+    raise ApiError(f"unknown field {shown(param)}: {hint}", param=param[:_MAX_PARAM], code="unknown_parameter")
 
 
-def _refusal(model: type[Body], errors: list[ErrorDetails], where: str) -> ApiError:
-    first = errors[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    if name in model.expected:
-        param = _join(where, name)
-        if first["type"] == "missing":
-            return ApiError(f"{param} is required: {model.expected[name]}", param=param, code="missing_required_parameter")
-        return ApiError(f"{param} must be {model.expected[name]}", param=param, code="invalid_type")
-    param = _join(where, ".".join(str(part) for part in first["loc"]))
-    if first["type"] == "missing":
-        return ApiError(f"{param} is required", param=param, code="missing_required_parameter")
-    if first["type"] == "extra_forbidden":
-        return ApiError(f"unknown field {_shown(param)}: remove it", param=param, code="unknown_parameter")
-    return ApiError(f"{param}={_shown(first['input'])} is not valid: {first['msg']}", param=param, code="invalid_value")
+def _refusal(model: type[Body], error: ErrorDetails, data: Mapping[str, Any], where: str) -> ApiError:
+    name, *inner = (str(part) for part in error["loc"]) if error["loc"] else ("",)
+    in_words = model.expected.get(name)
+    param = _join(where, name if in_words else ".".join((name, *inner)))
+    if error["type"] == "missing":
+        what = f"{param} is required: it must be {in_words}" if in_words else f"{param} is required"
+        return ApiError(what, param=param, code="missing_required_parameter")
+    if error["type"] == "extra_forbidden":
+        return ApiError(f"unknown field {shown(param)}: remove it", param=param, code="unknown_parameter")
+    value = data[name] if in_words else error["input"]
+    rule = in_words or _TYPES.get(error["type"], "of another type")
+    return ApiError(f"{param}={shown(value)} is not valid: it must be {rule}", param=param, code="invalid_type")
 
 
 def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
 def _kind(value: object) -> str:

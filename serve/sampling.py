@@ -8,11 +8,12 @@ from typing import Any
 
 from ..runtime.client import ModelInfo
 from ..runtime.sampling_params import SamplingParams
-from .errors import ApiError
+from .errors import ApiError, shown
 from .protocol import SamplingFields
 from .request_body import as_list
 
 MAX_N = 128
+MAX_BIAS = 100
 _SEED_RANGE = 2**64
 
 # Taken from the model's generation_config.json where the caller does not say, as SGLang and vLLM do.
@@ -32,7 +33,7 @@ def openai_sampling(
     params = SamplingParams(
         **wishes,
         max_tokens=max_tokens,
-        logit_bias=logit_bias_by_id(fields.logit_bias),
+        logit_bias=logit_bias_by_id(fields.logit_bias, info),
         stop=tuple(as_list(fields.stop)),
         stop_token_ids=tuple(fields.stop_token_ids or ()),
         no_stop_trim=bool(fields.no_stop_trim or fields.include_stop_str_in_output),
@@ -43,12 +44,16 @@ def openai_sampling(
     return params
 
 
-def logit_bias_by_id(bias: Mapping[str, float] | None) -> dict[int, float]:
-    """JSON keys are strings; token ids are not. Raises ApiError 400."""
+def logit_bias_by_id(bias: Mapping[str, float] | None, info: ModelInfo) -> dict[int, float]:
+    """JSON keys are strings; token ids are not. Raises ApiError 400, which tells keys and values apart."""
     result = {}
     for key, value in (bias or {}).items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise ApiError(f"logit_bias has the key {key[:40]!r}: keys must be token ids, such as '50256'", param="logit_bias")
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < info.vocab_size):
+            allowed = f'token ids of this model as strings, "0" to "{info.vocab_size - 1}"'
+            raise ApiError(f"logit_bias has the key {shown(key)}: keys must be {allowed}", param="logit_bias")
+        if not -MAX_BIAS <= value <= MAX_BIAS:
+            rule = f"biases must be from -{MAX_BIAS} to {MAX_BIAS}"
+            raise ApiError(f"logit_bias has {shown(value)} for the token {key}: {rule}", param="logit_bias")
         result[int(key)] = value
     return result
 
@@ -56,22 +61,25 @@ def logit_bias_by_id(bias: Mapping[str, float] | None) -> dict[int, float]:
 def answer_length(info: ModelInfo, *, prompt_tokens: int, asked: int | None, default: int | None, prompt_param: str) -> int:
     """How many tokens may be generated. `default` None stands for all the room that is left.
 
-    Raises ApiError 400 `context_length_exceeded` when prompt and answer do not fit the context together.
+    Raises ApiError 400 `context_length_exceeded` when prompt and answer do not fit the context together. A prompt that is too long
+    by itself is told in the words of runtime/admission.py, which guards callers without HTTP.
     """
     context = info.context_length
     room = context - prompt_tokens
     length = asked if asked is not None else default
     if length is None:
-        length = min(room, info.max_total_tokens - prompt_tokens) if room > 0 else 1
-        length = max(length, 1)
-    if prompt_tokens + max(length, 0) > context:
-        remedy = (
-            f"shorten the prompt or ask for at most {room} tokens" if room > 0 else f"shorten the prompt to fewer than {context} tokens"
-        )
+        length = max(min(room, info.max_total_tokens - prompt_tokens), 1)
+    if prompt_tokens + max(0, min(length, 1)) > context:
         raise ApiError(
-            f"this model's context holds {context} tokens, but {prompt_tokens + length} are asked for: "
-            f"{prompt_tokens} in the prompt and {length} to generate; {remedy}",
-            param=prompt_param if room <= 0 else "max_tokens",
+            f"the prompt has {prompt_tokens} tokens, which leaves no room to answer in a context length of {context} tokens: shorten it",
+            param=prompt_param,
+            code="context_length_exceeded",
+        )
+    if length > room:
+        raise ApiError(
+            f"the prompt has {prompt_tokens} tokens and {length} are to be generated, more than the context length of {context} tokens: "
+            f"shorten the prompt or ask for at most {room} tokens",
+            param="max_tokens",
             code="context_length_exceeded",
         )
     return length

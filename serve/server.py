@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import uvicorn
 
@@ -21,6 +21,7 @@ from .options import ServerOptions
 logger = logging.getLogger("octavo.serve")
 
 _CUT_OFF_S = 2.0  # after the time to finish is over: for aborted requests to say so
+_LAST_WORDS_S = 1.0  # after a second signal
 _KEEP_ALIVE_S = 75  # longer than clients and proxies keep a connection, so that none reuses one we just closed
 
 
@@ -79,12 +80,16 @@ class _Server(uvicorn.Server):
 
 
 def serve_until_stopped(client: RunningEngine, options: ServerOptions, sock: socket.socket, on_ready: Callable[[], None]) -> int:
-    """Serve on `sock` until SIGINT or SIGTERM (gives 0) or until the engine dies (gives 1). The caller closes `client`."""
+    """Serve on `sock` until SIGINT or SIGTERM, and a while longer for requests that run; the caller closes `client`.
+
+    Gives 0 after a signal, 1 when the engine died, and 128 and its number for a second signal, which ends every request at once.
+    """
     app = create_app(client, options)
     config = uvicorn.Config(
         app,
         log_config=None,
-        access_log=options.log_level == "debug",
+        access_log=False,  # serve/middleware.py logs more, and disconnects too
+        lifespan="off",
         timeout_graceful_shutdown=int(options.shutdown_timeout_s + _CUT_OFF_S + 1),
         loop="uvloop",
         http="httptools",
@@ -94,40 +99,55 @@ def serve_until_stopped(client: RunningEngine, options: ServerOptions, sock: soc
     )
     server = _Server(config, on_ready)
     context: ServeContext = app.state.context
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(_run(server, client, context, sock))
+    try:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            return runner.run(_run(server, client, context, sock))
+    finally:
+        context.close()
 
 
 async def _run(server: _Server, client: RunningEngine, context: ServeContext, sock: socket.socket) -> int:
-    stopping = asyncio.Event()
-
-    def stop() -> None:
-        if stopping.is_set():
-            server.force_exit = True  # a second signal does not wait for anybody
-        stopping.set()
-
     loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[int] = loop.create_future()
+    hurried: asyncio.Future[int] = loop.create_future()
+
+    def stop(number: int) -> None:
+        if not stopped.done():
+            stopped.set_result(number)
+        elif not hurried.done():
+            hurried.set_result(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     serving = asyncio.create_task(server.serve([sock]))
     dying = asyncio.create_task(client.wait_dead())
-    stopped = asyncio.create_task(stopping.wait())
+    tasks: list[asyncio.Task[Any]] = [serving, dying]
     try:
-        await asyncio.wait({serving, dying, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        died = dying.done() and not stopping.is_set()
+        await _first_of(serving, dying, stopped)
+        died = dying.done() and not stopped.done()
         if died:
             await _outlive(dying.result(), stopped, context.options)
         context.is_draining = True
         server.should_exit = True
-        await _drain(serving, context)
+        draining = asyncio.create_task(_drain(serving, context))
+        tasks.append(draining)
+        await _first_of(draining, hurried)
+        if not draining.done():
+            await _cut_off(server, serving)
+            return 128 + hurried.result()
+        await draining
         return 1 if died else 0
     finally:
-        for task in (dying, stopped, serving):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(dying, stopped, serving, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _outlive(cause: str, stopped: asyncio.Task[bool], options: ServerOptions) -> None:
+async def _first_of(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _outlive(cause: str, stopped: asyncio.Future[int], options: ServerOptions) -> None:
     """Waiting requests fail by themselves, through the client; probes and late comers get their 503 for a while."""
     logger.critical("the engine died: %s; this server stops in %g s", cause, options.dead_engine_linger_s)
     await asyncio.wait({stopped}, timeout=options.dead_engine_linger_s)
@@ -136,9 +156,25 @@ async def _outlive(cause: str, stopped: asyncio.Task[bool], options: ServerOptio
 async def _drain(serving: asyncio.Task[None], context: ServeContext) -> None:
     """Let running requests finish; end those that are still there when the time is over."""
     if context.active:
-        logger.info("stopping: %d requests may finish within %g s", len(context.active), context.options.shutdown_timeout_s)
+        timeout_s, requests = context.options.shutdown_timeout_s, _counted(len(context.active))
+        logger.info("stopping: %s may finish within %g s; a second Ctrl-C ends at once", requests, timeout_s)
     await asyncio.wait({serving}, timeout=context.options.shutdown_timeout_s)
     if not serving.done():
         count = await context.active.abort_all()
-        logger.warning("stopping: %d requests were ended", count)
+        logger.warning("stopping: time is over, ended %s", _counted(count))
     await serving
+
+
+async def _cut_off(server: _Server, serving: asyncio.Task[None]) -> None:
+    """End every exchange now: each tells its client, and one whose client does not listen loses its connection."""
+    logger.warning("stopping at once: ending %s", _counted(len(server.server_state.tasks)))
+    for task in server.server_state.tasks:
+        task.cancel()
+    await asyncio.wait({serving}, timeout=_LAST_WORDS_S)
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
+    await asyncio.wait({serving}, timeout=_LAST_WORDS_S)
+
+
+def _counted(requests: int) -> str:
+    return "1 request" if requests == 1 else f"{requests} requests"

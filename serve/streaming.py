@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -13,9 +12,9 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from .errors import as_api_error, error_response
+from .errors import ApiError, error_response, failed
+from .exchange import Exchange
 
-logger = logging.getLogger("octavo.serve")
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
@@ -25,6 +24,11 @@ to_json: Callable[[Any], bytes] = msgspec.json.encode
 def event(payload: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + to_json(payload) + b"\n\n"
+
+
+def error_event(error: ApiError) -> bytes:
+    """The end of a stream that fails."""
+    return event(error.body) + DONE
 
 
 def json_response(payload: Any, status_code: int = 200) -> Response:
@@ -69,32 +73,30 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = scope["state"]["request_id"]
+        exchange: Exchange = scope["state"]["exchange"]
         try:
-            refusal = await until_disconnect(receive, self._send_events(send, request_id))
-        except ClientDisconnect:
-            logger.info("request %s: the client left its stream, aborted", request_id)
+            refusal = await until_disconnect(receive, self._send_events(send, exchange))
+        except ClientDisconnect as error:
+            failed(error, exchange)
             return
         if refusal is not None:
             await refusal(scope, receive, send)
 
-    async def _send_events(self, send: Send, request_id: str) -> Response | None:
+    async def _send_events(self, send: Send, exchange: Exchange) -> Response | None:
         async with aclosing(self._events) as events:
             try:
                 first = await anext(events)
             except Exception as error:
-                return error_response(error, request_id)
+                return error_response(error, exchange)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": first, "more_body": True})
-            await self._send_rest(events, send, request_id)
+            await self._send_rest(events, send, exchange)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return None
 
-    async def _send_rest(self, events: AsyncGenerator[bytes, None], send: Callable[[Any], Awaitable[None]], request_id: str) -> None:
+    async def _send_rest(self, events: AsyncGenerator[bytes, None], send: Callable[[Any], Awaitable[None]], exchange: Exchange) -> None:
         try:
             async for chunk in events:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:
-            told = as_api_error(error)
-            logger.warning("request %s failed in its stream with %d: %s", request_id, told.status_code, told.message)
-            await send({"type": "http.response.body", "body": event(told.body) + DONE, "more_body": True})
+            await send({"type": "http.response.body", "body": error_event(failed(error, exchange)), "more_body": True})

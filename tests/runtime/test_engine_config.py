@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from octavo.runtime.config import EngineConfig
+import octavo
+from octavo.runtime.config import EngineConfig, default_memory_fraction
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"device": "tpu"}, "--device 'tpu' is not one of auto, cpu, cuda"),
-        ({"dtype": "int8"}, "--dtype 'int8' is not one of auto, float32, bfloat16, float16"),
-        ({"schedule_policy": "lifo"}, "--schedule-policy 'lifo' is not one of fcfs, lpm"),
+        ({"device": "tpu"}, "--device 'tpu' is not valid: give auto, cpu or cuda"),
+        ({"dtype": "int8"}, "--dtype 'int8' is not valid: give auto, float32, bfloat16 or float16"),
+        ({"schedule_policy": "lifo"}, "--schedule-policy 'lifo' is not valid: give fcfs or lpm"),
         ({"page_size": 0}, "--page-size 0 is not valid: give a whole number of at least 1"),
         ({"page_size": 1.5}, "--page-size 1.5 is not valid"),
         ({"max_running_requests": True}, "--max-running-requests True is not valid"),
@@ -33,8 +34,7 @@ from octavo.runtime.config import EngineConfig
         ({"max_radix_cache_len": -1}, "--max-radix-cache-len -1 is not valid: give 0 or more tokens"),
         ({"max_radix_cache_len": "all"}, "--max-radix-cache-len 'all' is not valid"),
         ({"max_radix_cache_len": 100, "disable_radix_cache": True}, "--max-radix-cache-len 100 and --disable-radix-cache contradict"),
-        ({"max_total_tokens": 15}, "--max-total-tokens 15 is less than one page (--page-size 16)"),
-        ({"max_total_tokens": 64, "mem_fraction_static": 0.5}, "--max-total-tokens and --mem-fraction-static both size the KV pool"),
+        ({"max_total_tokens": 15}, "--max-total-tokens 15 is not valid: give at least one page (--page-size 16)"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], text: str) -> None:
@@ -50,6 +50,7 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], text: str) -> None:
         {"max_total_tokens": 16},
         {"max_total_tokens": 1, "page_size": 1},
         {"mem_fraction_static": 0.001},
+        {"max_total_tokens": 64, "mem_fraction_static": 0.5},
     ],
 )
 def test_the_edges_of_what_is_allowed(options: dict[str, Any]) -> None:
@@ -72,6 +73,17 @@ def test_resolving_keeps_what_was_given_and_leaves_the_original_alone() -> None:
     assert changed == {"device"}
     assert given.device == "auto"
     assert resolved.memory_fraction == 0.25
+
+
+@pytest.mark.parametrize(("device", "fraction"), [("cpu", 0.5), ("cuda", 0.88), ("cuda:1", 0.88)])
+def test_the_default_fraction_is_known_by_the_name_of_the_device(device: str, fraction: float) -> None:
+    assert default_memory_fraction(device) == fraction
+
+
+def test_the_python_engine_names_every_option() -> None:
+    with pytest.raises(TypeError, match="Engine has no option nope; its options are") as caught:
+        octavo.Engine(nope=1)
+    assert set(str(caught.value).split("its options are ")[1].split(", ")) == {field.name for field in fields(EngineConfig)}
 
 
 def test_a_config_cannot_be_changed() -> None:

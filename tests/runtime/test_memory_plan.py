@@ -46,7 +46,26 @@ def test_the_default_fraction_takes_no_more_than_what_is_free() -> None:
 
 def test_tokens_asked_for_are_given_in_whole_pages() -> None:
     budget = plan(max_total_tokens=1000)
-    assert (budget.num_tokens, budget.fraction) == (992, None)
+    assert (budget.num_tokens, budget.decided_by, budget.allowed_more) == (992, "--max-total-tokens 1000", None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_tokens", "decided_by", "allowed_more"),
+    [
+        (1000, 992, "--max-total-tokens 1000", "--mem-fraction-static 0.5"),
+        (2816, 2816, "--max-total-tokens 2816", "--mem-fraction-static 0.5"),
+        (2817, 2816, "--mem-fraction-static 0.5", "--max-total-tokens 2817"),
+        (1_000_000, 2816, "--mem-fraction-static 0.5", "--max-total-tokens 1000000"),
+    ],
+)
+def test_of_tokens_and_fraction_the_smaller_pool_is_made(tokens: int, num_tokens: int, decided_by: str, allowed_more: str) -> None:
+    budget = plan(max_total_tokens=tokens, mem_fraction_static=0.5)
+    assert (budget.num_tokens, budget.decided_by, budget.allowed_more) == (num_tokens, decided_by, allowed_more)
+    assert f"follows {decided_by} ({allowed_more} allows more): raise it" in budget.table()
+
+
+def test_a_fraction_that_does_not_fit_does_no_harm_beside_fewer_tokens() -> None:
+    assert plan(max_total_tokens=64, mem_fraction_static=0.97, free=4).num_tokens == 64
 
 
 def test_the_pool_is_no_larger_than_all_running_requests_need() -> None:
@@ -69,7 +88,7 @@ def test_the_pool_holds_a_whole_context_that_does_not_end_with_a_page() -> None:
 def test_a_plan_that_is_made_fits(
     total: float, used: float, weights: float, workspace: float, page_size: int, fraction: float | None, tokens: int | None
 ) -> None:
-    options: dict[str, Any] = {"mem_fraction_static": fraction} if tokens is None else {"max_total_tokens": tokens}
+    options: dict[str, Any] = {"mem_fraction_static": fraction, "max_total_tokens": tokens}
     free = total * (1 - used)
     try:
         budget = plan(total=total, free=free, weights=weights, workspace=workspace, page_size=page_size, **options)
@@ -78,12 +97,13 @@ def test_a_plan_that_is_made_fits(
     assert budget.num_tokens >= page_size
     assert budget.num_tokens % page_size == 0
     assert budget.workspace + budget.num_tokens * PER_TOKEN <= free * GIB
-    if tokens is None:
+    assert budget.num_tokens <= (tokens or budget.num_tokens)
+    if tokens is None or fraction is not None:
         assert budget.weights + budget.workspace + budget.num_tokens * PER_TOKEN <= (fraction or 0.5) * total * GIB
 
 
 def test_too_many_tokens_are_refused_with_a_number_that_works() -> None:
-    with pytest.raises(OutOfMemoryPlan, match=r"--max-total-tokens 1000000 needs 976\.56 GiB") as caught:
+    with pytest.raises(OutOfMemoryPlan, match=r"--max-total-tokens 1000000 asks for 976\.56 GiB") as caught:
         plan(max_total_tokens=1_000_000)
     advised = int(re.findall(r"at most (\d+)", str(caught.value))[0])
     assert plan(max_total_tokens=advised).num_tokens == advised
@@ -126,7 +146,7 @@ def test_the_table_shows_every_part_and_the_flag_that_moves_it() -> None:
     ]
     assert "2,816 tokens of 1024.0 KiB (bfloat16)" in lines[3]
     assert "--mem-fraction-static 0.5" in lines[5]
-    assert "--max-total-tokens" in plan(max_total_tokens=64).table()
+    assert "follows --max-total-tokens 64: raise it" in plan(max_total_tokens=64).table()
 
 
 # What the machine has

@@ -8,8 +8,12 @@ from typing import Any
 import openai
 import pytest
 
+from octavo.runtime.admission import EngineLimits, admit
 from octavo.runtime.client import EngineDead, RequestRefused
 from octavo.runtime.outputs import FinishReason
+from octavo.runtime.sampling_params import SamplingParams
+from octavo.serve.generate_request import GenerateRequest
+from octavo.serve.protocol import ChatRequest, CompletionRequest
 
 from .fake_engine import CONTEXT, VOCAB_SIZE
 
@@ -23,11 +27,14 @@ ASK: Any = [{"role": "user", "content": "Hi"}]
     ("raw", "words"),
     [
         (b'{"model": ', "not valid JSON"),
-        (b'{"prompt": "\xff\xfe"}', "not valid JSON in UTF-8"),
-        (b'{"prompt": "\\ud800"}', "not valid JSON"),
+        (b'{"prompt": 1,}', "not valid JSON: trailing comma at line 1 column"),
+        (b'{"prompt": "\xff\xfe"}', "not UTF-8: byte 12 is 0xff"),
+        (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"prompt": "\\udc00 "}', "half of a surrogate pair"),
+        (b'{"prompt": "\\u12"}', "not valid JSON"),
         (b"", "no body"),
         (b"[1, 2]", "must be a JSON object"),
-        (b"[" * 5000, "recursion"),
+        (b"[" * 5000, "nested too deeply at line 1 column 202: at most 200 levels"),
         (b"null", "not null"),
     ],
 )
@@ -45,29 +52,32 @@ def test_not_a_json_object(served, path, raw, words):
         ({"temperature": float("nan")}, "temperature", "nan"),
         ({"temperature": float("inf")}, "temperature", "inf"),
         ({"temperature": -0.1}, "temperature", "-0.1"),
-        ({"temperature": "0.5"}, "temperature", "'0.5'"),
+        ({"temperature": "0.5"}, "temperature", 'temperature="0.5" is not valid: it must be a number'),
         ({"top_p": 0}, "top_p", "above 0"),
         ({"top_p": 1.5}, "top_p", "1.5"),
         ({"top_k": -2}, "top_k", "-2"),
-        ({"top_k": 1.5}, "top_k", "1.5"),
+        ({"top_k": 1.5}, "top_k", "top_k=1.5 is not valid: it must be a whole number"),
         ({"min_p": 2}, "min_p", "2"),
         ({"frequency_penalty": 3}, "frequency_penalty", "3"),
         ({"presence_penalty": -3}, "presence_penalty", "-3"),
         ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
         ({"max_tokens": -1}, "max_tokens", "-1"),
-        ({"max_tokens": True}, "max_tokens", "True"),
+        ({"max_tokens": True}, "max_tokens", "max_tokens=true is not valid: it must be a whole number"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most max_tokens"),
         ({"n": 0}, "n", "from 1"),
         ({"n": 1000}, "n", "1000"),
         ({"seed": 2**70}, "seed", "64-bit"),
         ({"stop": [""]}, "stop", "non-empty"),
-        ({"stop": 5}, "stop", "a string or a list of strings"),
+        ({"stop": 5}, "stop", "stop=5 is not valid: it must be a string or a list of strings"),
+        ({"stop_token_ids": [3, None]}, "stop_token_ids.1", "stop_token_ids.1=null is not valid"),
+        ({"stream": "yes"}, "stream", 'stream="yes" is not valid: it must be true or false'),
+        ({"cache_salt": 3}, "cache_salt", "cache_salt=3 is not valid: it must be a string"),
         ({"stop": ["x"] * 65}, "stop", "65"),
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids", str(VOCAB_SIZE)),
-        ({"logit_bias": {"x": 1}}, "logit_bias", "'x'"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1'"),
-        ({"logit_bias": {"5": 101}}, "logit_bias", "101"),
-        ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias", str(VOCAB_SIZE)),
+        ({"logit_bias": {"x": 1}}, "logit_bias", 'the key "x"'),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", 'the key "-1"'),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "has 101.0 for the token 5: biases must be from -100 to 100"),
+        ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias", f'the key "{VOCAB_SIZE}": keys must be'),
         ({"logit_bias": [1]}, "logit_bias", "an object"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
         ({"stream_options": {"nope": 1}, "stream": True}, "stream_options.nope", "unknown field"),
@@ -94,8 +104,8 @@ def test_fields_of_both_endpoints(served, path, extra, param, words):
         ({}, "messages", "required"),
         ({"messages": []}, "messages", "empty"),
         ({"messages": "Hi"}, "messages", "list of messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'robot'"),
-        ({"messages": [{"content": "x"}]}, "messages.0.role", "None"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", '"robot"'),
+        ({"messages": [{"content": "x"}]}, "messages.0.role", "messages.0.role=null"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "string or a list"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "5"),
         (
@@ -113,7 +123,9 @@ def test_fields_of_both_endpoints(served, path, extra, param, words):
         ({"messages": ASK, "audio": {"voice": "x"}}, "audio", "text"),
         ({"messages": ASK, "reasoning_effort": "high"}, "reasoning_effort", "chat_template_kwargs"),
         ({"messages": ASK, "top_logprobs": 3}, "top_logprobs", "logprobs=true"),
-        ({"messages": ASK, "logprobs": True, "top_logprobs": -1}, "logprobs", "-1"),
+        ({"messages": ASK, "logprobs": True, "top_logprobs": -1}, "top_logprobs", "-1"),
+        ({"messages": ASK, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs=21 is not valid: it must be from 0 to 20"),
+        ({"messages": ASK, "tool_choice": 3}, "tool_choice", "tool_choice=3 is not valid: it must be"),
         ({"messages": ASK, "max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "differ"),
         ({"messages": ASK, "continue_final_message": True}, "continue_final_message", "assistant"),
         (
@@ -145,7 +157,7 @@ def test_chat_fields(served, body, param, words):
         ({"prompt": "a", "suffix": "b"}, "suffix", "infill"),
         ({"prompt": "a", "best_of": 3}, "best_of", "3"),
         ({"prompt": "a", "logprobs": -1}, "logprobs", "-1"),
-        ({"prompt": "a", "logprobs": True}, "logprobs", "True"),
+        ({"prompt": "a", "logprobs": True}, "logprobs", "logprobs=true"),
         ({"prompt": ["a"] * 200, "n": 128}, None, "25600 sequences"),
     ],
 )
@@ -154,6 +166,36 @@ def test_completion_fields(served, body, param, words):
     assert error["param"] == param
     assert words in error["message"]
     assert served.engine.calls == []
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/generate"])
+@pytest.mark.parametrize("value", [None, True, 1.5, "text", [None], [["x"]], {"a": None}, [{}], 10**400])
+def test_no_field_of_a_wrong_type_is_told_in_the_words_of_a_library(served, path, value):
+    body: dict[str, Any] = {CHAT: {"messages": ASK}, TEXT: {"prompt": "Hi"}}.get(path, {"text": "Hi"})
+    model = {CHAT: ChatRequest, TEXT: CompletionRequest}.get(path, GenerateRequest)
+    for field in model.model_fields:
+        response = served.post(path, **{**body, "max_tokens": 1} | {field: value} if path != "/generate" else {**body, field: value})
+        assert response.status_code in (200, 400), response.text
+        if response.status_code == 400:
+            message = response.json()["error"]["message"]
+            assert not [words for words in ("Input", "should be", "None", "True", "dictionary", "another type") if words in message], (
+                message
+            )
+
+
+def test_20_top_logprobs_are_not_too_many(served):
+    assert served.post(CHAT, messages=ASK, logprobs=True, top_logprobs=20).status_code == 200
+    assert served.post(TEXT, prompt="Hi", logprobs=21).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(TEXT, {"prompt": "x" * CONTEXT}), (TEXT, {"prompt": "x" * CONTEXT, "max_tokens": 5}), ("/generate", {"text": "x" * CONTEXT})],
+)
+def test_a_prompt_that_is_too_long_is_told_as_the_engine_tells_it(served, path, body):
+    with pytest.raises(RequestRefused) as refused:
+        admit([0] * CONTEXT, SamplingParams(), EngineLimits(CONTEXT, 10 * CONTEXT, VOCAB_SIZE))
+    assert served.error(path, 400, **body)["message"] == str(refused.value)
 
 
 def test_too_long_names_both_lengths(served):

@@ -42,7 +42,7 @@ def test_every_engine_flag():
         "random_seed": 3, "num_threads": 2,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in wanted} == wanted
-    assert _options("--mem-fraction-static", "0.5")[0].mem_fraction_static == 0.5
+    assert _options("--mem-fraction-static", "0.5", "--max-total-tokens", "64")[0].mem_fraction_static == 0.5
     assert _options("--disable-radix-cache")[0].disable_radix_cache is True
     assert _options("--seed", "4")[0].random_seed == 4
 
@@ -63,15 +63,25 @@ def test_every_server_flag():
         (["--model-pth", "m"], "unknown flag --model-pth; did you mean --model-path?"),
         (["--max-runing-requests=3"], "did you mean --max-running-requests?"),
         (["--xyzzy"], "--help lists the flags"),
+        (["--nope"], "unknown flag --nope; --help lists the flags"),
+        (["--prot", "1"], "did you mean --port?"),
+        (["--port"], "--port has no value"),
+        (["--model"], "--model-path has no value"),
+        (["--disable-radix-cache=1"], "--disable-radix-cache takes no value"),
         (["--mem-fraction", "0.5"], "unknown flag --mem-fraction"),
-        (["--port", "many"], "invalid int value: 'many'"),
-        (["--port", "70000"], "70000"),
-        (["--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--schedule-policy", "random"], "fcfs"),
+        (["--port", "many"], "--port 'many' is not valid: give a whole number"),
+        (["--port", "70000"], "--port 70000 is not valid: give a number from 1 to 65535"),
+        (["--host", ""], "--host '' is not valid: give"),
+        (["--log-level", "loud"], "--log-level 'loud' is not valid: give debug, info, warning, error or critical"),
+        (["--served-model-name", " "], "--served-model-name ' ' is not valid: give"),
+        (["--device", "tpu"], "--device 'tpu' is not valid: give auto, cpu or cuda"),
+        (["--schedule-policy", "random"], "--schedule-policy 'random' is not valid: give fcfs or lpm"),
+        (["--seed", "x"], "--random-seed 'x' is not valid: give a whole number"),
+        (["--mem-fraction-static", "half"], "--mem-fraction-static 'half' is not valid: give a number"),
         (["a", "b"], "unexpected argument 'b'"),
         (["a", "--model-path", "b"], "two models"),
-        (["--api-key", ""], "API key is empty"),
-        (["--mem-fraction-static", "1.5"], "1.5"),
+        (["--api-key", ""], "--api-key is not valid, it is empty"),
+        (["--mem-fraction-static", "1.5"], "--mem-fraction-static 1.5 is not valid: give"),
     ],
 )
 def test_bad_command_lines_end_with_two(argv, words, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import httpx
 import openai
@@ -82,6 +83,36 @@ def test_server_info(served, path):
     assert info["version"]
 
 
+@pytest.mark.parametrize(("device", "fraction"), [("cpu", 0.5), ("cuda:0", 0.88)])
+def test_server_info_has_what_the_start_settled(served, monkeypatch, device, fraction):
+    left = dict.fromkeys(("model_path", "tokenizer_path", "context_length", "max_total_tokens", "mem_fraction_static", "revision"))
+
+    async def engine_info() -> dict[str, Any]:
+        return {**left, "device": device}
+
+    monkeypatch.setattr(served.engine, "server_info", engine_info)
+    info = served.http.get("/server_info").json()
+    assert {name: info[name] for name in left} == {
+        "model_path": "/models/org/toy-model",
+        "tokenizer_path": "/models/org/toy-model",
+        "context_length": 2048,
+        "max_total_tokens": 10_000,
+        "mem_fraction_static": fraction,
+        "revision": None,
+    }
+
+
+def test_server_info_keeps_what_was_given(served, monkeypatch):
+    given = {"tokenizer_path": "t", "context_length": 100, "max_total_tokens": 200, "mem_fraction_static": None, "device": "cpu"}
+
+    async def engine_info() -> dict[str, Any]:
+        return given
+
+    monkeypatch.setattr(served.engine, "server_info", engine_info)
+    info = served.http.get("/server_info").json()
+    assert {name: info[name] for name in given} == given
+
+
 def test_request_id_in_and_out(served):
     assert served.http.get("/health", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
     fresh = {served.http.get("/health", headers={"X-Request-Id": value}).headers["x-request-id"] for value in ("", "a b", "x" * 200)}
@@ -115,7 +146,8 @@ def test_health_is_quick_while_a_long_text_is_tokenized(served):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"port": 70000}, {"host": ""}, {"api_keys": ("",)}, {"api_keys": ("schlüssel",)}, {"served_model_name": " "}]
+    "wrong",
+    [{"log_level": "loud"}, {"port": 70000}, {"host": ""}, {"api_keys": ("",)}, {"api_keys": ("schlüssel",)}, {"served_model_name": " "}],
 )
 def test_options_refuse_what_cannot_work(wrong):
     with pytest.raises(ValueError):

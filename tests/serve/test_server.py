@@ -74,8 +74,25 @@ def _stream(process: Process, lines: list[str]) -> threading.Thread:
 
     thread = threading.Thread(target=read)
     thread.start()
-    wait_until(lambda: httpx.get(f"{process.url}/server_info").json()["active_jobs"] == 1)
+    wait_until(lambda: _active_jobs(process) == 1)
     return thread
+
+
+def _active_jobs(process: Process) -> int:
+    count: int = httpx.get(f"{process.url}/server_info").json()["active_jobs"]
+    return count
+
+
+def _wait_stopping(process: Process) -> None:
+    """Until the first signal was taken: two that are pending together are one to the kernel."""
+
+    def is_stopping() -> bool:
+        try:
+            return httpx.get(f"{process.url}/health").status_code == 503
+        except httpx.TransportError:
+            return True
+
+    wait_until(is_stopping)
 
 
 def test_ready_block_and_its_curl(start):
@@ -118,16 +135,49 @@ def test_a_long_stream_is_ended_after_sigterm(start):
     assert '"finish_reason":"abort"' in lines[-2]
 
 
-def test_a_second_signal_does_not_wait(start):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_a_stream_with_an_error(start, number, code):
     process = start(delay_s=0.05, reply="x" * 1000)
     lines: list[str] = []
     thread = _stream(process, lines)
-    process.popen.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.popen.wait(0.3)
-    assert process.stop(signal.SIGTERM, 2) == 0
+    process.popen.send_signal(number)
+    _wait_stopping(process)
+    assert process.stop(number) == code
     thread.join(5)
-    assert lines[-1] != "data: [DONE]"
+    assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "server_stopped"
+    assert lines[-1] == "data: [DONE]"
+    out, err = process.popen.communicate()
+    assert "engine closed" in out
+    assert "1 request may finish within 1 s; a second Ctrl-C ends at once" in err
+    assert "POST /v1/chat/completions 503 in " in err
+    assert not [word for word in ("Traceback", "CancelledError", "lifespan") if word in err], err
+
+
+def test_a_second_signal_answers_who_waits_for_a_whole_answer(start):
+    process = start(delay_s=0.05, reply="x" * 1000)
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{process.url}/v1/chat/completions", json=ASK, timeout=20)))
+    thread.start()
+    wait_until(lambda: _active_jobs(process) == 1)
+    process.popen.send_signal(signal.SIGINT)
+    _wait_stopping(process)
+    assert process.stop(signal.SIGINT) == 130
+    thread.join(5)
+    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "server_stopped")
+    assert "Traceback" not in process.popen.communicate()[1]
+
+
+def test_a_second_signal_does_not_wait_for_a_client_that_does_not_read(start):
+    process = start(reply="x" * 20_000)
+    body = json.dumps({"text": "a", "stream": True, "sampling_params": {"max_new_tokens": 2000}})
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(process.url.rsplit(":", 1)[1]))) as deaf:
+        deaf.sendall((head + body).encode())
+        wait_until(lambda: _active_jobs(process) == 1)
+        process.popen.send_signal(signal.SIGINT)
+        _wait_stopping(process)
+        assert process.stop(signal.SIGINT) == 130
+    assert "Traceback" not in process.popen.communicate()[1]
 
 
 def test_a_dead_engine_ends_the_server(start):

@@ -1,0 +1,80 @@
+"""Exchange: what becomes of one HTTP request, gathered for its one line in the log. Knows no route and no socket."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from ..runtime.outputs import TextOutput
+
+CLIENT_CLOSED_REQUEST = 499
+PROBES = frozenset({"/health"})  # asked every few seconds: not worth a line each
+_MAX_LINE = 600
+
+
+@dataclass
+class _Run:
+    """What one job has made so far: the last output of each of its sequences, the first of every `n` speaks for its prompt."""
+
+    job_id: str
+    prompt_tokens: int
+    n: int
+    latest: dict[int, TextOutput] = field(default_factory=dict)
+
+
+@dataclass
+class Exchange:
+    """One request and its answer. Filled in by those who serve it, told by `log` when it is over."""
+
+    request_id: str
+    method: str
+    path: str
+    status_code: int = 0  # 0: not answered yet
+    message: str = ""  # why it failed
+    started: float = field(default_factory=time.perf_counter)
+    runs: list[_Run] = field(default_factory=list)
+
+    def begin(self, job_id: str, *, prompt_tokens: int, n: int) -> dict[int, TextOutput]:
+        """Note a job that this request runs; the caller keeps the last output of each sequence in what this gives."""
+        self.runs.append(_Run(job_id, prompt_tokens, n))
+        return self.runs[-1].latest
+
+    def fail(self, status_code: int, message: str) -> None:
+        """Note how it failed, whatever status was sent before."""
+        self.status_code, self.message = status_code, message
+
+    def log(self, logger: logging.Logger) -> None:
+        """Tell the whole exchange in one line: a probe or a look at the server for debugging, failures of ours as a warning."""
+        level = logging.INFO if self.runs or self.status_code >= 400 else logging.DEBUG
+        if self.path in PROBES:
+            level = logging.DEBUG
+        elif self.status_code >= 500:
+            level = logging.WARNING
+        if logger.isEnabledFor(level):
+            logger.log(level, "%s", _one_line(self._told()))
+
+    def _told(self) -> str:
+        closed = " (client closed)" if self.status_code == CLIENT_CLOSED_REQUEST else ""
+        parts = [f"{self.method} {self.path} {self.status_code}{closed} in {time.perf_counter() - self.started:.3f} s:"]
+        parts.append(f"request={self.request_id}")
+        if self.runs:
+            outputs = [(run, index, output) for run in self.runs for index, output in run.latest.items()]
+            more = f"+{len(self.runs) - 1}" if self.runs[1:] else ""
+            finishes = sorted({output.finish.type if output.finish else "none" for _, _, output in outputs}) or ["none"]
+            parts += [
+                f"id={self.runs[0].job_id}{more}",
+                f"prompt_tokens={sum(run.prompt_tokens for run in self.runs)}",
+                f"cached_tokens={sum(output.cached_tokens for run, index, output in outputs if index % run.n == 0)}",
+                f"output_tokens={sum(output.completion_tokens for _, _, output in outputs)}",
+                f"finish={','.join(finishes)}",
+            ]
+        if self.message:
+            parts.append(f"error={self.message}")
+        return " ".join(parts)
+
+
+def _one_line(text: str) -> str:
+    """What clients sent may stand in it: line ends and control characters are shown, not obeyed, and it is not endless."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:_MAX_LINE])
+    return shown if len(text) <= _MAX_LINE else shown + "..."
