@@ -45,7 +45,7 @@ def resolve_model(model_path: str | None, *, revision: str | None = None) -> Mod
     embedded default model. `revision` is a hub branch, tag or commit. Raises CheckpointError with what was tried.
     """
     if model_path is None:
-        return _gguf(find_embedded_model(), name="SmolLM2-135M-Instruct (embedded)")
+        return _gguf(find_embedded_model(), name="SmolLM2-135M-Instruct")
     if not model_path.strip():
         raise CheckpointError("the name of the model is empty: name a folder, a .gguf file or a hub id, or none for the embedded default")
     path = Path(model_path).expanduser()
