@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .pages import CODE_RANGE, check_pages, decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,26 +93,40 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    kv_dtype: torch.dtype | None = None,
     out: Tensor,
 ) -> Tensor:
     """Attend (see the file's contract) and return `out`. q and out may hold more rows than the plan has tokens: those stay as they are.
 
+    `kv_dtype` is what the pages hold: torch.int8, float8_e4m3fn or float8_e5m2 for codes; None, or their own dtype, for plain numbers.
     On the CPU q and out are float32, and a row's bits depend on its own query, position, keys and values alone: not on the thread
     count, on what else is in the batch, or on how the prompt was cut into chunks.
     """
-    _check(q, k_pages, v_pages, plan, scale, sliding_window, soft_cap, out)
+    _check(q, plan, scale, sliding_window, soft_cap, out)
+    check_pages(k_pages, v_pages, num_kv_heads=plan.num_kv_heads, head_dim=plan.head_dim, kv_dtype=kv_dtype)
     if plan.num_tokens == 0:
         return out
     if q.device.type == "cpu":
-        _on_cpu()(q, k_pages, v_pages, plan.page_table, plan.work, plan.partial_rows, plan.threads, scale, sliding_window, soft_cap, out)
+        _on_cpu()(
+            q,
+            k_pages,
+            v_pages,
+            kv_dtype or k_pages.dtype,
+            plan.page_table,
+            plan.work,
+            plan.partial_rows,
+            plan.threads,
+            scale,
+            sliding_window,
+            soft_cap,
+            out,
+        )
         return out
-    return reference(q, k_pages, v_pages, plan, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, out=out)
+    return reference(q, k_pages, v_pages, plan, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, kv_dtype=kv_dtype, out=out)
 
 
 def _check(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
     plan: AttentionPlan,
     scale: float,
     sliding_window: int | None,
@@ -126,15 +140,6 @@ def _check(
         raise ValueError(f"out is {tuple(out.shape)} for a q of {tuple(q.shape)}")
     if q.stride()[1:] != (dim, 1) or out.stride()[1:] != (dim, 1):
         raise ValueError(f"the heads of q and out must be contiguous within a row; strides are {q.stride()} and {out.stride()}")
-    shape = k_pages.shape
-    if len(shape) != 4 or shape[1] != plan.num_kv_heads or shape[3] != dim or v_pages.shape != shape:
-        raise ValueError(f"pages are {tuple(shape)} and {tuple(v_pages.shape)}; wanted [pages, {plan.num_kv_heads}, page_size, {dim}]")
-    dtype = k_pages.dtype
-    if dtype not in PAGE_DTYPES or v_pages.dtype != dtype:
-        raise ValueError(f"pages must both be float32, bfloat16 or float16, not {dtype} and {v_pages.dtype}")
-    strides = k_pages.stride()
-    if strides[3] != 1 or v_pages.stride() != strides:
-        raise ValueError(f"pages need equal strides and a contiguous last dimension, not {strides} and {v_pages.stride()}")
     if q.is_cpu and (q.dtype != torch.float32 or out.dtype != torch.float32):
         raise ValueError(f"on the CPU q and out are float32, not {q.dtype} and {out.dtype}")
     if not scale > 0:
@@ -154,10 +159,11 @@ def reference(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    kv_dtype: torch.dtype | None = None,
     out: Tensor,
 ) -> Tensor:
     """The same in plain float32 torch, one sequence at a time over gathered keys: what every kernel is held against. Any device."""
-    page_size = k_pages.shape[2]
+    page_size, kind = k_pages.shape[2], kv_dtype or k_pages.dtype
     starts = plan.query_start.tolist()
     for b, context in enumerate(plan.context_len.tolist()):
         first, last = starts[b], starts[b + 1]
@@ -165,7 +171,10 @@ def reference(
             continue
         pages = plan.page_table[b, : -(-context // page_size)].long()
         k, v = (
-            x[pages].transpose(0, 1).flatten(1, 2)[:, :context].float().repeat_interleave(plan.num_heads // plan.num_kv_heads, dim=0)
+            (decode(x[pages], kind) if kind in CODE_RANGE else x[pages].float())
+            .transpose(0, 1)
+            .flatten(1, 2)[:, :context]
+            .repeat_interleave(plan.num_heads // plan.num_kv_heads, dim=0)
             for x in (k_pages, v_pages)
         )
         scores = q[first:last].float().transpose(0, 1) @ k.transpose(1, 2) * scale

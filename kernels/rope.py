@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .paged_attention import PAGE_DTYPES
+from .pages import CODE_RANGE, check_pages, encode, static_scales
 
 
 @functools.cache
@@ -37,14 +37,20 @@ def rope_and_store(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     norm_eps: float = 1e-6,
+    kv_dtype: torch.dtype | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
 ) -> None:
     """Rotate q and k in place, then write k and v to their slots.
 
     - qkv        [T, (num_heads + 2 * num_kv_heads) * head_dim] q heads, k heads, v heads; rows may be strided. float32 on the CPU.
     - positions  int64 [T]; slots int64 [T], slot = page * page_size + offset, -1 writes nothing. Both contiguous.
     - cos_sin    float32 [max_position, 2, rotary_dim / 2]: cosines, then sines, of each position's angles. Contiguous.
-    - k/v_pages  [num_pages, num_kv_heads, page_size, head_dim] float32, bfloat16 or float16 (rounded to nearest even).
+    - k/v_pages  [num_pages, num_kv_heads, page_size, head_dim] float32, bfloat16 or float16 (rounded to nearest even); with a
+                 `kv_dtype` of int8 or float8 uint8 [num_pages, num_kv_heads, page_size, head_dim + 4], quantized (see pages.py).
     - q_norm, k_norm  float32 [head_dim]: weights of an RMS norm over each head before the rotation, or None.
+    - k_scale, v_scale  of quantized pages: a number above 0, or float32 [num_kv_heads], and what lies beyond the code's range
+                 saturates; None: a scale for each row, from its own greatest magnitude.
 
     On the CPU, raises IndexError for a position or slot outside its table.
     """
@@ -59,20 +65,34 @@ def rope_and_store(
         raise ValueError(f"cos_sin must be float32 [max_position, 2, rotary_dim / 2], not {cos_sin.dtype} {tuple(cos_sin.shape)}")
     if not (cos_sin.is_contiguous() and positions.is_contiguous() and slots.is_contiguous()):
         raise ValueError("cos_sin, positions and slots must be contiguous")
-    shape, strides, dtype = k_pages.shape, k_pages.stride(), k_pages.dtype
-    if len(shape) != 4 or shape[1] != num_kv_heads or shape[3] != head_dim or v_pages.shape != shape:
-        raise ValueError(f"pages are {tuple(shape)}, {tuple(v_pages.shape)}; wanted [pages, {num_kv_heads}, page_size, {head_dim}]")
-    if dtype not in PAGE_DTYPES or v_pages.dtype != dtype or strides[3] != 1 or v_pages.stride() != strides:
-        raise ValueError("pages must both be float32, bfloat16 or float16, with equal strides and a contiguous last dimension")
+    check_pages(k_pages, v_pages, num_kv_heads=num_kv_heads, head_dim=head_dim, kv_dtype=kv_dtype)
+    kind = kv_dtype or k_pages.dtype
+    k_scales, v_scales = (static_scales(scale, num_kv_heads, qkv.device) for scale in (k_scale, v_scale))
+    if kind not in CODE_RANGE and not (k_scales is None and v_scales is None):
+        raise ValueError(f"k_scale and v_scale belong to quantized pages, and these hold {kind}")
     for norm in (q_norm, k_norm):
         if norm is not None and (norm.shape != (head_dim,) or norm.dtype != torch.float32 or not norm.is_contiguous()):
             raise ValueError(f"q_norm and k_norm must be contiguous float32 [{head_dim}], not {norm.dtype} {tuple(norm.shape)}")
     if rows == 0:
         return
     if qkv.is_cpu and qkv.dtype == torch.float32:
-        _on_cpu()(qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads, q_norm, k_norm, norm_eps)
+        _on_cpu()(qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads, head_dim, q_norm, k_norm, norm_eps, kind, k_scales, v_scales)
         return
-    reference(qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads=num_heads, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps)
+    reference(
+        qkv,
+        positions,
+        slots,
+        cos_sin,
+        k_pages,
+        v_pages,
+        num_heads=num_heads,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        norm_eps=norm_eps,
+        kv_dtype=kv_dtype,
+        k_scale=k_scales,
+        v_scale=v_scales,
+    )
 
 
 def reference(
@@ -87,11 +107,15 @@ def reference(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     norm_eps: float,
+    kv_dtype: torch.dtype | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """The same in plain float32 torch, on any device and for any dtype of qkv."""
-    _, num_kv_heads, page_size, head_dim = k_pages.shape
+    num_kv_heads, page_size, kind = k_pages.shape[1], k_pages.shape[2], kv_dtype or k_pages.dtype
     half = cos_sin.shape[2]
-    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    count = num_heads + 2 * num_kv_heads
+    heads = qkv.view(qkv.shape[0], count, qkv.shape[1] // count)
     cos, sin = (cos_sin[positions, i, None, :] for i in (0, 1))
     for part, norm in ((heads[:, :num_heads], q_norm), (heads[:, num_heads : num_heads + num_kv_heads], k_norm)):
         x = part.float()
@@ -101,5 +125,9 @@ def reference(
         part.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]], dim=-1))
     kept = (slots >= 0).nonzero()[:, 0]
     page, offset = slots[kept] // page_size, slots[kept] % page_size
-    k_pages[page, :, offset] = heads[kept, num_heads : num_heads + num_kv_heads].to(k_pages.dtype)
-    v_pages[page, :, offset] = heads[kept, num_heads + num_kv_heads :].to(v_pages.dtype)
+    keys, values = heads[kept, num_heads : num_heads + num_kv_heads], heads[kept, num_heads + num_kv_heads :]
+    for pages, rows, scale in ((k_pages, keys, k_scale), (v_pages, values, v_scale)):
+        if kind in CODE_RANGE:
+            pages[page, :, offset] = encode(rows, kind, None if scale is None else scale[:, None])
+        else:
+            pages[page, :, offset] = rows.to(pages.dtype)

@@ -14,16 +14,20 @@ from .address import load_f32, store_f32
 from .attention_pages import CAP, CAP_FACTOR, DIM, FACTOR, GROUP, WINDOW, argument
 from .attention_vectors import (
     FEW_ROWS,
+    SIZE,
+    KVDtype,
     blend,
     cap_scores,
+    gather_scales,
     make_few_row_tiles,
     make_gather_tile,
     make_gather_tiles,
     make_transpose,
+    multiply,
     softmax_row,
 )
 from .attention_work import KEY_BLOCK
-from .tile import COLUMNS, MAX_ROWS, BDtype, make_row_tiles
+from .tile import COLUMNS, MAX_ROWS, make_row_tiles, specialised
 
 SCORE_ROW: Final = 4 * KEY_BLOCK + 64  # bytes; not a power of two, so that a column of rows spreads over the cache's sets
 PANEL: Final = COLUMNS  # keys transposed at a time
@@ -57,12 +61,14 @@ def weights(arguments: int, scores: int, rows: int, first_row: int, ahead: int, 
         softmax_row(row + 4 * begin, end - begin, load_f32(arguments + 8 * FACTOR), result + 8 * r)
 
 
-def make_score_block(dtype: BDtype) -> Any:
-    """A Numba function that fills the scores of one block."""
+def make_score_block(dtype: KVDtype) -> Any:
+    """A Numba function that fills the scores of one block. The panel has a row more than `dim`: the scales of quantized keys."""
+    quantized = SIZE[dtype] == 1
     tiles = make_row_tiles(vectors=2, dtype="float32")
     transpose = make_transpose(dtype)
 
     @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @specialised(dtype)
     def score_block(
         arguments: int, scores: int, q: int, rows: int, k_rows: int, v_rows: int, keys: int, ahead: int, panel: int, spare: int
     ) -> None:
@@ -72,6 +78,8 @@ def make_score_block(dtype: BDtype) -> Any:
         for first in range(max(0, ahead - window) // PANEL * PANEL, keys, PANEL):
             for c in range(0, min(PANEL, keys - first), 8):
                 transpose(k_rows + 8 * (first + c), v_rows + 8 * (first + c), dim, panel + 4 * c, 4 * PANEL)
+                if quantized:
+                    gather_scales(k_rows + 8 * (first + c), 8, dim, panel + 4 * PANEL * dim + 4 * c)
             for r in range(0, rows, MAX_ROWS):
                 count = min(MAX_ROWS, rows - r)
                 stop = min(keys, ahead + (r + count - 1) // group)
@@ -84,18 +92,22 @@ def make_score_block(dtype: BDtype) -> Any:
                         tiles(count, a + 4 * d, 4 * dim, panel + 4 * PANEL * d, 4 * PANEL, spare, 4 * PANEL, min(dim - d, DEPTH), 0)
                         for i in range(count):
                             blend(target + i * SCORE_ROW, ONE, spare + i * 4 * PANEL, ONE, PANEL)
+                    if quantized:
+                        for i in range(count):
+                            multiply(target + i * SCORE_ROW, panel + 4 * PANEL * dim, PANEL)
 
     return score_block
 
 
-def make_add_values(dtype: BDtype) -> Any:
+def make_add_values(dtype: KVDtype) -> Any:
     """A Numba function that multiplies one tile of softmax weights with one block's values."""
     few_tiles = make_few_row_tiles(dtype)
     tiles = make_gather_tiles(vectors=2, dtype=dtype)
     narrow_tile = make_gather_tile(rows=1, vectors=1, dtype=dtype, width=8)
-    size = 4 if dtype == "float32" else 2
+    size = SIZE[dtype]
 
     @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @specialised(dtype)
     def add_values(rows: int, weights: int, v_rows: int, ahead: int, depth: int, target: int, target_row: int, dim: int) -> None:
         """target[rows, dim] = weights[rows, depth] @ v"""
         column = 0

@@ -6,7 +6,7 @@ how work was cut. They know addresses and byte strides; pages are the caller's b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final, Literal
 
 import numba
 from llvmlite import ir
@@ -14,10 +14,15 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .tile import MAX_ROWS, WIDTH, BDtype
-from .vector_math import at, constant, exp2_of, fma, for_vectors, load, reduce, splat, store, tanh_of
+from .address import load_f32, load_i64, store_f32
+from .tile import MAX_ROWS, WIDTH, specialised
+from .vector_math import FLOAT8, at, constant, exp2_of, fma, for_vectors, load, reduce, splat, store, tanh_of
+
+KVDtype = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2"]
+SIZE: Final[dict[KVDtype, int]] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 _F32 = ir.FloatType()
+_I8 = ir.IntType(8)
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
@@ -118,14 +123,55 @@ def scale_row(typingctx: Any, source: Any, factor: Any, target: Any, count: Any)
     return types.void(types.int64, types.float32, types.int64, types.int64), codegen
 
 
-def _widen(builder: Any, address: Any, dtype: BDtype, width: int) -> Any:
-    """`width` consecutive stored elements as float32."""
+@intrinsic
+def multiply(typingctx: Any, target: Any, factors: Any, count: Any) -> Any:
+    """target[i] *= factors[i] for `count` floats (a multiple of WIDTH)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target, factors, count = args
+        ahead = builder.sub(factors, target)
+
+        def body(address: Any) -> None:
+            factor = load(builder, builder.add(address, ahead), _VECTOR)
+            store(builder, builder.fmul(load(builder, address, _VECTOR), factor), address)
+
+        for_vectors(builder, target, count, body)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def gather_scales(rows: int, count: int, dim: int, target: int) -> None:
+    """The scales of `count` quantized rows, given by address, one float32 after the other."""
+    for i in range(count):
+        store_f32(target + 4 * i, load_f32(load_i64(rows + 8 * i) + dim))
+
+
+def _float8(builder: Any, shifted: Any, dtype: KVDtype) -> Any:
+    """float8 codes, without their scale: exponent and mantissa stand where a float32 has them, the sign at the top, anything between.
+
+    A code's NaN does not count: see kernels/pages.py.
+    """
+    mantissa, bias, _ = FLOAT8[dtype]
+    floats = ir.VectorType(_F32, shifted.type.count)
+    bits = builder.and_(shifted, constant(shifted.type, 0x80000000 | 0x7F << (23 - mantissa)))
+    return builder.fmul(builder.bitcast(bits, floats), constant(floats, 2.0 ** (127 - bias)))
+
+
+def _widen(builder: Any, address: Any, dtype: KVDtype, width: int) -> Any:
+    """`width` consecutive stored elements as float32; codes without their scale."""
     floats = ir.VectorType(_F32, width)
     if dtype == "float32":
         return load(builder, address, floats)
     if dtype == "float16":
         return builder.fpext(load(builder, address, ir.VectorType(ir.HalfType(), width)), floats)
     integers = ir.VectorType(_I32, width)
+    if SIZE[dtype] == 1:
+        signed = builder.sext(load(builder, address, ir.VectorType(_I8, width)), integers)
+        if dtype == "int8":
+            return builder.sitofp(signed, floats)
+        return _float8(builder, builder.shl(signed, constant(integers, 23 - FLOAT8[dtype][0])), dtype)
     wide = builder.shl(builder.zext(load(builder, address, ir.VectorType(_I16, width)), integers), constant(integers, 16))
     return builder.bitcast(wide, floats)
 
@@ -163,13 +209,29 @@ def _bf16_pairs(builder: Any, addresses: list[Any]) -> list[Any]:
     return columns
 
 
-def make_transpose(dtype: BDtype) -> Any:
+def _code_quads(builder: Any, addresses: list[Any], dtype: KVDtype) -> list[Any]:
+    """Thirty-two codes of each of eight keys as thirty-two columns of float32, without scales: a quarter of the shuffles."""
+    integers = ir.VectorType(_I32, 8)
+    columns: list[Any] = []
+    for quad in _transpose8(builder, [load(builder, address, integers) for address in addresses]):
+        for byte in range(4):
+            high = builder.shl(quad, constant(integers, 24 - 8 * byte)) if byte < 3 else quad
+            if dtype == "int8":
+                columns.append(builder.sitofp(builder.ashr(high, constant(integers, 24)), ir.VectorType(_F32, 8)))
+            else:
+                columns.append(_float8(builder, builder.ashr(high, constant(integers, 1 + FLOAT8[dtype][0])), dtype))
+    return columns
+
+
+def make_transpose(dtype: KVDtype) -> Any:
     """An intrinsic `transpose(rows, ahead, dim, target, target_row)`: eight keys, given by address, become float32 columns.
+
+    Codes become numbers that their scale is still to be multiplied with.
 
     `rows` is the address of eight int64 addresses of `dim` elements each (a multiple of 8); target[d, 0..8] is float32. The rows
     whose addresses stand at `ahead` are fetched into the cache meanwhile.
     """
-    size = 4 if dtype == "float32" else 2
+    size = SIZE[dtype]
 
     def emit(builder: Any, rows: Any, ahead: Any, dim: Any, target: Any, target_row: Any) -> None:
         keys, others = (
@@ -182,7 +244,9 @@ def make_transpose(dtype: BDtype) -> Any:
             addresses = [builder.add(key, offset) for key in keys]
             for other in others:
                 _prefetch(builder, builder.add(other, offset))
-            if width == 16:
+            if width == 32:
+                columns = _code_quads(builder, addresses, dtype)
+            elif width == 16:
                 columns = _bf16_pairs(builder, addresses)
             else:
                 columns = _transpose8(builder, [_widen(builder, address, dtype, 8) for address in addresses])
@@ -190,12 +254,13 @@ def make_transpose(dtype: BDtype) -> Any:
             for i, column in enumerate(columns):
                 store(builder, column, builder.add(place, builder.mul(target_row, ir.Constant(_I64, i))))
 
-        width = 16 if dtype == "bfloat16" else 8
+        width = {"bfloat16": 16, "float32": 8, "float16": 8}.get(dtype, 32)
         with cgutils.for_range(builder, builder.udiv(dim, ir.Constant(_I64, width)), intp=_I64) as loop:
             step(builder.mul(loop.index, ir.Constant(_I64, width)), width)
-        if width == 16:
-            with builder.if_then(builder.trunc(builder.lshr(dim, ir.Constant(_I64, 3)), ir.IntType(1))):
-                step(builder.sub(dim, ir.Constant(_I64, 8)), 8)
+        if width > 8:
+            rest = builder.and_(builder.lshr(dim, ir.Constant(_I64, 3)), ir.Constant(_I64, width // 8 - 1))
+            with cgutils.for_range(builder, rest, intp=_I64) as loop:
+                step(builder.sub(dim, builder.mul(builder.add(loop.index, ir.Constant(_I64, 1)), ir.Constant(_I64, 8))), 8)
 
     def transpose(typingctx: Any, rows: Any, ahead: Any, dim: Any, target: Any, target_row: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -207,14 +272,14 @@ def make_transpose(dtype: BDtype) -> Any:
     return intrinsic(transpose)
 
 
-def make_gather_tile(*, rows: int, vectors: int, dtype: BDtype, width: int) -> Any:
+def make_gather_tile(*, rows: int, vectors: int, dtype: KVDtype, width: int) -> Any:
     """An intrinsic `tile(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)`: tile.make_tile's product with B's rows given by address.
 
     `b_rows` is the address of `depth` int64 row addresses; each row is read at `b_offset` bytes from there.
     The rows whose addresses stand at `ahead` are fetched into the cache meanwhile, at the same offset.
     """
     vector = ir.VectorType(_F32, width)
-    size = 4 if dtype == "float32" else 2
+    size = SIZE[dtype]
 
     def emit(builder: Any, a: Any, a_row: Any, b_rows: Any, ahead: Any, b_offset: Any, c: Any, c_row: Any, depth: Any) -> None:
         cells = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(rows)]
@@ -266,13 +331,14 @@ def make_gather_tile(*, rows: int, vectors: int, dtype: BDtype, width: int) -> A
     return intrinsic(tile)
 
 
-def make_gather_tiles(*, vectors: int, dtype: BDtype, width: int = WIDTH) -> Any:
+def make_gather_tiles(*, vectors: int, dtype: KVDtype, width: int = WIDTH) -> Any:
     """A Numba function `(rows, a, a_row, b_rows, ahead, b_offset, c, c_row, depth)` that picks the tile of 1 to MAX_ROWS rows."""
     tile1, tile2, tile3, tile4, tile5, tile6 = (
         make_gather_tile(rows=r, vectors=vectors, dtype=dtype, width=width) for r in range(1, MAX_ROWS + 1)
     )
 
     @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @specialised(vectors, dtype, width)
     def tiles(rows: int, a: int, a_row: int, b_rows: int, ahead: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
         if rows == 6:
             tile6(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)
@@ -290,7 +356,7 @@ def make_gather_tiles(*, vectors: int, dtype: BDtype, width: int = WIDTH) -> Any
     return tiles
 
 
-def make_few_row_tiles(dtype: BDtype) -> Any:
+def make_few_row_tiles(dtype: KVDtype) -> Any:
     """Like `make_gather_tiles` for 1 to FEW_ROWS rows, of four vectors.
 
     A tile of few rows has too few sums in flight to hide an addition's delay; twice the columns make up for it.
@@ -298,6 +364,7 @@ def make_few_row_tiles(dtype: BDtype) -> Any:
     tile1, tile2, tile3 = (make_gather_tile(rows=r, vectors=4, dtype=dtype, width=WIDTH) for r in range(1, FEW_ROWS + 1))
 
     @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @specialised(dtype)
     def tiles(rows: int, a: int, a_row: int, b_rows: int, ahead: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
         if rows == 3:
             tile3(a, a_row, b_rows, ahead, b_offset, c, c_row, depth)

@@ -17,7 +17,7 @@ import torch
 from .address import load_f32, load_i64, store_f32
 from .atomics import fetch_add
 from .threads import KERNEL_SIGNATURE, Kernel, team_size
-from .tile import COLUMNS, MAX_ROWS, BDtype, make_row_tiles
+from .tile import COLUMNS, MAX_ROWS, BDtype, make_row_tiles, specialised
 
 ROW_BLOCK = 16 * MAX_ROWS  # rows of x that stay in the second-level cache while panels pass
 DEPTH_BLOCK = 2048
@@ -47,6 +47,7 @@ def _make_body(dtype: BDtype) -> Any:
     size = 4 if dtype == "float32" else 2
 
     @numba.njit(nogil=True)
+    @specialised(dtype)
     def panel_rows(
         x: int, x_row: int, panel: int, y: int, y_row: int, bias: int, start: int, stop: int, k: int, valid: int, scratch: int
     ) -> None:
@@ -82,6 +83,7 @@ def _make_body(dtype: BDtype) -> Any:
                         store_f32(y + (first + r) * y_row + 4 * c, load_f32(scratch + r * target_row + 4 * c))
 
     @numba.njit(nogil=True)
+    @specialised(dtype)
     def linear(arguments: int) -> None:
         x = load_i64(arguments + 16)
         x_row = load_i64(arguments + 24)

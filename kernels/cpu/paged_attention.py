@@ -6,6 +6,9 @@ rows' scores, takes each row's softmax within the block, multiplies with the val
 the rows' running results. Blocks are cut at absolute positions and merged in order; where several tasks share a sequence's blocks
 (long contexts, few sequences) each leaves its blocks' results in scratch and the last to finish merges them all in the same order.
 Hence a row's bits depend on nothing but its own inputs. (They do depend on the width of the machine's vectors.)
+
+Codes of quantized pages become numbers in registers. Their scales are multiplied where there are fewest numbers: a key's into its
+scores, a value's into its softmax weights.
 """
 
 from __future__ import annotations
@@ -50,11 +53,11 @@ from .attention_pages import (
     find_rows,
     first_block,
 )
-from .attention_vectors import blend, scale_row
+from .attention_vectors import SIZE, KVDtype, blend, gather_scales, multiply, scale_row
 from .attention_work import KEY_BLOCK, MAX_QUERY_ROWS
 from .elementwise import float_bits
 from .threads import KERNEL_SIGNATURE, Kernel
-from .tile import COLUMNS, MAX_ROWS, BDtype
+from .tile import COLUMNS, MAX_ROWS, specialised
 from .vector_math import exp2
 
 _LOG2E = 1.4426950408889634
@@ -110,8 +113,8 @@ def _layout(scratch: int, rows: int, dim: int) -> tuple[int, int, int, int, int,
     """Where in a thread's scratch things lie; `_workspace_floats` gives its size."""
     k_rows = scratch
     v_rows = k_rows + 8 * KEY_BLOCK
-    panel = v_rows + 8 * KEY_BLOCK
-    tile = panel + 4 * dim * PANEL
+    panel = v_rows + 12 * KEY_BLOCK  # with room for the values' scales before it, and for the keys' behind it
+    tile = panel + 4 * (dim + 1) * PANEL
     tile_state = tile + 4 * MAX_ROWS * max(dim, PANEL)
     state = tile_state + 64
     q = state + 8 * rows
@@ -171,11 +174,13 @@ def _finish(arguments: int, item: int, head: int, scratch: int) -> None:
         _merge_parts(arguments, item, head, scratch)
 
 
-def _make_attend_block(dtype: BDtype) -> Any:
+def _make_attend_block(dtype: KVDtype) -> Any:
     score_block = make_score_block(dtype)
     add_values = make_add_values(dtype)
+    quantized = SIZE[dtype] == 1
 
     @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    @specialised(dtype)
     def attend_block(arguments: int, item: int, head: int, block: int, scratch: int) -> None:
         """One block for all rows of an item; k_rows in scratch already holds the block's keys, and will hold the next one's."""
         dim, group, window = argument(arguments, DIM), argument(arguments, GROUP), argument(arguments, WINDOW)
@@ -186,6 +191,9 @@ def _make_attend_block(dtype: BDtype) -> Any:
         ahead = position + 1 - block * KEY_BLOCK
         find_rows(arguments, argument(arguments, V), item, head, block, v_rows)
         score_block(arguments, scores, q, rows, k_rows, v_rows, keys, ahead, panel, tile)
+        v_scales = v_rows + 8 * KEY_BLOCK
+        if quantized:
+            gather_scales(v_rows, keys, dim, v_scales)
         following = k_rows if find_next(arguments, item, head, block, k_rows) else v_rows
         target, target_row = tile, 4 * dim
         partials = _partials(arguments, item, head)
@@ -198,7 +206,11 @@ def _make_attend_block(dtype: BDtype) -> Any:
                 target = partials + (block * rows + r) * target_row
             if stop > begin:
                 row = scores + r * SCORE_ROW
-                weights(arguments, row, count, r, ahead, keys, begin, (stop + COLUMNS - 1) // COLUMNS * COLUMNS, tile_state)
+                end = (stop + COLUMNS - 1) // COLUMNS * COLUMNS
+                weights(arguments, row, count, r, ahead, keys, begin, end, tile_state)
+                if quantized:
+                    for i in range(count):
+                        multiply(row + i * SCORE_ROW + 4 * begin, v_scales + 4 * begin, end - begin)
                 add_values(count, row + 4 * begin, v_rows + 8 * begin, following, stop - begin, target, target_row, dim)
             for i in range(count):
                 greatest, total = load_f32(tile_state + 8 * i), load_f32(tile_state + 8 * i + 4)
@@ -213,10 +225,11 @@ def _make_attend_block(dtype: BDtype) -> Any:
     return attend_block
 
 
-def _make_body(dtype: BDtype) -> Any:
+def _make_body(dtype: KVDtype) -> Any:
     attend_block = _make_attend_block(dtype)
 
     @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    @specialised(dtype)
     def run_task(arguments: int, item: int, head: int, scratch: int) -> None:
         dim, rows = argument(arguments, DIM), load_i64(item + 16) * argument(arguments, GROUP)
         k_rows, _, _, _, _, state, q, running, _ = _layout(scratch, rows, dim)
@@ -230,6 +243,7 @@ def _make_body(dtype: BDtype) -> Any:
         _finish(arguments, item, head, scratch)
 
     @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    @specialised(dtype)
     def body(arguments: int) -> None:
         slot = fetch_add(arguments + 8 * SLOT, 1)
         scratch = argument(arguments, WORKSPACE) + slot * argument(arguments, WORKSPACE_BYTES)
@@ -247,30 +261,73 @@ def _make_body(dtype: BDtype) -> Any:
 _bf16_body = _make_body("bfloat16")
 _f16_body = _make_body("float16")
 _f32_body = _make_body("float32")
+_int8_body = _make_body("int8")
+_e4m3_body = _make_body("float8_e4m3fn")
+_e5m2_body = _make_body("float8_e5m2")
 
 
 @functools.cache
 def _kernel(dtype: torch.dtype) -> Kernel:
-    if dtype == torch.bfloat16:
+    """The kernel for pages of plain numbers, or of codes of `dtype`."""
+    return Kernel(_COMPILERS[dtype]())
 
-        @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-        def attention_bf16(arguments):  # type: ignore[no-untyped-def]
-            _bf16_body(arguments)
 
-        return Kernel(attention_bf16)
-    if dtype == torch.float16:
+def _compile_bf16() -> Any:
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def attention_bf16(arguments):  # type: ignore[no-untyped-def]
+        _bf16_body(arguments)
 
-        @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-        def attention_f16(arguments):  # type: ignore[no-untyped-def]
-            _f16_body(arguments)
+    return attention_bf16
 
-        return Kernel(attention_f16)
 
+def _compile_f16() -> Any:
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def attention_f16(arguments):  # type: ignore[no-untyped-def]
+        _f16_body(arguments)
+
+    return attention_f16
+
+
+def _compile_f32() -> Any:
     @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def attention_f32(arguments):  # type: ignore[no-untyped-def]
         _f32_body(arguments)
 
-    return Kernel(attention_f32)
+    return attention_f32
+
+
+def _compile_int8() -> Any:
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def attention_int8(arguments):  # type: ignore[no-untyped-def]
+        _int8_body(arguments)
+
+    return attention_int8
+
+
+def _compile_e4m3() -> Any:
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def attention_e4m3(arguments):  # type: ignore[no-untyped-def]
+        _e4m3_body(arguments)
+
+    return attention_e4m3
+
+
+def _compile_e5m2() -> Any:
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def attention_e5m2(arguments):  # type: ignore[no-untyped-def]
+        _e5m2_body(arguments)
+
+    return attention_e5m2
+
+
+_COMPILERS = {
+    torch.bfloat16: _compile_bf16,
+    torch.float16: _compile_f16,
+    torch.float32: _compile_f32,
+    torch.int8: _compile_int8,
+    torch.float8_e4m3fn: _compile_e4m3,
+    torch.float8_e5m2: _compile_e5m2,
+}
 
 
 class _Scratch(threading.local):
@@ -289,7 +346,7 @@ _scratch = _Scratch()
 def _workspace_floats(group: int, dim: int) -> int:
     """Scratch of one thread (see run_task), or of the merge."""
     rows = max(1, MAX_QUERY_ROWS // group) * group
-    floats = 4 * KEY_BLOCK + dim * PANEL + MAX_ROWS * max(dim, PANEL) + 16 + 2 * rows + 2 * rows * dim + rows * SCORE_ROW // 4
+    floats = 5 * KEY_BLOCK + (dim + 1) * PANEL + MAX_ROWS * max(dim, PANEL) + 16 + 2 * rows + 2 * rows * dim + rows * SCORE_ROW // 4
     return -(-floats // 64) * 64 + 64
 
 
@@ -297,6 +354,7 @@ def paged_attention(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    kv_dtype: torch.dtype,
     page_table: Tensor,
     work: Tensor,
     partial_rows: int,
@@ -307,7 +365,8 @@ def paged_attention(
     out: Tensor,
 ) -> None:
     """The contract of kernels/paged_attention.py, checked there; `work` and `partial_rows` as attention_work.divide made them."""
-    _, kv_heads, page_size, dim = k_pages.shape
+    _, kv_heads, page_size, _ = k_pages.shape
+    dim = q.shape[2]
     page_stride, head_stride, key_stride, _ = k_pages.stride()
     size = k_pages.element_size()
     group = q.shape[1] // kv_heads
@@ -320,7 +379,7 @@ def paged_attention(
             scratch.partials = torch.empty(partial_rows * kv_heads * (dim + 2))
         if scratch.counters.numel() < work.shape[0] * kv_heads:
             scratch.counters = torch.zeros(work.shape[0] * kv_heads, dtype=torch.int64)
-    _kernel(k_pages.dtype)(
+    _kernel(kv_dtype)(
         threads,
         0,
         work.data_ptr(),

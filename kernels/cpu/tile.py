@@ -7,6 +7,7 @@ It knows addresses and strides in bytes, and no layout beyond "a row of B is con
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numba
@@ -31,6 +32,21 @@ def _vector_width() -> int:
 WIDTH = _vector_width()  # floats in one register
 MAX_ROWS = 6
 COLUMNS = 2 * WIDTH  # columns of a full tile: 6 x 2 accumulators fit 16 registers with room for operands
+
+
+def specialised(*kinds: object) -> Callable[[Any], Any]:
+    """A decorator to stand under njit where a factory makes one function of several kinds: gives each a name of its own.
+
+    Machine code knows a function by its name, its argument types and a number counted within the process that compiled it. Kernels
+    that different processes compiled meet in one that loads both from the cache: of two functions alike in all three, the first
+    would serve both, with wrong results.
+    """
+
+    def rename(function: Any) -> Any:
+        function.__qualname__ += "_" + "_".join(map(str, kinds))
+        return function
+
+    return rename
 
 
 def _load_b(builder: Any, address: Any, dtype: BDtype, width: int) -> Any:
@@ -114,6 +130,7 @@ def make_row_tiles(*, vectors: int, dtype: BDtype, width: int = WIDTH) -> Any:
     )
 
     @numba.njit(nogil=True)
+    @specialised(vectors, dtype, width)
     def row_tiles(rows: int, a: int, a_row: int, b: int, b_row: int, c: int, c_row: int, depth: int, accumulate: int) -> None:
         if rows == 6:
             tile6(a, a_row, b, b_row, c, c_row, depth, accumulate)

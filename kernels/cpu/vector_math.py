@@ -22,6 +22,8 @@ _I64 = ir.IntType(64)
 _EXP2 = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1)
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)  # Cephes, for |x| < 0.625
 _LOG2E = 1.4426950408889634
+_I8 = ir.IntType(8)
+FLOAT8 = {"float8_e4m3fn": (3, 7, 448.0), "float8_e5m2": (2, 15, 57344.0)}  # bits of mantissa, exponent's bias, greatest number
 
 
 def _suffix(kind: Any) -> str:
@@ -86,7 +88,8 @@ def at(builder: Any, base: Any, offset: int) -> Any:
 
 def load(builder: Any, address: Any, kind: Any) -> Any:
     value = builder.load(builder.inttoptr(address, ir.PointerType(kind)))
-    value.align = 4 if kind == _F32 or getattr(kind, "element", None) == _F32 else 2
+    element = getattr(kind, "element", kind)
+    value.align = {_F32: 4, _I8: 1}.get(element, 2)
     return value
 
 
@@ -160,7 +163,51 @@ def _bfloat16_bits(builder: Any, value: Any) -> Any:
     return builder.trunc(high, ir.IntType(16))
 
 
+def clamp(builder: Any, value: Any, low: float, high: float) -> Any:
+    """Between low and high; NaN stays."""
+    kind = value.type
+    value = builder.select(builder.fcmp_ordered("<", value, constant(kind, low)), constant(kind, low), value)
+    return builder.select(builder.fcmp_ordered(">", value, constant(kind, high)), constant(kind, high), value)
+
+
+def _int8_bits(builder: Any, value: Any) -> Any:
+    """The nearest int8 (ties to even), saturating; 0 for NaN."""
+    value = builder.select(builder.fcmp_unordered("uno", value, value), constant(value.type, 0.0), value)
+    whole = builder.fptosi(_call(builder, "rint", clamp(builder, value, -128.0, 127.0)), _I32)
+    return builder.trunc(whole, _I8)
+
+
+def _float8_bits(kind: str) -> Callable[[Any, Any], Any]:
+    """The nearest float8 (ties to even) as 8 bits, saturating; NaN for NaN."""
+    mantissa, bias, greatest = FLOAT8[kind]
+    dropped = 23 - mantissa
+
+    def convert(builder: Any, value: Any) -> Any:
+        def word(number: int) -> Any:
+            return ir.Constant(_I32, number)
+
+        whole = builder.bitcast(clamp(builder, value, -greatest, greatest), _I32)
+        bits = builder.and_(whole, word(0x7FFFFFFF))
+        # Exponents that float8 has: round the mantissa by carrying into what is kept.
+        odd = builder.and_(builder.lshr(bits, word(dropped)), word(1))
+        normal = builder.add(builder.add(bits, odd), word((((bias - 127) << 23) + (1 << (dropped - 1)) - 1) & 0xFFFFFFFF))
+        normal = builder.lshr(normal, word(dropped))
+        # Below: adding a number whose last bit is the smallest float8 lets the addition round.
+        magic = word((127 - bias + 1 + dropped) << 23)
+        small = builder.fadd(builder.bitcast(bits, _F32), builder.bitcast(magic, _F32))
+        small = builder.sub(builder.bitcast(small, _I32), magic)
+        is_small = builder.icmp_unsigned("<", bits, word((128 - bias) << 23))
+        code = builder.select(is_small, small, normal)
+        code = builder.select(builder.fcmp_unordered("uno", value, value), word(0x7F), code)
+        return builder.trunc(builder.or_(code, builder.and_(builder.lshr(whole, word(24)), word(0x80))), _I8)
+
+    return convert
+
+
 load_f32_at = intrinsic(_indexed_loader(_F32))
 store_f32_at = intrinsic(_indexed_storer(_F32, lambda builder, value: value))
 store_bf16_at = intrinsic(_indexed_storer(ir.IntType(16), _bfloat16_bits))
 store_f16_at = intrinsic(_indexed_storer(ir.HalfType(), lambda builder, value: builder.fptrunc(value, ir.HalfType())))
+store_int8_at = intrinsic(_indexed_storer(_I8, _int8_bits))
+store_e4m3_at = intrinsic(_indexed_storer(_I8, _float8_bits("float8_e4m3fn")))
+store_e5m2_at = intrinsic(_indexed_storer(_I8, _float8_bits("float8_e5m2")))

@@ -128,3 +128,100 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             call(*arguments)
+
+
+RANGE = {torch.float8_e4m3fn: (-448.0, 448.0), torch.float8_e5m2: (-57344.0, 57344.0), torch.int8: (-128.0, 127.0)}
+
+
+def cast(x: Tensor, kv_dtype: torch.dtype, scale: Tensor) -> Tensor:
+    """Codes as torch casts them, as bytes."""
+    scaled = (x / scale).clamp(*RANGE[kv_dtype])
+    if kv_dtype == torch.int8:
+        scaled = scaled.round().nan_to_num(nan=0.0)
+    return scaled.to(kv_dtype).view(torch.uint8)
+
+
+@pytest.mark.parametrize("kv_dtype", RANGE)
+@pytest.mark.parametrize("scales", ["dynamic", "number", "heads"])
+@pytest.mark.parametrize(("rows", "dim", "page_size"), [(1, 16, 1), (37, 80, 16), (130, 64, 64), (5, 96, 16), (9, 256, 1)])
+def test_codes_are_torchs_casts(kv_dtype: torch.dtype, scales: str, rows: int, dim: int, page_size: int) -> None:
+    heads, kv_heads = 4, 2
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim) * torch.randn(rows, 1).exp()
+    pages = -(-rows // page_size) + 1
+    slots = torch.randperm(pages * page_size)[:rows]
+    slots[rows // 2] = -1 if rows > 1 else 0
+    stored = [torch.full((pages, kv_heads, page_size, dim + 4), 7, dtype=torch.uint8) for _ in range(2)]
+    given = {"dynamic": (None, None), "number": (0.013, 0.7), "heads": (torch.tensor([0.5, 0.01]), torch.tensor([0.002, 3.0]))}[scales]
+    rope_and_store(
+        qkv, torch.randint(0, 500, (rows,)), slots, table(500, 16), *stored, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim,
+        kv_dtype=kv_dtype, k_scale=given[0], v_scale=given[1],
+    )  # fmt: skip
+    parts = qkv.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], dim=1)[1:]
+    for found, x, static in zip(stored, parts, given, strict=True):
+        own = x.abs().amax(-1, keepdim=True) / RANGE[kv_dtype][1]
+        scale = own if static is None else torch.as_tensor(static).reshape(-1, 1)
+        wanted = torch.full_like(found, 7)
+        kept = slots >= 0
+        row = torch.cat([cast(x, kv_dtype, scale), scale.expand(rows, kv_heads, 1).contiguous().view(torch.uint8)], dim=-1)
+        wanted[slots[kept] // page_size, :, slots[kept] % page_size] = row[kept]
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("kv_dtype", RANGE)
+def test_every_kind_of_float_becomes_the_code_torch_casts_it_to(kv_dtype: torch.dtype) -> None:
+    """Random bit patterns, all codes' own numbers, the ties between them and their neighbours, through the value heads."""
+    codes = torch.arange(256, dtype=torch.uint8).view(kv_dtype).float()
+    ladder = codes[codes.isfinite()].sort().values
+    ties = (ladder[1:] + ladder[:-1]) / 2
+    exact = torch.cat([codes, ties, ties.nextafter(torch.tensor(math.inf)), ties.nextafter(torch.tensor(-math.inf))])
+    bits = torch.randint(-(2**31), 2**31, (64 * 200,)).int().view(torch.float32)
+    values = torch.cat([exact, torch.zeros(-len(exact) % 64), bits]).view(-1, 64)
+    rows = len(values)
+    pages = [torch.zeros(rows, 1, 1, 68, dtype=torch.uint8) for _ in range(2)]
+    qkv = torch.cat([torch.zeros(rows, 128), values], dim=1)
+    order = torch.arange(rows)
+    rope_and_store(
+        qkv, torch.zeros_like(order), order, table(1, 16), *pages, num_heads=1, num_kv_heads=1, head_dim=64, kv_dtype=kv_dtype, v_scale=1.0
+    )
+    found = pages[1][:, 0, 0]
+    assert torch.equal(found[:, :64], cast(values, kv_dtype, torch.ones(())))
+    scales = found[:, 64:].contiguous().view(torch.float32)[:, 0]
+    assert torch.equal(scales.isnan(), values.isnan().any(-1))
+    assert (scales[~scales.isnan()] == 1).all()
+    assert not pages[0][..., :64].any()  # keys of zeros: codes 0, scale 1
+    assert (pages[0][..., 64:].contiguous().view(torch.float32) == 1).all()
+
+
+@pytest.mark.parametrize("kv_dtype", RANGE)
+def test_dynamic_scales_of_odd_rows(kv_dtype: torch.dtype) -> None:
+    """NaN and infinities, denormals, one huge number: what the reference in torch makes of them, bit for bit."""
+    values = torch.randn(7, 32)
+    values[1, 3], values[2, 4], values[3] = math.nan, -math.inf, math.nan
+    values[4] *= 1e-42
+    values[5], values[6, 9] = 0.0, 3e38
+    values[5, 0] = 1e-45
+    order, found, wanted = torch.arange(7), *([torch.zeros(7, 1, 1, 36, dtype=torch.uint8) for _ in range(2)] for _ in range(2))
+    qkv = torch.cat([torch.zeros(7, 64), values], dim=1)
+    zero = torch.zeros_like(order)
+    rope_and_store(qkv, zero, order, table(1, 16), *found, num_heads=1, num_kv_heads=1, head_dim=32, kv_dtype=kv_dtype)
+    reference(qkv, zero, order, table(1, 16), *wanted, num_heads=1, q_norm=None, k_norm=None, norm_eps=1e-6, kv_dtype=kv_dtype)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours[..., :32], theirs[..., :32])
+        scales = [x[..., 32:].contiguous().view(torch.float32) for x in (ours, theirs)]
+        torch.testing.assert_close(*scales, rtol=0, atol=0, equal_nan=True)
+    assert scales[0].flatten().isnan().tolist() == [False, True, True, True, False, False, False]
+
+
+def test_refusals_of_quantized_pages() -> None:
+    good, qkv = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 48)
+    codes, plain = torch.zeros(3, 1, 4, 20, dtype=torch.uint8), torch.zeros(3, 1, 4, 16)
+    for pages, options, text in (
+        (codes, {}, "with a kv_dtype"),
+        (codes[..., :16], {"kv_dtype": torch.int8}, "pages are"),
+        (plain, {"kv_dtype": torch.int8}, "uint8"),
+        (plain, {"k_scale": 1.0}, "belong to quantized pages"),
+        (codes, {"kv_dtype": torch.int8, "k_scale": -1.0}, "above 0"),
+        (codes, {"kv_dtype": torch.int8, "v_scale": torch.ones(2)}, "static scales"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            rope_and_store(qkv, good, good, table(9, 16), pages, pages, num_heads=1, num_kv_heads=1, head_dim=16, **options)

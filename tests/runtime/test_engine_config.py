@@ -18,6 +18,10 @@ from octavo.runtime.config import EngineConfig, default_memory_fraction
     [
         ({"device": "tpu"}, "--device 'tpu' is not valid: give auto, cpu or cuda"),
         ({"dtype": "int8"}, "--dtype 'int8' is not valid: give auto, float32, bfloat16 or float16"),
+        (
+            {"kv_cache_dtype": "int4"},
+            "--kv-cache-dtype 'int4' is not valid: give auto, bfloat16, float16, float32, fp8_e4m3, fp8_e5m2, int8 or fp8",
+        ),
         ({"schedule_policy": "lifo"}, "--schedule-policy 'lifo' is not valid: give fcfs or lpm"),
         ({"page_size": 0}, "--page-size 0 is not valid: give a whole number of at least 1"),
         ({"page_size": 1.5}, "--page-size 1.5 is not valid"),
@@ -84,6 +88,11 @@ def test_the_python_engine_names_every_option() -> None:
     with pytest.raises(TypeError, match="Engine has no option nope; its options are") as caught:
         octavo.Engine(nope=1)
     assert set(str(caught.value).split("its options are ")[1].split(", ")) == {field.name for field in fields(EngineConfig)}
+
+
+def test_fp8_is_a_synonym() -> None:
+    assert EngineConfig(kv_cache_dtype="fp8").resolve(device="cpu").kv_cache_dtype == "fp8_e4m3"
+    assert EngineConfig(kv_cache_dtype="fp8_e5m2").resolve(device="cpu").kv_cache_dtype == "fp8_e5m2"
 
 
 def test_a_config_cannot_be_changed() -> None:

@@ -30,13 +30,13 @@ def test_three_ways_to_name_the_model(argv):
 
 def test_every_engine_flag():
     config, _ = _options(
-        "--tokenizer-path", "t", "--revision", "r", "--device", "cpu", "--dtype", "float32",
+        "--tokenizer-path", "t", "--revision", "r", "--device", "cpu", "--dtype", "float32", "--kv-cache-dtype", "int8",
         "--max-total-tokens", "4096", "--max-running-requests", "8", "--max-queued-requests", "9", "--chunked-prefill-size", "128",
         "--page-size", "64", "--context-length", "1024", "--schedule-policy", "lpm", "--max-radix-cache-len", "512",
         "--chat-template", "c.jinja", "--random-seed", "3", "--num-threads", "2",
     )  # fmt: skip
     wanted = {
-        "tokenizer_path": "t", "revision": "r", "device": "cpu", "dtype": "float32",
+        "tokenizer_path": "t", "revision": "r", "device": "cpu", "dtype": "float32", "kv_cache_dtype": "int8",
         "max_total_tokens": 4096, "max_running_requests": 8, "max_queued_requests": 9, "chunked_prefill_size": 128,
         "page_size": 64, "context_length": 1024, "schedule_policy": "lpm", "max_radix_cache_len": 512, "chat_template": "c.jinja",
         "random_seed": 3, "num_threads": 2,
