@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["dense", "awq", "gptq", "pack-quantized", "float-quantized", "int-quantized", "fp8", "modelopt-fp8", "gguf"]
+Layout = Literal["dense", "awq", "gptq", "pack-quantized", "float-quantized", "int-quantized", "fp8", "modelopt-fp8", "gguf", "load-time"]
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
 
 
@@ -49,7 +49,10 @@ class LinearFormat:
         """Kind and width of the stored weights: "int4", "fp8"; "dense", and "gguf" whatever its type."""
         if self.layout in ("dense", "gguf"):
             return self.layout
-        return f"fp{self.bits}" if self.layout in ("float-quantized", "fp8", "modelopt-fp8") else f"int{self.bits}"
+        is_fp8 = self.layout in ("float-quantized", "fp8", "modelopt-fp8") or (
+            self.layout == "load-time" and self.activation is not None and self.activation.dtype == "fp8_e4m3"
+        )
+        return f"fp{self.bits}" if is_fp8 else f"int{self.bits}"
 
     def describe(self) -> str:
         """For people: "awq int4, groups of 64, asymmetric"."""

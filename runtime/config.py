@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from ..quant.checkpoint.method_names import canonical_method
+
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_e5m2", "int8", "fp8"]
@@ -40,6 +42,10 @@ class EngineConfig:
     device: Device = "auto"
     dtype: Dtype = "auto"  # auto: the checkpoint's, bfloat16 for GGUF
     kv_cache_dtype: KVCacheDtype = "auto"  # auto: the model's dtype; fp8: fp8_e4m3
+    quantization: str = "auto"  # auto: as the checkpoint is; fp8, int8, int4 quantize a dense model while it loads
+    linear_backend: str | None = None  # the kernel for the linears that it is made for; None: the first that does not refuse
+    allow_reference: bool = False  # serve linears that only the slow float reference computes
+    skip_kernel_check: bool = False  # do not hold each kind of kernel against the float reference at start
     context_length: int | None = None  # None: the model's own
     # Both size the KV pool; where both are given, the smaller pool is made.
     mem_fraction_static: float | None = None  # of the device's memory for weights and KV; None: 0.88 on CUDA, 0.5 on the CPU
@@ -58,6 +64,7 @@ class EngineConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)!r} is not valid: give {one_of(choices)}")
+        canonical_method(self.quantization)
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

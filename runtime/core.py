@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from .scheduler import QueueFull, Scheduler, SchedulerLimits
 
 _MIXED_CHUNK = {"cpu": 32, "cuda": 512}
 _RATE_WINDOW_S = 10.0
+
+LogitsSink = Callable[[int, torch.Tensor], None]
 
 
 class EngineCore:
@@ -49,6 +51,7 @@ class EngineCore:
         self.sampler = Sampler(device=runner.device, random_seed=config.random_seed)
         self.num_steps = 0
         self._prompt_logprobs: dict[str, dict[int, TokenLogprob]] = {}
+        self._logits_sinks: dict[str, LogitsSink] = {}
         self._recent: deque[tuple[float, int]] = deque()
 
     def add(
@@ -60,8 +63,13 @@ class EngineCore:
         stop_token_ids: frozenset[int] = frozenset(),
         namespace: str = "",
         priority: int = 0,
+        on_logits: LogitsSink | None = None,
     ) -> None:
-        """Queue a request. `stop_token_ids` are all that end it, the model's end tokens included. Raises RequestRefused."""
+        """Queue a request. `stop_token_ids` are all that end it, the model's end tokens included. Raises RequestRefused.
+
+        `on_logits` is given the logits that prompt log-probabilities would be read off, in place of these, and those of the last position:
+        the first row's position and float32 [n, vocab_size], to be copied before it returns. A retracted request gives rows again.
+        """
         max_tokens = admit(prompt, params, self.limits)
         tokens = list(prompt)
         request = Request(request_id, len(tokens), tokens, params, max_tokens, stop_token_ids, namespace=namespace, priority=priority)
@@ -72,6 +80,8 @@ class EngineCore:
         except ValueError as error:
             raise RequestRefused(str(error), param="rid") from error
         self.sampler.add(request_id, params, tokens, tuple(stop_token_ids) if params.min_tokens else ())
+        if on_logits is not None:
+            self._logits_sinks[request_id] = on_logits
 
     def abort(self, request_id: str, finish: FinishReason) -> TokenOutput | None:
         """End a request now. None when it is not here."""
@@ -146,12 +156,16 @@ class EngineCore:
         for row in batch.rows:
             request = row.request
             scored = request.scored_positions(row.start, row.count)
-            if scored:
+            if (sink := self._logits_sinks.get(request.request_id)) is not None:
+                count = len(scored) + row.samples  # the row that samples follows the scored ones
+                if count:
+                    sink(scored.start if scored else row.start + row.count - 1, logits[at : at + count])
+            elif scored:
                 targets = torch.tensor([request.tokens[position + 1] for position in scored], device=logits.device)
                 found = prompt_logprobs(logits[at : at + len(scored)], targets, k=request.params.prompt_logprobs or 0)
                 by_position = self._prompt_logprobs.setdefault(request.request_id, {})
                 by_position.update((position + 1, logprob) for position, logprob in zip(scored, found, strict=True))
-                at += len(scored)
+            at += len(scored)
             if row.samples:
                 sampled.append(at)
                 at += 1
@@ -171,7 +185,7 @@ class EngineCore:
 
     def _prompt_logprobs_of(self, request: Request) -> tuple[TokenLogprob, ...]:
         params = request.params
-        if params.prompt_logprobs is None or request.num_generated > 1:
+        if params.prompt_logprobs is None or request.num_generated > 1 or request.request_id in self._logits_sinks:
             return ()
         by_position = self._prompt_logprobs.pop(request.request_id, {})
         start = params.prompt_logprobs_start
@@ -181,6 +195,7 @@ class EngineCore:
     def _forget(self, request_id: str) -> None:
         self.sampler.remove(request_id)
         self._prompt_logprobs.pop(request_id, None)
+        self._logits_sinks.pop(request_id, None)
 
     def _note_rate(self, tokens: int) -> None:
         now = time.monotonic()

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from .config import EngineConfig
 from .detokenizer import OutputProcessor
@@ -20,6 +20,11 @@ from .outputs import FinishReason, TextOutput, TokenOutput
 from .sampling_params import SamplingParams
 from .start import load_core, prepare_environment
 from .tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from .core import LogitsSink
 
 Sampling = SamplingParams | SamplingDict | None
 Result = dict[str, Any]
@@ -40,8 +45,8 @@ class Engine:
     """
 
     def __init__(self, model_path: str | None = None, *, show_progress: bool = True, **options: Any) -> None:
-        known = {field.name for field in fields(EngineConfig)}
-        if unknown := sorted(set(options) - known):
+        known = self.options()
+        if unknown := sorted(set(options) - set(known)):
             raise TypeError(f"Engine has no option {', '.join(unknown)}; its options are {', '.join(sorted(known))}")
         prepare_environment()
         from ..quant.checkpoint.resolve import resolve_model
@@ -56,6 +61,11 @@ class Engine:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="octavo-engine")
         self._thread.start()
+
+    @staticmethod
+    def options() -> dict[str, Any]:
+        """Every option and its default."""
+        return {field.name: field.default for field in fields(EngineConfig)}
 
     # -- generation ------------------------------------------------------------------------------------------------
 
@@ -188,6 +198,46 @@ class Engine:
             self._abandon(jobs)
         return [[entry.logprob for entry in job.prompt_logprobs if entry.logprob is not None] for job in jobs]
 
+    def prompt_logits(self, token_ids: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Logits of every position of a prompt, piece by piece: its first position and float32 [n, vocab_size], on the engine's device.
+
+        A piece is computed when it is asked for, as a chunk of prefill of at most `chunked_prefill_size` rows, so that no more than it is
+        held; other requests go on meanwhile. No prefix that was cached before is used. Between pieces the prompt's pages wait in the prefix
+        cache: with `disable_radix_cache` each piece computes the pages before it again. Raises RequestRefused at once for a prompt that
+        cannot be served, EngineDead from the iterator. In this process alone: logits do not travel to clients of an engine process.
+        """
+        from .admission import admit
+
+        tokens = list(token_ids)
+        admit(tokens, SamplingParams(max_tokens=0), self._core.limits)
+        return self._logits_pieces(tokens)
+
+    def _logits_pieces(self, tokens: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        config, namespace = self._core.config, f"prompt-logits-{uuid.uuid4().hex}"  # a name that no page stands under yet
+        assert config.chunked_prefill_size is not None
+        size = max(config.page_size, config.chunked_prefill_size // config.page_size * config.page_size)
+        for start in range(0, len(tokens), size):
+            yield start, self._logits_from(start, tokens[: start + size], namespace)
+
+    def _logits_from(self, start: int, tokens: list[int], namespace: str) -> torch.Tensor:
+        import torch
+
+        core = self._core
+        logits = torch.empty(len(tokens) - start, core.limits.vocab_size, device=core.runner.device)
+
+        def take(position: int, rows: torch.Tensor) -> None:
+            logits[position - start : position - start + rows.shape[0]] = rows
+
+        job = self._job(tokens, SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=start + 1))
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._submit_all([job], lambda _: events.put, namespace=namespace, on_logits=take)
+        try:
+            while not job.take(events.get()):
+                pass
+        finally:
+            self._abandon([job])
+        return logits
+
     # -- the rest of the door -----------------------------------------------------------------------------------------
 
     def flush_cache(self) -> bool:
@@ -197,7 +247,13 @@ class Engine:
     def get_server_info(self) -> dict[str, Any]:
         """Resolved options and live figures, JSON-able."""
         core = self._core
-        return {**vars(core.config), "kernels": core.runner.kernels_in_use(), "internal_states": [self._ask(core.info)]}
+        kv = core.runner.budget.kv_dtype
+        return {
+            **vars(core.config),
+            "kv_cache_dtype": kv,
+            "kernels": core.runner.kernels_in_use(),
+            "internal_states": [self._ask(core.info)],
+        }
 
     def get_model_info(self) -> dict[str, Any]:
         """What model is loaded."""
@@ -208,6 +264,7 @@ class Engine:
             "max_total_num_tokens": limits.max_total_tokens,
             "vocab_size": limits.vocab_size,
             "dtype": str(self._core.runner.dtype).removeprefix("torch."),
+            "weight_bytes": self._core.runner.model.weight_bytes,
         }
 
     def shutdown(self) -> None:
@@ -269,7 +326,9 @@ class Engine:
         request_id = uuid.uuid4().hex
         return Generation(request_id, prompt, params, OutputProcessor(self.tokenizer, len(prompt), params, request_id))
 
-    def _submit_all(self, jobs: list[Generation], sink_of: Callable[[int], _Sink]) -> None:
+    def _submit_all(
+        self, jobs: list[Generation], sink_of: Callable[[int], _Sink], *, namespace: str = "", on_logits: LogitsSink | None = None
+    ) -> None:
         """Queue all jobs or, when the engine refuses one, none."""
         from .admission import admit
 
@@ -278,13 +337,13 @@ class Engine:
         if self._cause is not None or not self._thread.is_alive():
             raise EngineDead(self._cause or "the engine was shut down")
         for index, job in enumerate(jobs):
-            self._inbox.put(partial(self._add, job, sink_of(index)))
+            self._inbox.put(partial(self._add, job, sink_of(index), namespace, on_logits))
 
-    def _add(self, job: Generation, sink: _Sink) -> None:
+    def _add(self, job: Generation, sink: _Sink, namespace: str, on_logits: LogitsSink | None) -> None:
         params = job.params
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.tokenizer.eos_token_ids))
         try:
-            self._core.add(job.request_id, job.prompt, params, stop_token_ids=frozenset(stops))
+            self._core.add(job.request_id, job.prompt, params, stop_token_ids=frozenset(stops), namespace=namespace, on_logits=on_logits)
         except RequestRefused as error:
             sink(error)
             return

@@ -7,15 +7,22 @@ import time
 
 import torch
 
+from ..kernels.pages import CODE_RANGE
+from ..quant.build import KernelOptions
+from ..quant.checkpoint.errors import CheckpointError
 from ..quant.checkpoint.hf_config import read_config
 from ..quant.checkpoint.open_reader import open_reader
 from ..quant.checkpoint.resolve import ModelFiles
+from ..quant.module_formats import ModuleFormats
+from ..quant.self_check import SelfCheck
 from .batch import Batch
 from .config import EngineConfig
 from .forward_batch import make_forward_batch
-from .kv_pool import KVPool, kv_bytes_per_token
+from .kv_pool import KV_DTYPES, KVPool, kv_bytes_per_token, kv_dtype_name
+from .linear_report import LinearReport
 from .memory import MemoryBudget, device_memory, plan_memory
 from .models.config import ModelConfig
+from .models.kv_scales import is_kv_scale
 from .models.llama import LlamaModel
 from .weights import WeightSource
 
@@ -34,19 +41,31 @@ class ModelRunner:
         self.model_config = model = ModelConfig.from_hf(read_config(files))
         self.context_length = _context_length(config, model)
         self.dtype = _weight_dtype(config, files, model)
+        self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.dtype)
         activation_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         with torch.inference_mode():
+            reader = open_reader(files)
+            formats = ModuleFormats(files, read_config(files), reader.tensors(), quantization=config.quantization)
             source = WeightSource(
-                open_reader(files),
+                reader,
+                formats,
                 weight_dtype=self.dtype,
                 activation_dtype=activation_dtype,
                 device=self.device,
+                kernel_options=KernelOptions(
+                    config.linear_backend, config.allow_reference, None if config.skip_kernel_check else SelfCheck()
+                ),
                 show_progress=show_progress,
             )
             with source:
-                self.model = LlamaModel(model, source, max_position=self.context_length)
-            if source.unread:
-                logger.warning("%d tensors of the checkpoint are not used, the first is %s", len(source.unread), source.unread[0])
+                scales_for = _kv_scales_made_for(formats) if self.kv_dtype in CODE_RANGE else None
+                reads_scales = scales_for is not None and (self.kv_dtype == torch.int8) == (scales_for == "int8")
+                self.model = LlamaModel(model, source, max_position=self.context_length, has_kv_scales=reads_scales)
+            _refuse_unread(source, tied=self.model.head is self.model.embedding)
+            if self.kv_dtype in CODE_RANGE:
+                left = any(is_kv_scale(name) for name in source.unread)
+                why = f"the checkpoint's scales are for {scales_for}" if left and not reads_scales else "the checkpoint has none"
+                logger.info("KV cache: %s, %s", kv_dtype_name(self.kv_dtype), self._describe_kv_scales(why))
             assert config.chunked_prefill_size is not None
             self._workspace = self.model.make_workspace(config.chunked_prefill_size + config.max_running_requests)
             self.budget = self._plan(config)
@@ -56,12 +75,17 @@ class ModelRunner:
                 num_layers=model.num_layers,
                 num_kv_heads=model.num_kv_heads,
                 head_dim=model.head_dim,
-                dtype=self.dtype,
+                dtype=self.kv_dtype,
                 device=self.device,
             )
         self.load_seconds = time.perf_counter() - started
         logger.info("%s", self.budget.table())
-        logger.info("Linear layers: %s", ", ".join(f"{count} on {name}" for name, count in self.kernels_in_use().items()))
+        self.linear_report = LinearReport.of(self.model.linears, formats.method)
+        self.linear_report.check_backend(config.linear_backend)
+        logger.info("%s", self.linear_report.summary())
+        advice = self.linear_report.advice(self.device.type)
+        if advice:
+            logger.info("%s", advice)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -81,8 +105,19 @@ class ModelRunner:
         """How many linear layers run on which kernel."""
         counts: dict[str, int] = {}
         for linear in self.model.linears:
-            counts[linear.kernel.name] = counts.get(linear.kernel.name, 0) + 1
+            for built in linear.kernels:
+                counts[built.kernel.name] = counts.get(built.kernel.name, 0) + 1
         return counts
+
+    def _describe_kv_scales(self, why_dynamic: str) -> str:
+        layers = self.model.layers
+        static = sum(layer.kv_scales is not None for layer in layers)
+        if static == len(layers):
+            return "static scales from the checkpoint"
+        dynamic = "dynamic scale per token and head"
+        if static:
+            return f"static scales from the checkpoint in {static} of {len(layers)} layers, {dynamic} in the others"
+        return f"{dynamic} ({why_dynamic})"
 
     def _plan(self, config: EngineConfig) -> MemoryBudget:
         model = self.model_config
@@ -93,9 +128,9 @@ class ModelRunner:
             weights=self.model.weight_bytes + self.model.cos_sin.nbytes,
             workspace=self._workspace.nbytes + logits,
             kv_per_token=kv_bytes_per_token(
-                num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=self.dtype
+                num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=self.kv_dtype
             ),
-            kv_dtype=str(self.dtype).removeprefix("torch."),
+            kv_dtype=kv_dtype_name(self.kv_dtype),
             context_length=self.context_length,
         )
 
@@ -118,6 +153,23 @@ def _context_length(config: EngineConfig, model: ModelConfig) -> int:
     if config.context_length > longest:
         raise ValueError(f"--context-length {config.context_length} is beyond the model's {longest} positions: give at most {longest}")
     return config.context_length
+
+
+def _refuse_unread(source: WeightSource, *, tied: bool) -> None:
+    """Raises CheckpointError when tensors are left that the model has no place for: they would have changed the answer."""
+    unread = [name for name in source.unread if not is_kv_scale(name) and not (tied and name.startswith("lm_head."))]
+    if unread:
+        shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else "")
+        raise CheckpointError(
+            f"{source.file_of(unread[0].rpartition('.')[0])} holds tensors that the model of its config has no place for: {shown}. "
+            "Config and weights do not fit: download both again, or correct the config"
+        )
+
+
+def _kv_scales_made_for(formats: ModuleFormats) -> str:
+    """What the checkpoint's static KV scales map to the range of: "int8" where its config says so, else "fp8_e4m3"."""
+    kv_cache = formats.config.kv_cache if formats.config is not None else None
+    return kv_cache.dtype if kv_cache is not None else "fp8_e4m3"
 
 
 def _weight_dtype(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> torch.dtype:

@@ -72,6 +72,7 @@ class _Worker:
         info = {
             "device": str(core.runner.device),
             "dtype": str(core.runner.dtype).removeprefix("torch."),
+            "kv_cache_dtype": core.runner.budget.kv_dtype,
             "load_seconds": round(core.runner.load_seconds, 3),
             "kernels": core.runner.kernels_in_use(),
             "memory_usage": {

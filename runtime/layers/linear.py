@@ -7,8 +7,11 @@ from typing import Literal
 
 import torch
 
-from ...quant.linear import LinearKernel, LinearSpec, Selection, WeightSpec
-from ...quant.schemes import unquantized
+from ...quant.build import BuiltKernel, Part, build_kernels
+from ...quant.checkpoint.errors import CheckpointError
+from ...quant.linear import WeightSpec, legal_cuts
+from ...quant.schemes.base import Module, Slice
+from ...quant.schemes.registry import scheme_of
 from ..weights import WeightSource
 from .parallel import TensorParallelGroup
 
@@ -28,41 +31,85 @@ class LinearShape:
 
 
 class ParallelLinear:
-    """y = x @ W.T (+ b) through the kernel that the registry chose. Split along "in", the ranks' results are summed."""
+    """y = x @ W.T (+ b) through the kernels that the registry chose. Split along "in", the ranks' results are summed.
+
+    There is one kernel, but where the fused modules are stored in ways that cannot be multiplied together.
+    """
 
     def __init__(self, shape: LinearShape, source: WeightSource, group: TensorParallelGroup) -> None:
         self.shape = shape
         self._group = group
-        out_split, in_split = (group.size if shape.split == axis else 1 for axis in ("out", "in"))
-        self.spec = LinearSpec(
-            name=shape.name,
-            in_features=shape.in_features // in_split,
-            out_features=sum(shape.parts) // out_split,
-            has_bias=shape.has_bias,
+        parts = [self._read(module, size, source) for module, size in zip(shape.sources, shape.parts, strict=True)]
+        self.kernels: tuple[BuiltKernel, ...] = build_kernels(
+            shape.name,
+            parts,
             weight_dtype=source.weight_dtype,
-            device=source.device,
             activation_dtype=source.activation_dtype,
-            parts=tuple(part // out_split for part in shape.parts),
+            device=source.device,
+            options=source.kernel_options,
         )
-        tensors = {weight.name: self._gather(weight, source) for weight in unquantized.create_weights(self.spec).values()}
-        self.kernel: LinearKernel
-        self.selection: Selection
-        self.kernel, self.selection = unquantized.process_weights_after_loading(tensors, self.spec)
+        self._only = self.kernels[0].kernel if len(self.kernels) == 1 else None
+
+    @property
+    def in_features(self) -> int:
+        return self.kernels[0].spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.kernels[-1].stop
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes the weights take as held."""
+        return sum(built.kernel.weight_bytes for built in self.kernels)
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """W[indices] of an unfused linear, in the activation dtype."""
+        assert self._only is not None
+        return self._only.rows(indices)
 
     def __call__(self, x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        self.kernel(x, out=out)
+        if self._only is not None:
+            self._only(x, out=out)
+        else:
+            for built in self.kernels:
+                built.kernel(x, out=out[:, built.start : built.stop])
         return self._group.all_reduce(out) if self.shape.split == "in" else out
 
-    def _gather(self, weight: WeightSpec, source: WeightSource) -> torch.Tensor:
-        """One of the scheme's tensors: this rank's slice of each fused part, joined along the output axis."""
-        roles = [axis.role for axis in weight.axes]
-        pieces = []
-        for module, size in zip(self.shape.sources, self.shape.parts, strict=True):
-            whole = tuple(size if role == "out" else self.shape.in_features for role in roles)
-            piece = source.read(f"{module}.{weight.name}", whole)
-            if self.shape.split in roles:
-                piece = self._group.slice_of(piece, roles.index(self.shape.split))
-            pieces.append(piece)
-        if weight.name == "bias" and self.shape.split == "in" and self._group.rank > 0:
-            pieces = [torch.zeros_like(piece) for piece in pieces]  # added once, by the first rank
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=roles.index("out"))
+    def _read(self, name: str, size: int, source: WeightSource) -> Part:
+        """One module's slice, in canonical form."""
+        inputs = self.shape.in_features
+        stored = source.formats.of(name, in_features=inputs, out_features=size)
+        scheme = scheme_of(stored)
+        # Old GPTQ files have biases that the model's config does not speak of.
+        has_bias = self.shape.has_bias or (stored.layout != "dense" and source.has(f"{name}.bias"))
+        module = Module(stored, inputs, size, has_bias, source.weight_dtype)
+        specs = scheme.create_weights(module)
+        part = self._slice(name, size, specs)
+        tensors = {}
+        for spec in specs:
+            tensor = source.read_for_linear(name, spec, part, (size, inputs))
+            if tensor is not None:
+                tensors[spec.name] = tensor
+        if "bias" in tensors and self.shape.split == "in" and self._group.rank > 0:
+            tensors["bias"] = torch.zeros_like(tensors["bias"])  # added once, by the first rank
+        try:
+            weights = scheme.to_canonical(tensors, module, part)
+        except ValueError as error:
+            raise CheckpointError(f"{name} in {source.file_of(name)} ({stored.describe()}): {error}") from error
+        return Part(weights, scheme.form(module), stored.describe())
+
+    def _slice(self, name: str, size: int, specs: tuple[WeightSpec, ...]) -> Slice:
+        """This rank's part of a module. Raises ValueError naming the sizes that work when it cannot be cut so."""
+        inputs, ranks, rank, split = self.shape.in_features, self._group.size, self._group.rank, self.shape.split
+        if split == "none" or ranks == 1:
+            return Slice(0, size, 0, inputs)
+        total = size if split == "out" else inputs
+        legal = legal_cuts(specs, split, total)
+        if ranks not in legal:
+            raise ValueError(
+                f"the {total} {split}put features of {name} cannot be split over {ranks} ranks in the way they are stored: "
+                f"sizes that work are {', '.join(map(str, legal[:12]))}"
+            )
+        start, stop = rank * (total // ranks), (rank + 1) * (total // ranks)
+        return Slice(start, stop, 0, inputs) if split == "out" else Slice(0, size, start, stop)

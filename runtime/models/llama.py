@@ -17,6 +17,7 @@ from ..layers.parallel import TensorParallelGroup
 from ..layers.rope import rope_table
 from ..weights import WeightSource
 from .config import ModelConfig
+from .kv_scales import KVScales, read_kv_scales
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Workspace:
 class _Layer:
     """One decoder block: attention and gated MLP, each behind an RMS norm."""
 
-    def __init__(self, config: ModelConfig, index: int, source: WeightSource, group: TensorParallelGroup) -> None:
+    def __init__(self, config: ModelConfig, index: int, source: WeightSource, group: TensorParallelGroup, *, has_kv_scales: bool) -> None:
         self._config = config
         self._window = config.sliding_windows[index]
         self._heads = group.share("attention heads", config.num_heads)
@@ -66,6 +67,8 @@ class _Layer:
         )
         self._q_norm = norm("self_attn.q_norm", dim) if config.qk_norm else None
         self._k_norm = norm("self_attn.k_norm", dim) if config.qk_norm else None
+        scales = read_kv_scales(source, f"{prefix}.self_attn", config.num_kv_heads) if has_kv_scales else None
+        self.kv_scales = None if scales is None else KVScales(group.slice_of(scales.k, 0), group.slice_of(scales.v, 0))
         self.output = linear("self_attn.o_proj", ("self_attn.o_proj",), q_size, (hidden,), config.output_bias, "in")
         self._mlp_norm = norm("post_attention_layernorm", hidden)
         inner = config.intermediate_size
@@ -77,7 +80,15 @@ class _Layer:
         return self.qkv, self.output, self.gate_up, self.down
 
     def forward(
-        self, batch: ForwardBatch, space: Workspace, cos_sin: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, is_first: bool
+        self,
+        batch: ForwardBatch,
+        space: Workspace,
+        cos_sin: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        kv_dtype: torch.dtype,
+        *,
+        is_first: bool,
     ) -> None:
         """Reads and writes `space`: `residual` and, except into the first layer, `hidden` that is still to be added to it."""
         eps, heads, kv_heads, dim = self._config.norm_eps, self._heads, self._kv_heads, self._config.head_dim
@@ -99,10 +110,13 @@ class _Layer:
             q_norm=self._q_norm,
             k_norm=self._k_norm,
             norm_eps=eps,
+            kv_dtype=kv_dtype,
+            k_scale=self.kv_scales.k if self.kv_scales else None,
+            v_scale=self.kv_scales.v if self.kv_scales else None,
         )
         query = qkv[:, : heads * dim].view(-1, heads, dim)
         attended = space.attention.view(-1, heads, dim)
-        paged_attention(query, k_pages, v_pages, batch.plan, scale=dim**-0.5, sliding_window=self._window, out=attended)
+        paged_attention(query, k_pages, v_pages, batch.plan, scale=dim**-0.5, sliding_window=self._window, kv_dtype=kv_dtype, out=attended)
         self.output(space.attention, out=space.hidden)
         add_rms_norm(space.hidden, space.residual, self._mlp_norm, eps, out=space.normed)
         self.gate_up(space.normed, out=space.gate_up)
@@ -111,18 +125,29 @@ class _Layer:
 
 
 class LlamaModel:
-    """Embedding, layers, final norm and head. Weights are read on construction, layer by layer."""
+    """Embedding, layers, final norm and head. Weights are read on construction, layer by layer.
 
-    def __init__(self, config: ModelConfig, source: WeightSource, *, max_position: int, group: TensorParallelGroup | None = None) -> None:
+    `has_kv_scales`: static scales of keys and values are read too, where the checkpoint has them; the KV pool must hold codes then.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        *,
+        max_position: int,
+        group: TensorParallelGroup | None = None,
+        has_kv_scales: bool = False,
+    ) -> None:
         self.config = config
         self._group = group = group or TensorParallelGroup()
         self.device, self.activation_dtype = source.device, source.activation_dtype
         self.cos_sin = rope_table(config.rope, max_position, source.device)
         vocabulary = (config.vocab_size,)
         self.embedding = self._vocabulary_linear("model.embed_tokens", vocabulary, source)
-        self.layers = [_Layer(config, index, source, group) for index in range(config.num_layers)]
+        self.layers = [_Layer(config, index, source, group, has_kv_scales=has_kv_scales) for index in range(config.num_layers)]
         self._final_norm = source.read("model.norm.weight", (config.hidden_size,), source.activation_dtype).to(source.device)
-        tied = config.tie_word_embeddings or not source.has("lm_head.weight")
+        tied = config.tie_word_embeddings or not source.has_module("lm_head")
         self.head = self.embedding if tied else self._vocabulary_linear("lm_head", vocabulary, source)
 
     def _vocabulary_linear(self, module: str, parts: tuple[int, ...], source: WeightSource) -> ParallelLinear:
@@ -137,22 +162,22 @@ class LlamaModel:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(linear.kernel.weight_bytes for linear in self.linears)
+        return sum(linear.weight_bytes for linear in self.linears)
 
     def make_workspace(self, max_tokens: int) -> Workspace:
         """Buffers for steps of up to `max_tokens` tokens."""
         first = self.layers[0]
-        hidden, query = self.config.hidden_size, first.output.spec.in_features
-        widths = (hidden, hidden, hidden, first.qkv.spec.out_features, query, first.gate_up.spec.out_features, first.down.spec.in_features)
+        hidden, query = self.config.hidden_size, first.output.in_features
+        widths = (hidden, hidden, hidden, first.qkv.out_features, query, first.gate_up.out_features, first.down.in_features)
         return Workspace(*(torch.zeros(max_tokens, width, dtype=self.activation_dtype, device=self.device) for width in widths))
 
     def forward(self, batch: ForwardBatch, pool: KVPool, space: Workspace) -> torch.Tensor:
         """Logits of `batch.logits_rows`, float32 [R, vocab_size]. Writes the new keys and values into `pool`."""
         tokens = batch.num_tokens
         space = Workspace(*(buffer[:tokens] for buffer in vars(space).values()))
-        space.residual.copy_(self.embedding.kernel.rows(batch.input_ids))
+        space.residual.copy_(self.embedding.rows(batch.input_ids))
         for index, layer in enumerate(self.layers):
-            layer.forward(batch, space, self.cos_sin, pool.k_pages[index], pool.v_pages[index], is_first=index == 0)
+            layer.forward(batch, space, self.cos_sin, pool.k_pages[index], pool.v_pages[index], pool.dtype, is_first=index == 0)
         add_rms_norm(space.hidden, space.residual, self._final_norm, self.config.norm_eps, out=space.normed)
         return self.logits(space.normed[batch.logits_rows])
 

@@ -45,9 +45,9 @@ def model() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def load(model: Any, folder: Path) -> ModelRunner:
+def load(model: Any, folder: Path, **options: Any) -> ModelRunner:
     model.save_pretrained(folder)
-    return ModelRunner(_config(), resolve_model(str(folder)), show_progress=False)
+    return ModelRunner(_config(**options), resolve_model(str(folder)), show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def runner(model: Any, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
 def poisoned_runner(model: Any, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     poisoned = copy.deepcopy(model)
     poisoned.model.embed_tokens.weight.data[POISON] = torch.nan
-    return load(poisoned, tmp_path_factory.mktemp("poisoned"))
+    return load(poisoned, tmp_path_factory.mktemp("poisoned"), skip_kernel_check=True)
 
 
 def _config(**options: Any) -> EngineConfig:

@@ -1,0 +1,52 @@
+"""Rounding inputs to the grid that a checkpoint's activations have, kept as floats. Knows no weights.
+
+Codes times scales come back as float32, for kernels that multiply floats: the same numbers as an fp8 or int8 kernel would have.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FP8_MAX = 448.0
+
+
+def quantize_dequantize(
+    x: Tensor,
+    dtype: Literal["int8", "fp8_e4m3"],
+    *,
+    group_size: int | None = None,
+    static_scale: Tensor | None = None,
+    symmetric: bool = True,
+) -> Tensor:
+    """x [M, K] rounded, float32 [M, K].
+
+    One scale for each token, or for each group of `group_size` inputs of a token: max|x| / 448 for fp8, max|x| / 127 for int8,
+    (max - min) / 255 for int8 that is not symmetric. With `static_scale` (one number) values saturate. NaN stays NaN.
+    """
+    m, k = x.shape
+    cells = x.float().view(m, -1, group_size) if group_size is not None else x.float().view(m, 1, k)
+    if dtype == "int8" and not symmetric:
+        return _asymmetric(cells).view(m, k)
+    limit = FP8_MAX if dtype == "fp8_e4m3" else 127.0
+    if static_scale is not None:
+        scale = static_scale.float()
+    else:
+        scale = cells.abs().amax(-1, keepdim=True) / limit
+        scale = torch.where(scale == 0, 1.0, scale)
+    value = cells / scale
+    if dtype == "fp8_e4m3":
+        rounded = value.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
+    else:
+        rounded = torch.round(value).clamp(-128 if static_scale is not None else -127, 127)
+    return (rounded * scale).view(m, k)
+
+
+def _asymmetric(cells: Tensor) -> Tensor:
+    low, high = cells.amin(-1, keepdim=True).clamp(max=0), cells.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255.0
+    scale = torch.where(scale == 0, 1.0, scale)
+    zero = torch.round(-128 - low / scale).clamp(-128, 127)
+    return (torch.round(cells / scale + zero).clamp(-128, 127) - zero) * scale

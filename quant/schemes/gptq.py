@@ -1,0 +1,66 @@
+"""GPTQ's layouts v1 and v2 (AutoGPTQ, GPTQModel): 2, 3, 4 or 8 bits packed along the inputs; v1 stores zero points less one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...kernels.grouped_linear import from_group_of_column
+from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
+from .base import Module, Slice, bias_spec, check_finite
+from .words import unpack
+
+
+class GptqScheme:
+    """qweight int32 [K * b / 32, N], qzeros int32 [G, N * b / 32], scales [G, N], g_idx int32 [K]; G counts a short last group.
+
+    With act-order, g_idx gives each input's group and every rank needs all groups; without it, g_idx is k // g and may be missing.
+    """
+
+    def form(self, module: Module) -> WeightForm:
+        stored = module.format
+        return WeightForm("integer", stored.bits, stored.group_size, stored.symmetric, stored.act_order)
+
+    def create_weights(self, module: Module) -> tuple[WeightSpec, ...]:
+        k, n, stored = module.in_features, module.out_features, module.format
+        size, bits = stored.group_size or k, stored.bits
+        count = -(-k // size)
+        values, words = (32, 3) if bits == 3 else (32 // bits, 1)
+        groups = Axis("none") if stored.act_order else Axis("group", values=size, straddles=True)
+
+        def packed(length: int) -> int:
+            return -(-length // values) * words
+
+        return (
+            WeightSpec("qweight", (packed(k), n), torch.int32, (Axis("in", values, words), Axis("out"))),
+            WeightSpec("qzeros", (count, packed(n)), torch.int32, (groups, Axis("out", values, words))),
+            WeightSpec("scales", (count, n), None, (groups, Axis("out"))),
+            WeightSpec("g_idx", (k,), torch.int32, (Axis("in"),), required=False),
+            *bias_spec(module),
+        )
+
+    def to_canonical(self, tensors: Mapping[str, Tensor], module: Module, part: Slice) -> LinearWeights:
+        stored, groups = module.format, part.groups_of_columns(module.format.group_size or module.in_features)
+        scales = check_finite("scales", tensors["scales"])
+        if stored.act_order and "g_idx" in tensors:
+            groups = tensors["g_idx"].to(torch.int64)
+            if groups.numel() and (int(groups.min()) < 0 or int(groups.max()) >= scales.shape[0]):
+                raise ValueError(f"g_idx names groups {int(groups.min())} to {int(groups.max())}, and scales has {scales.shape[0]}")
+        elif stored.act_order:  # in order, and this rank has the scales of all groups
+            groups = torch.arange(part.in_start, part.in_stop) // (stored.group_size or module.in_features)
+        zeros = unpack(tensors["qzeros"], stored.bits, 1)[:, : part.out_features]
+        zeros = (zeros + stored.zero_offset) & ((1 << stored.bits) - 1)
+        codes = unpack(tensors["qweight"], stored.bits, 0)[: part.in_features]
+        constant = int(zeros.flatten()[0]) if zeros.numel() else 0
+        is_constant = stored.symmetric and bool((zeros == constant).all())
+        weight = from_group_of_column(
+            codes.t().contiguous(),
+            groups,
+            bits=stored.bits,
+            scale=scales.t().contiguous(),
+            zero=constant if is_constant else 0,
+            zeros=None if is_constant else zeros.t().contiguous(),
+        )
+        return LinearWeights(weight, tensors.get("bias"))

@@ -1,0 +1,53 @@
+"""SelfCheck: each kind of kernel is run once on random input, at load, against the float reference. Knows no checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from .linear import LinearKernel, LinearSpec, LinearWeights
+from .reference_kernel import FloatReference
+
+_ROWS = (1, 7)  # few and many: kernels take different ways
+# Error relative to the reference's norm. Whole-number inputs may round to another code where a sum of float operations differs.
+_FLOAT_BOUND = 1e-4
+_ROUNDED_BOUND = 2e-2
+
+
+class KernelFault(RuntimeError):
+    """A kernel computes something else than the float reference; the text names the layer and what to do."""
+
+
+class SelfCheck:
+    """Remembers which kinds were checked: a kernel with one scheme and one shape is run once."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, str, int, int, bool]] = set()
+
+    def __call__(self, kernel: LinearKernel, spec: LinearSpec, weights: LinearWeights) -> None:
+        """Raises KernelFault for NaN or a mismatch."""
+        kind = (kernel.name, spec.scheme, spec.in_features, spec.out_features, spec.has_bias)
+        if kind in self._seen or kernel.is_reference:
+            return
+        self._seen.add(kind)
+        generator = torch.Generator().manual_seed(0)
+        reference = FloatReference(spec, weights)
+        for rows in _ROWS:
+            x = torch.randn(rows, spec.in_features, generator=generator).to(device=spec.device, dtype=spec.activation_dtype)
+            got, wanted = (
+                other(x, out=torch.empty(rows, spec.out_features, dtype=spec.activation_dtype, device=spec.device)).float()
+                for other in (kernel, reference)
+            )
+            _compare(kernel, spec, got, wanted)
+
+
+def _compare(kernel: LinearKernel, spec: LinearSpec, got: torch.Tensor, wanted: torch.Tensor) -> None:
+    where = f"{spec.name} ({spec.out_features} x {spec.in_features}, {spec.scheme}) on kernel {kernel.name}"
+    advice = "choose another kernel with --linear-backend, or start with --skip-kernel-check if you know better"
+    if not bool(torch.isfinite(got).all()):
+        what = "gives NaN or infinity" if bool(torch.isfinite(wanted).all()) else "gives NaN or infinity, as the float reference does"
+        raise KernelFault(f"{where} {what}, so the weights or the kernel are damaged: {advice}")
+    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    low_precision = max(torch.finfo(spec.activation_dtype).eps, torch.finfo(spec.weight_dtype).eps if spec.form.kind == "dense" else 0.0)
+    bound = max(_ROUNDED_BOUND if spec.form.activation is not None else _FLOAT_BOUND, 4 * low_precision)
+    if error > bound:
+        raise KernelFault(f"{where} is off by {error:.2g} of the result's norm, more than {bound:.2g}: {advice}")
