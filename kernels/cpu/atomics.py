@@ -18,3 +18,14 @@ def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
         return builder.atomic_rmw("add", pointer, args[1], "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def arrive(typingctx: Any, address: Any) -> Any:
+    """Add 1 to the int64 at `address` and give what was there; what other threads wrote before they arrived is visible after."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return types.int64(types.int64), codegen

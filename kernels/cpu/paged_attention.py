@@ -20,13 +20,10 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from .address import load_f32, load_i64, store_f32, store_i64
-from .atomics import fetch_add
+from .atomics import arrive, fetch_add
 from .attention_block import MINUS_INFINITY, PANEL, SCORE_ROW, make_add_values, make_score_block, weights
 from .attention_pages import (
     COUNTERS,
@@ -61,17 +58,6 @@ from .tile import COLUMNS, MAX_ROWS, specialised
 from .vector_math import exp2
 
 _LOG2E = 1.4426950408889634
-
-
-@intrinsic
-def _arrive(typingctx: Any, address: Any) -> Any:
-    """Add 1 to the int64 at `address` and give what was there; what other threads wrote before they arrived is visible after."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "acq_rel")
-
-    return types.int64(types.int64), codegen
 
 
 @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -169,7 +155,7 @@ def _finish(arguments: int, item: int, head: int, scratch: int) -> None:
         _write_rows(arguments, item, head, rows, running, state)
         return
     counter = argument(arguments, COUNTERS) + 8 * (load_i64(item + 48) * argument(arguments, KV_HEADS) + head)
-    if _arrive(counter) == parts - 1:
+    if arrive(counter) == parts - 1:
         store_i64(counter, 0)  # for the next call
         _merge_parts(arguments, item, head, scratch)
 

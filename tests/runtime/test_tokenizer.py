@@ -1,60 +1,25 @@
-"""Tokenizers: ids against independent references, text back, chat templates against transformers' rendering."""
+"""The embedded model's token ids against independent references, text back, and tokenizers in Hugging Face folders."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import gguf
 import pytest
 import regex
-import sentencepiece
 import tokenizers
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from octavo.quant.checkpoint.errors import CheckpointError
 from octavo.quant.checkpoint.gguf_header import read_gguf_header
-from octavo.quant.checkpoint.resolve import ModelFiles, resolve_model
-from octavo.runtime.chat_template import MAX_RENDERED_CHARS, ChatTemplate, TemplateError
-from octavo.runtime.gguf_tokenizer import build_gguf_tokenizer
-from octavo.runtime.tokenizer import Tokenizer, load_tokenizer
+from octavo.quant.checkpoint.resolve import resolve_model
+from octavo.runtime.tokenizer import load_tokenizer
 
-CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
-
-
-@cache
-def smollm2() -> Tokenizer:
-    return load_tokenizer(resolve_model(None))
-
-
-@cache
-def smollm2_backend() -> tokenizers.Tokenizer:
-    files = resolve_model(None)
-    assert files.gguf_file is not None
-    return build_gguf_tokenizer(read_gguf_header(files.gguf_file))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A Hugging Face folder with the embedded model's tokenizer."""
-    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
-    save_file({"t": torch.zeros(1)}, tmp_path / "model.safetensors")
-    smollm2_backend().save(str(tmp_path / "tokenizer.json"))
-    return tmp_path
-
-
-def write_config(folder: Path, **config: Any) -> ModelFiles:
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return resolve_model(str(folder))
-
+from .embedded_tokenizer import smollm2, smollm2_backend, write_config, write_folder
 
 # --- token ids -------------------------------------------------------------------------------------------------------
 
@@ -152,131 +117,12 @@ def test_token_bytes_and_text() -> None:
     assert (tokenizer.token_bytes(10**6), tokenizer.token_bytes(-1), tokenizer.decode([10**6])) == (b"", b"", "")
 
 
-# --- GGUF vocabularies ------------------------------------------------------------------------------------------------
-
-
-def vocabulary_file(path: Path, fill: Callable[[Any], None]) -> ModelFiles:
-    writer = gguf.GGUFWriter(str(path), "llama")
-    fill(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return resolve_model(str(path))
-
-
-LINES = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "a  b   c", "hello hello world"]
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[sentencepiece.SentencePieceProcessor, ModelFiles]:
-    folder = tmp_path_factory.mktemp("spm")
-    (folder / "corpus.txt").write_text("\n".join(LINES * 20))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"),
-        model_prefix=str(folder / "m"),
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "m.model"))
-    size = processor.get_piece_size()
-
-    def fill(writer: Any) -> None:
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list([processor.id_to_piece(index) for index in range(size)])
-        writer.add_token_scores([processor.get_score(index) for index in range(size)])
-        writer.add_token_types(
-            [3 if index in (1, 2) else 2 if index == 0 else 6 if processor.is_byte(index) else 1 for index in range(size)]
-        )
-        writer.add_unk_token_id(0)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-
-    return processor, vocabulary_file(folder / "m.gguf", fill)
-
-
-@pytest.mark.parametrize("text", ["hello world", "the dog", "  two  spaces ", "ünïcode 😀 日本", "quick-fox jugs,box", "a\nb", "", " "])
-def test_sentencepiece_vocabulary(sentencepiece_files: tuple[sentencepiece.SentencePieceProcessor, ModelFiles], text: str) -> None:
-    processor, files = sentencepiece_files
-    tokenizer = load_tokenizer(files)
-    assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text)
-    assert tokenizer.encode(text) == [1, *processor.encode(text)]
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert b"".join(map(tokenizer.token_bytes, processor.encode(text))) == (b" " + text.encode() if text else b"")
-
-
-def test_sentencepiece_special_tokens_in_text(sentencepiece_files: tuple[sentencepiece.SentencePieceProcessor, ModelFiles]) -> None:
-    tokenizer = load_tokenizer(sentencepiece_files[1])
-    assert tokenizer.encode("<s>hello</s>", add_special_tokens=False)[0] == 1
-    assert tokenizer.encode("<s>hello</s>", add_special_tokens=False)[-1] == 2
-
-
-def test_unknown_pre_tokenizers_and_kinds_are_refused(tmp_path: Path) -> None:
-    def bpe(pre: str | None) -> Callable[[Any], None]:
-        def fill(writer: Any) -> None:
-            writer.add_tokenizer_model("gpt2")
-            writer.add_token_list(["a", "b"])
-            writer.add_token_merges([])
-            if pre is not None:
-                writer.add_tokenizer_pre(pre)
-
-        return fill
-
-    for index, pre in enumerate(("never-heard-of", None)):
-        with pytest.raises(CheckpointError, match=r"not known.*llama-bpe.*--tokenizer-path"):
-            load_tokenizer(vocabulary_file(tmp_path / f"{index}.gguf", bpe(pre)))
-    with pytest.raises(CheckpointError, match=r"kind 'bert'.*--tokenizer-path"):
-        load_tokenizer(vocabulary_file(tmp_path / "bert.gguf", lambda writer: writer.add_tokenizer_model("bert")))
-    with pytest.raises(CheckpointError, match="kind None"):
-        load_tokenizer(vocabulary_file(tmp_path / "none.gguf", lambda writer: None))
-
-
-@pytest.mark.parametrize(
-    ("pre", "text", "words"),
-    [
-        ("llama-bpe", "It's 12345  x\n\n y", ["It", "'s", " ", "123", "45", " ", " x", "\n\n", " y"]),
-        ("qwen2", "It'S 123  x\n", ["It", "'S", " ", "1", "2", "3", " ", " x", "\n"]),
-        ("gpt-2", "It's 123  x", ["It", "'s", " 123", " ", " x"]),
-        ("smollm", "It's 123  x", ["It", "'s", " ", "1", "2", "3", " ", " x"]),
-        ("tekken", "fooBar 12/\n", ["foo", "Bar", " ", "1", "2", "/\n"]),
-    ],
-)
-def test_how_text_is_cut(tmp_path: Path, pre: str, text: str, words: list[str]) -> None:
-    def fill(writer: Any) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        writer.add_token_list(["a"])
-        writer.add_token_merges([])
-
-    files = vocabulary_file(tmp_path / "m.gguf", fill)
-    assert files.gguf_file is not None
-    backend = build_gguf_tokenizer(read_gguf_header(files.gguf_file))
-    pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-    assert [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece in pieces] == words
-
-
-def test_user_defined_tokens_are_whole_and_shown(tmp_path: Path) -> None:
-    def fill(writer: Any) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("llama-bpe")
-        writer.add_token_list(["a", "b", "<think>", "<|begin|>", "<|end|>"])
-        writer.add_token_types([1, 1, 4, 3, 3])
-        writer.add_token_merges([])
-        writer.add_bos_token_id(3)
-        writer.add_eos_token_id(4)
-
-    tokenizer = load_tokenizer(vocabulary_file(tmp_path / "m.gguf", fill))
-    assert tokenizer.encode("a<think>b<|end|>") == [3, 0, 2, 1, 4]
-    assert tokenizer.encode("ab", add_special_tokens=False) == [0, 1]
-    assert tokenizer.decode([3, 0, 2, 1, 4]) == "a<think>b"
-
-
 # --- Hugging Face folders ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path)
 
 
 def test_folder_gives_the_same_ids(folder: Path) -> None:
@@ -358,122 +204,3 @@ def test_metaspace_decoder_drops_one_leading_space(folder: Path) -> None:
     tokenizer = load_tokenizer(resolve_model(str(folder)))
     for ids in ([0, 0, 2], [1, 0], [2, 0], [0]):
         assert tokenizer.decode(ids) == backend.decode(ids)
-
-
-# --- chat templates ---------------------------------------------------------------------------------------------------
-
-
-def test_embedded_template() -> None:
-    tokenizer = smollm2()
-    expected = (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert tokenizer.render_chat(CHAT) == expected
-    ids = tokenizer.apply_chat_template(CHAT)
-    assert ids == tokenizer.encode(expected)
-    assert ids.count(1) == 3
-    assert tokenizer.render_chat(CHAT, add_generation_prompt=False) == expected.removesuffix("<|im_start|>assistant\n")
-
-
-RICH = """{{ bos_token }}{%- if tools %}
-  {%- for tool in tools %}
-{{ tool | tojson(indent=2) }}{{ tool | tojson }}
-  {% endfor %}
-{% endif %}
-{%- for message in messages -%}
-  {%- if message.role == 'skip' %}{% continue %}{% endif %}
-  {%- if loop.index > 3 %}{% break %}{% endif %}
-[{{ message['role'] }}]{% generation %}{{ message.content | trim }}{% endgeneration %}{{ eos_token }}
-{% endfor %}
-{%- set ns = namespace(flag=enable_thinking is defined and enable_thinking) %}{{ ns.flag }} {{ pad_token }}{{ strftime_now('%Y') }}
-{%- if add_generation_prompt %}<go>{% endif %}"""
-
-
-@pytest.mark.parametrize("generate", [True, False])
-@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "ü<&>", "parameters": {"b": 1, "a": [None, True]}}}]])
-def test_rendering_agrees_with_transformers(tools: list[dict[str, Any]] | None, generate: bool) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    messages = [{"role": role, "content": f"  é {role} "} for role in ("system", "skip", "user", "assistant", "user")]
-    ours = ChatTemplate({"default": RICH}, {"bos_token": "<s>", "eos_token": "</s>"}).render(
-        messages, tools=tools, add_generation_prompt=generate, chat_template_kwargs={"enable_thinking": True}
-    )
-    theirs, _ = render_jinja_template(
-        conversations=[messages],
-        tools=tools,
-        chat_template=RICH,
-        add_generation_prompt=generate,
-        bos_token="<s>",
-        eos_token="</s>",
-        enable_thinking=True,
-    )
-    assert ours == theirs[0]
-    assert ("ü<&>" in ours) == (tools is not None)
-
-
-def test_continue_final_message() -> None:
-    conversation = [*CHAT, {"role": "assistant", "content": "The answer is "}]
-    keeps = ChatTemplate(
-        {"default": "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}<go>{% endif %}"}, {}
-    )
-    assert keeps.render(conversation, continue_final_message=True) == "[What is 2 + 2?][The answer is "
-    trims = ChatTemplate({"default": "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"}, {})
-    assert trims.render(conversation, continue_final_message=True) == "[What is 2 + 2?][The answer is"
-    parts = ChatTemplate({"default": "{% for m in messages %}{{ m.content[0].text }}|{% endfor %}"}, {})
-    spoken = [{"role": "assistant", "content": [{"type": "text", "text": "Yes,"}]}]
-    assert parts.render(spoken, continue_final_message=True) == "Yes,"
-    assert spoken[0]["content"][0]["text"] == "Yes,"  # type: ignore[index]
-    with pytest.raises(TemplateError, match="does not show the last message"):
-        ChatTemplate({"default": "{{ messages[0].content }}"}, {}).render(conversation, continue_final_message=True)
-    with pytest.raises(TemplateError, match="text content"):
-        keeps.render([{"role": "assistant", "content": None}], continue_final_message=True)
-
-
-def test_refusals_carry_the_templates_words(folder: Path) -> None:
-    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('Roles must alternate, not ' + messages[0].role) }}{% endif %}x"
-    template = ChatTemplate({"default": strict}, {})
-    with pytest.raises(TemplateError, match=r"refused the conversation: Roles must alternate, not tool$"):
-        template.render([{"role": "tool", "content": ""}])
-    with pytest.raises(TemplateError, match="messages is empty"):
-        template.render([])
-    with pytest.raises(TemplateError, match="TypeError"):
-        smollm2().apply_chat_template([{"role": "user", "content": None}])
-    with pytest.raises(TemplateError, match=r"not valid Jinja.*line 2"):
-        ChatTemplate({"default": "a\n{% if %}"}, {}).render(CHAT)
-    plain = load_tokenizer(resolve_model(str(folder)))
-    assert not plain.has_chat_template
-    with pytest.raises(TemplateError, match=r"no chat template.*--chat-template"):
-        plain.apply_chat_template(CHAT)
-
-
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{% for i in range(10**9) %}x{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endfor %}",
-        "{% include 'secret' %}",
-    ],
-)
-def test_templates_are_caged(hostile: str) -> None:
-    with pytest.raises(TemplateError):
-        ChatTemplate({"default": hostile}, {}).render(CHAT)
-    assert MAX_RENDERED_CHARS < 10**8
-
-
-def test_where_templates_come_from(folder: Path) -> None:
-    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
-    files = write_config(folder, chat_template=named)
-    assert load_tokenizer(files).render_chat(CHAT) == "D"
-    assert load_tokenizer(files).render_chat(CHAT, tools=[{"type": "function"}]) == "T"
-    (folder / "chat_template.jinja").write_text("from file")
-    assert load_tokenizer(files).render_chat(CHAT) == "from file"
-    assert load_tokenizer(files, chat_template="{{ 'given' }}").render_chat(CHAT) == "given"
-    assert load_tokenizer(files, chat_template=str(folder / "chat_template.jinja")).render_chat(CHAT) == "from file"
-    with pytest.raises(CheckpointError, match="neither a file nor"):
-        load_tokenizer(files, chat_template="/no/such.jinja")
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(TemplateError, match="named tool_use"):
-        load_tokenizer(write_config(folder, chat_template=named[1:]))
