@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"Engine": "octavo.runtime.engine", "SamplingParams": "octavo.runtime.sampling_params"}
-__all__ = ["Engine", "SamplingParams", "__version__"]
+_PUBLIC = {
+    "Engine": "octavo.runtime.engine",
+    "EvalResult": "octavo.calibration.eval_run",
+    "SamplingParams": "octavo.runtime.sampling_params",
+    "evaluate": "octavo.calibration.eval_run",
+}
+__all__ = ["Engine", "EvalResult", "SamplingParams", "__version__", "evaluate"]
 
 if TYPE_CHECKING:
+    from octavo.calibration.eval_run import EvalResult, evaluate
     from octavo.runtime.engine import Engine
     from octavo.runtime.sampling_params import SamplingParams
 

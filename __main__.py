@@ -10,6 +10,8 @@ from . import __version__
 _COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible API",
     "bench": "measure a running server",
+    "eval": "perplexity of a model, and how far it is from another",
+    "doctor": "what this machine has, which kernels it gets, whether they compute right",
 }
 _USAGE = "\n".join(
     [
@@ -35,11 +37,16 @@ def main(argv: list[str] | None = None) -> int:
             from .benchmarks.cli import main as run_bench
 
             return run_bench(rest)
-        case "-V" | "--version":
-            print(f"octavo {__version__}")
-            return 0
-        case "-h" | "--help":
-            print(_USAGE)
+        case "eval":
+            from .calibration.eval_cli import main as run_eval
+
+            return run_eval(rest)
+        case "doctor":
+            from .serve.doctor_cli import main as run_doctor
+
+            return run_doctor(rest)
+        case "-V" | "--version" | "-h" | "--help":
+            print(f"octavo {__version__}" if command in ("-V", "--version") else _USAGE)
             return 0
     near = difflib.get_close_matches(command, _COMMANDS, n=1)
     told = f"octavo: {command!r} is no command" if command else "octavo: no command given"

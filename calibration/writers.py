@@ -1,0 +1,118 @@
+"""Packing canonical quantized weights into the layouts that engines load: AWQ gemm, GPTQ v1, compressed-tensors. Knows no method.
+
+What a method decided is written as it is: nothing is rounded here. Layouts: AutoAWQ awq/modules/linear/gemm.py, AutoGPTQ, and
+compressed-tensors' pack-quantized, int-quantized and float-quantized.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.grouped_linear import GroupedWeight
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is column _AWQ_ORDER[i] of eight
+
+
+def pack_words(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """Codes below 2**bits, 32 / bits to a word along `dim`, lowest bits first: int32. `bits` is 2, 4 or 8."""
+    values = codes.movedim(dim, -1).to(torch.int64)
+    values = values.reshape(*values.shape[:-1], -1, 32 // bits)
+    words = (values << torch.arange(0, 32, bits)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).movedim(-1, dim).contiguous()
+
+
+def _zeros(weight: GroupedWeight) -> Tensor:
+    return weight.zeros if weight.zeros is not None else torch.full(weight.scale.shape, weight.zero, dtype=torch.uint8)
+
+
+def _check(weight: GroupedWeight, layout: str, bits: tuple[int, ...]) -> None:
+    if weight.bits not in bits or weight.codes.dtype != torch.uint8 or weight.offset is not None or weight.permutation is not None:
+        raise ValueError(f"{layout} holds codes of {' or '.join(map(str, bits))} bits with whole zero points, in the order of the inputs")
+
+
+def awq_tensors(weight: GroupedWeight) -> dict[str, Tensor]:
+    """qweight, qzeros and scales of an AWQ module. Raises ValueError for what the layout cannot hold."""
+    _check(weight, "AWQ", (4,))
+
+    def packed(codes: Tensor) -> Tensor:
+        return pack_words(codes.t().reshape(codes.shape[1], -1, 8)[:, :, list(_AWQ_ORDER)].flatten(1), 4, 1)
+
+    return {"qweight": packed(weight.codes), "qzeros": packed(_zeros(weight)), "scales": weight.scale.t().to(torch.float16).contiguous()}
+
+
+def awq_config(group_size: int) -> dict[str, Any]:
+    """config.json's quantization_config."""
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+def gptq_tensors(weight: GroupedWeight) -> dict[str, Tensor]:
+    """qweight, qzeros (less one), scales and g_idx of a GPTQ v1 module. Raises ValueError for what the layout cannot hold."""
+    _check(weight, "GPTQ", (2, 4, 8))
+    zeros = _zeros(weight)
+    if int(zeros.min()) < 1:
+        raise ValueError("GPTQ's first layout cannot hold a zero point of 0: write AWQ, or keep zero points at 1 or more")
+    return {
+        "qweight": pack_words(weight.codes.t(), weight.bits, 0),
+        "qzeros": pack_words((zeros - 1).t(), weight.bits, 1),
+        "scales": weight.scale.t().to(torch.float16).contiguous(),
+        "g_idx": (torch.arange(weight.in_features) // weight.group_size).to(torch.int32),
+    }
+
+
+def gptq_config(bits: int, group_size: int, *, symmetric: bool) -> dict[str, Any]:
+    """config.json's quantization_config; vLLM asks for every one of these keys."""
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": False,
+        "sym": symmetric,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+    }
+
+
+def compressed_tensors(weight: GroupedWeight, *, scale_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """A compressed-tensors module: packed for codes of 4 or 8 bits, plain int8 or float8 for those of W8A8."""
+    if weight.codes.dtype != torch.uint8:
+        return {"weight": weight.codes, "weight_scale": weight.scale.to(scale_dtype)}
+    _check(weight, "pack-quantized", (4, 8))
+    tensors = {
+        "weight_packed": pack_words(weight.codes, weight.bits, 1),
+        "weight_scale": weight.scale.to(scale_dtype),
+        "weight_shape": torch.tensor(list(weight.codes.shape), dtype=torch.int64),
+    }
+    if weight.zeros is not None:
+        tensors["weight_zero_point"] = pack_words(weight.zeros, weight.bits, 0)
+    return tensors
+
+
+def compressed_config(weight: GroupedWeight) -> dict[str, Any]:
+    """config.json's quantization_config for a model whose linears are all like `weight`; W8A8 has dynamic inputs."""
+    is_fp8, packed = weight.codes.dtype == torch.float8_e4m3fn, weight.codes.dtype == torch.uint8
+    kind = {
+        "num_bits": weight.bits,
+        "type": "float" if is_fp8 else "int",
+        "symmetric": weight.zeros is None,
+        "strategy": "channel" if weight.num_groups == 1 else "group",
+        "group_size": None if weight.num_groups == 1 else weight.group_size,
+        "dynamic": False,
+    }
+    inputs = {"num_bits": 8, "type": "float" if is_fp8 else "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized" if packed else ("float-quantized" if is_fp8 else "int-quantized"),
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": kind, "input_activations": None if packed else inputs}},
+    }
