@@ -10,12 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .int8_linear import wide_limit
+
 FP8_MAX = 448.0
 
 
 def quantize_dequantize(
     x: Tensor,
-    dtype: Literal["int8", "fp8_e4m3"],
+    dtype: Literal["int8", "int16", "fp8_e4m3"],
     *,
     group_size: int | None = None,
     static_scale: Tensor | None = None,
@@ -23,14 +25,19 @@ def quantize_dequantize(
 ) -> Tensor:
     """x [M, K] rounded, float32 [M, K].
 
-    One scale for each token, or for each group of `group_size` inputs of a token: max|x| / 448 for fp8, max|x| / 127 for int8,
-    (max - min) / 255 for int8 that is not symmetric. With `static_scale` (one number) values saturate. NaN stays NaN.
+    One scale for each token, or for each group of `group_size` inputs of a token (the last one may be short): max|x| / 448 for fp8,
+    max|x| / 127 for int8, max|x| / wide_limit(K) for int16, (max - min) / 255 for int8 that is not symmetric. With `static_scale`
+    (one number) values saturate. NaN stays NaN. Raises ValueError for a static scale without symmetry, which would need a static zero
+    point too.
     """
-    m, k = x.shape
-    cells = x.float().view(m, -1, group_size) if group_size is not None else x.float().view(m, 1, k)
+    k = x.shape[1]
+    size = k if group_size is None else group_size
+    cells = torch.nn.functional.pad(x.float(), (0, -k % size)).view(x.shape[0], -(-k // size), size)
     if dtype == "int8" and not symmetric:
-        return _asymmetric(cells).view(m, k)
-    limit = FP8_MAX if dtype == "fp8_e4m3" else 127.0
+        if static_scale is not None:
+            raise ValueError("inputs with a static scale must be symmetric")
+        return _asymmetric(cells).flatten(1)[:, :k]
+    limit = {"fp8_e4m3": FP8_MAX, "int8": 127.0, "int16": float(wide_limit(k))}[dtype]
     if static_scale is not None:
         scale = static_scale.float()
     else:
@@ -40,8 +47,8 @@ def quantize_dequantize(
     if dtype == "fp8_e4m3":
         rounded = value.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
     else:
-        rounded = torch.round(value).clamp(-128 if static_scale is not None else -127, 127)
-    return (rounded * scale).view(m, k)
+        rounded = torch.round(value).clamp(-limit - 1 if static_scale is not None else -limit, limit)
+    return (rounded * scale).flatten(1)[:, :k]
 
 
 def _asymmetric(cells: Tensor) -> Tensor:

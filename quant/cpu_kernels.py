@@ -20,29 +20,34 @@ def _refuses_device(spec: LinearSpec) -> str | None:
 
 
 class Int8Panels(LinearKernel):
-    """int8 weights and int8 inputs, multiplied in whole numbers: VNNI, or 16-bit multiply-adds (kernels/cpu/int8_linear.py)."""
+    """int8 weights and whole-number inputs: VNNI, or 16-bit multiply-adds (kernels/cpu/int8_linear.py)."""
 
     name: ClassVar[str] = "cpu_int8"
 
     @staticmethod
     def takes(form: WeightForm) -> bool:
-        return form.kind == "integer" and form.bits == 8 and form.activation is not None and form.activation.dtype == "int8"
+        return form.kind == "integer" and form.bits == 8 and form.activation is not None and form.activation.dtype != "fp8_e4m3"
 
     @staticmethod
     def refuses(spec: LinearSpec) -> str | None:
         reason = _refuses_device(spec)
         if reason is not None:
             return reason
-        form = spec.form
-        if not Int8Panels.takes(form):
-            return f"multiplies int8 weights with int8 inputs, not {form.describe()}"
+        if not Int8Panels.takes(spec.form):
+            return f"multiplies int8 weights with whole-number inputs, not {spec.form.describe()}"
+        if spec.in_features > 1 << 16:
+            return f"sums of {spec.in_features} products could overflow 32 bits"
+        return Int8Panels._refuses_form(spec.form)
+
+    @staticmethod
+    def _refuses_form(form: WeightForm) -> str | None:
         assert form.activation is not None
         if form.group_size is not None or not form.symmetric or form.act_order:
             return "takes one symmetric scale a row of weights"
         if not form.activation.symmetric or form.activation.granularity == "group":
             return f"takes symmetric inputs with one scale a token or one for all, not {form.activation.describe()}"
-        if spec.in_features > 1 << 16:
-            return f"sums of {spec.in_features} products could overflow 32 bits"
+        if form.activation.dtype == "int16" and not form.activation.dynamic:
+            return "takes 16-bit inputs with dynamic scales"
         return None
 
     def __init__(self, spec: LinearSpec, weights: LinearWeights) -> None:
@@ -53,7 +58,7 @@ class Int8Panels(LinearKernel):
         assert spec.form.activation is not None
         codes = weight.codes if weight.codes.dtype == torch.int8 else (weight.codes ^ 128).view(torch.int8)
         self._kernel = int8_linear
-        self._packed = int8_linear.pack(codes, weight.scale[:, 0])
+        self._packed = int8_linear.pack(codes, weight.scale[:, 0], wide=spec.form.activation.dtype == "int16")
         self._bias = grouped_linear.pad_bias(weights.bias)
         self._static = None if spec.form.activation.dynamic else weights.input_scale
 

@@ -23,7 +23,8 @@ class Axis:
     """One axis of a stored tensor: what it runs along, and how many logical elements how many stored ones hold.
 
     `stored` elements hold `values` logical ones (3-bit words: 3 hold 32). A cut must fall between such units; where the axis
-    `straddles` (scales of groups and blocks) a cut may fall anywhere, and both sides get the element that it falls into.
+    `straddles` (scales of groups and blocks) a cut may fall anywhere, and both sides get the element that it falls into. The last
+    unit may be short: 40 values of 3 bits take 4 words.
     """
 
     role: AxisRole
@@ -37,7 +38,7 @@ class Axis:
             for edge in (start, stop):
                 if edge % self.values and edge != total:
                     raise ValueError(f"a cut at {edge} of {total} falls inside a unit of {self.values}")
-        return start // self.values * self.stored, -(-stop // self.values) * self.stored
+        return start // self.values * self.stored, -(-stop * self.stored // self.values)
 
 
 @dataclass(frozen=True)

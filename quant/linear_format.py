@@ -17,7 +17,7 @@ Granularity = Literal["tensor", "channel", "group", "block", "token"]
 class ActivationFormat:
     """How a linear's input is quantized before it is multiplied. `group_size` belongs to granularity "group" alone."""
 
-    dtype: Literal["int8", "fp8_e4m3"]
+    dtype: Literal["int8", "int16", "fp8_e4m3"]  # int16: as wide as 32-bit sums with int8 weights allow
     granularity: Granularity  # "tensor", "token" or "group"
     dynamic: bool
     group_size: int | None = None
@@ -43,6 +43,7 @@ class LinearFormat:
     zero_offset: int = 0  # added to stored zero points: 1 for GPTQ's first format
     activation: ActivationFormat | None = None
     gguf_type: str | None = None  # "Q4_1", "Q6_K", ... of layout "gguf"
+    padded_words: bool = False  # 3-bit codes of layout "pack-quantized" lie ten to a word, and in no stream of bits
 
     @property
     def weight_type(self) -> str:

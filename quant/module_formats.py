@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.errors import CheckpointError
 from .checkpoint.method_names import canonical_method, check_method
 from .checkpoint.quantization_base import QuantizationConfig
 from .checkpoint.quantization_config import read_quantization_config
@@ -15,6 +17,7 @@ from .checkpoint.resolve import ModelFiles
 from .linear_format import DENSE, LinearFormat
 from .schemes.gguf import BLOCKS
 from .schemes.load_time import load_time_format
+from .schemes.pack_quantized import has_padded_words
 
 logger = logging.getLogger("octavo.quant")
 
@@ -74,4 +77,14 @@ class ModuleFormats:
         stored = self._config.for_linear(module, in_features=in_features, out_features=out_features)
         if module == "lm_head" and weight is not None and weight.stored in _FLOATS:
             return DENSE  # named by a config that says "Linear" and means the layers'
+        packed = self._tensors.get(f"{module}.weight_packed")
+        if stored.layout == "pack-quantized" and stored.bits == 3 and packed is not None and len(packed.shape) == 2:
+            return replace(stored, padded_words=self._has_padded_words(packed, in_features))
         return stored
+
+    @staticmethod
+    def _has_padded_words(packed: TensorInfo, in_features: int) -> bool:
+        try:
+            return has_padded_words(packed.shape[1], in_features)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {packed.name!r} in {packed.file}: {error}") from error

@@ -13,7 +13,7 @@ _FLOAT_BOUND = 1e-4
 _ROUNDED_BOUND = 2e-2
 
 
-class KernelFault(RuntimeError):
+class KernelFault(ValueError):
     """A kernel computes something else than the float reference; the text names the layer and what to do."""
 
 

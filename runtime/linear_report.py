@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..quant.platforms import kernel_names
+from ..quant.build import BuiltKernel
+from ..quant.platforms import kernel_names, kernels_for
 from .layers.linear import ParallelLinear
+
+logger = logging.getLogger("octavo.runtime")
+
+WIDTH = 110  # of the table, in columns
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A kernel that stands before the chosen one, and why it was passed over. `made_for_it`: it is made for such weights at all."""
+
+    kernel: str
+    reason: str
+    made_for_it: bool
 
 
 @dataclass(frozen=True)
@@ -22,23 +38,23 @@ class LinearGroup:
     scheme: str
     kernel: str
     weight_bytes: int
-    refused: tuple[tuple[str, str], ...]
+    refused: tuple[Refusal, ...]
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """The table behind `--explain-quant`. `method` is the checkpoint's, or the one applied while loading; None for a dense model."""
+    """The table behind --explain-quant. `method` is the checkpoint's, or the one applied while loading; None for a dense model."""
 
     method: str | None
     groups: tuple[LinearGroup, ...]
 
     @classmethod
     def of(cls, linears: Iterable[ParallelLinear], method: str | None) -> LinearReport:
-        """The report of a model's linears."""
+        """The report of a model's linears. Its table is logged at DEBUG."""
         found: dict[tuple[Any, ...], LinearGroup] = {}
         for linear in linears:
             for built in linear.kernels:
-                spec, refused = built.spec, built.selection.refusals
+                spec, refused = built.spec, _refusals(built)
                 name = re.sub(r"\.\d+\.", ".*.", spec.name)
                 rows = built.stop - built.start
                 if len(linear.kernels) > 1:
@@ -49,15 +65,16 @@ class LinearReport:
                 found[key] = LinearGroup(
                     name, count + 1, spec.in_features, rows, spec.scheme, built.kernel.name, size + built.kernel.weight_bytes, refused
                 )
-        return cls(method, tuple(found.values()))
+        report = cls(method, tuple(found.values()))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s", report.table(every_refusal=True))
+        return report
 
     def check_backend(self, backend: str | None) -> None:
         """Raises ValueError when a forced backend does not exist here or computes none of the linears."""
         if backend is None or any(group.kernel == backend for group in self.groups):
             return
-        known = kernel_names()
-        if backend not in known:
-            raise ValueError(f"--linear-backend {backend} is not valid: give one of {', '.join(known)}")
+        check_backend_name(backend)
         forms = ", ".join(sorted({group.scheme for group in self.groups}))
         raise ValueError(f"--linear-backend {backend} is made for none of this model's linears ({forms}): leave the option out")
 
@@ -83,23 +100,64 @@ class LinearReport:
             f"{dense:.0f} (int8 {width}); `octavo quantize` makes 4-bit checkpoints with the loss measured"
         )
 
-    def table(self) -> str:
-        """For people: every group with its kernel, and below it who refused and why."""
-        lines = [f"Quantization: {self.method or 'none (dense)'}"]
-        for group in self.groups:
-            lines.append(
-                f"  {group.count} x {group.layers}  [{group.out_features} x {group.in_features}]  {group.scheme}  ->  {group.kernel}"
-                f"  ({group.weight_bytes / (1 << 20):.1f} MiB)"
+    def table(self, *, every_refusal: bool = False) -> str:
+        """For people, in WIDTH columns: a line for each group, and below it which faster kernels refused it and why.
+
+        `every_refusal` also tells of kernels that are not made for such weights at all.
+        """
+        names, counts, shapes, sizes, kernels = (
+            _column(title, cells, left=left)
+            for title, left, cells in (
+                ("linears", True, [*(group.layers for group in self.groups), "total"]),
+                ("count", False, [*(str(group.count) for group in self.groups), str(sum(group.count for group in self.groups))]),
+                ("out x in", False, [*(f"{group.out_features} x {group.in_features}" for group in self.groups), ""]),
+                ("MiB", False, [*(_mib(group.weight_bytes) for group in self.groups), _mib(sum(g.weight_bytes for g in self.groups))]),
+                ("kernel", True, [*(group.kernel for group in self.groups), ""]),
             )
-            lines += [f"      not {name}: {reason}" for name, reason in group.refused]
+        )
+        starts = ["  ".join(cells) for cells in zip(names, counts, shapes, sizes, kernels, strict=True)]
+        notes: dict[str, int] = {}
+        lines = [f"Quantization: {self.method or 'none (dense)'}", "", f"{starts[0]}  stored as"]
+        for start, group in zip(starts[1:-1], self.groups, strict=True):
+            scheme = group.scheme
+            if len(start) + 2 + len(scheme) > WIDTH:
+                scheme = f"({notes.setdefault(scheme, len(notes) + 1)})"
+            lines.append(f"{start}  {scheme}")
+            for refusal in group.refused:
+                if refusal.made_for_it or every_refusal:
+                    lines += _wrapped(f"    not {refusal.kernel}: {refusal.reason}")
+        lines.append(starts[-1].rstrip())
+        for scheme, number in notes.items():
+            lines += _wrapped(f"({number}) {scheme}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """For /server_info: {"method": ..., "layers": [...]}."""
-        return {
-            "method": self.method,
-            "layers": [
-                {**asdict(group), "refused": [{"kernel": name, "reason": reason} for name, reason in group.refused]}
-                for group in self.groups
-            ],
-        }
+        """For /server_info: {"method": ..., "layers": [...]}, with every refusal."""
+        return {"method": self.method, "layers": [{**asdict(group), "refused": list(map(asdict, group.refused))} for group in self.groups]}
+
+
+def check_backend_name(backend: str) -> None:
+    """Raises ValueError when no kernel of any platform has this name."""
+    known = kernel_names()
+    if backend not in known:
+        raise ValueError(f"--linear-backend {backend!r} is not valid: give one of {', '.join(known)}")
+
+
+def _refusals(built: BuiltKernel) -> tuple[Refusal, ...]:
+    made_for_it = {kernel.name for kernel in kernels_for(built.spec.device) if kernel.takes(built.spec.form)}
+    return tuple(Refusal(name, reason, name in made_for_it) for name, reason in built.selection.refusals)
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f}"
+
+
+def _column(title: str, cells: list[str], *, left: bool) -> list[str]:
+    """Title and cells, padded to one width."""
+    width = max(map(len, (title, *cells)))
+    return [cell.ljust(width) if left else cell.rjust(width) for cell in (title, *cells)]
+
+
+def _wrapped(text: str) -> list[str]:
+    indent = " " * (len(text) - len(text.lstrip()) + 4)
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

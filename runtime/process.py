@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import shutil
@@ -132,7 +133,7 @@ class EngineProcess:
         self._closing = True
         if self._process.poll() is None:
             if self._ready.done() and not self._dead.is_set():
-                self._send(Shutdown())
+                self._send_if_there(Shutdown())
                 self._wait_process(5.0)
             if self._process.poll() is None:
                 self._process.terminate()
@@ -249,6 +250,11 @@ class EngineProcess:
 
     def _send(self, message: ToEngine) -> None:
         self._outbox.send(encoder.encode(message))
+
+    def _send_if_there(self, message: ToEngine) -> None:
+        """Without waiting for an engine that has just left."""
+        with contextlib.suppress(zmq.Again):
+            self._outbox.send(encoder.encode(message), zmq.NOBLOCK)
 
     def _read(self) -> None:
         """The reader thread: deliver what the engine sends; notice when it ends."""

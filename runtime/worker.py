@@ -74,6 +74,7 @@ class _Worker:
             "dtype": str(core.runner.dtype).removeprefix("torch."),
             "kv_cache_dtype": core.runner.budget.kv_dtype,
             "load_seconds": round(core.runner.load_seconds, 3),
+            "quantization": {"requested": core.config.quantization, **core.runner.linear_report.to_dict()},
             "kernels": core.runner.kernels_in_use(),
             "memory_usage": {
                 "weight": core.runner.budget.weights,

@@ -12,6 +12,8 @@ from ..runtime.config import Device, Dtype, EngineConfig, KVCacheDtype, Policy
 from .options import LogLevel, ServerOptions
 
 _NEAR = 0.7  # how alike an unknown flag and the one it is taken for are, of 1
+# What these flags are, given alone. A value of theirs needs "=": a word that follows is not one, but may be the model.
+_ALONE = {"--explain-quant": "--explain-quant=short"}
 _UNSET = argparse.SUPPRESS  # a flag not given leaves no trace, so that each default lives in its dataclass alone
 
 
@@ -27,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; exits with code 2 and a message on stderr when it is not valid."""
         try:
-            namespace, unknown = self.parse_known_args(list(argv))
+            namespace, unknown = self.parse_known_args([_ALONE.get(word, word) for word in argv])
         except argparse.ArgumentError as error:
             self.error(_in_our_words(error))
         if unknown:
@@ -69,6 +71,20 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid: give a number") from None
 
 
+def _quantization(text: str) -> str:
+    try:
+        return EngineConfig(quantization=text).quantization
+    except ValueError as error:  # "quantization 'x' is not known. Known: ..."
+        _, _, remedy = str(error).partition(" is not known. ")
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid. {remedy or error}") from None
+
+
+def _explanation(text: str) -> str:
+    if text not in ("short", "all"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid: give it alone or as --explain-quant=all")
+    return text
+
+
 def _choices(annotation: Any) -> str:
     """The values of a Literal, for help; the option objects check them."""
     return "{" + ",".join(get_args(annotation)) + "}"
@@ -90,6 +106,7 @@ def serve_parser(prog: str) -> Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
     _add_model(parser)
+    _add_quantization(parser)
     _add_server(parser)
     _add_memory(parser)
     _add_scheduling(parser)
@@ -128,6 +145,37 @@ def _add_model(parser: Parser) -> None:
         "--random-seed", "--seed", type=_whole_number, metavar="N", help=_engine("for requests without a seed", "random_seed")
     )
     group.add_argument("--num-threads", type=_whole_number, metavar="N", help=_engine("compute threads on the CPU", "num_threads"))
+
+
+def _add_quantization(parser: Parser) -> None:
+    group = parser.add_argument_group("quantization and kernels")
+    group.add_argument(
+        "--quantization",
+        type=_quantization,
+        metavar="NAME",
+        help=_engine(
+            "auto: as the checkpoint is; fp8, int8, int4: quantize a dense model while it loads; none, awq, gptq, compressed-tensors, "
+            "modelopt, gguf: insist that the checkpoint is that",
+            "quantization",
+        ),
+    )
+    group.add_argument(
+        "--linear-backend",
+        metavar="NAME",
+        help=_engine("the kernel for the linear layers that it is made for; octavo doctor lists them", "linear_backend"),
+    )
+    group.add_argument("--allow-reference", action="store_true", help="take the slow float reference for layers that no kernel computes")
+    group.add_argument(
+        "--skip-kernel-check", action="store_true", help="do not hold the kernels against the float reference while the model loads"
+    )
+    group.add_argument(
+        "--explain-quant",
+        nargs="?",
+        type=_explanation,
+        metavar="=all",
+        help="load the model, print which kernel computes which layers and why no faster one, and exit without serving; "
+        "=all: also the kernels that are not made for such weights",
+    )
 
 
 def _add_server(parser: Parser) -> None:

@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 
+from ..runtime.config import EngineConfig
+from ..runtime.start import prepare_environment
 from .arguments import options_of, serve_parser
 from .options import ServerOptions
 from .served_model import ServedModel
@@ -20,7 +22,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: list[str], *, prog: str = "octavo serve") -> int:
-    """Serve until stopped.
+    """Serve until stopped, or with --explain-quant explain and end.
 
     0 after a signal, 128 and its number after a second one, 1 when the start failed or the engine died, 2 for a bad command line.
     """
@@ -28,18 +30,23 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
         namespace = serve_parser(prog).parse_all(argv)
     except SystemExit as end:  # --help, or an error that was told already
         return int(end.code or 0)
+    explanation = vars(namespace).pop("explain_quant", None)
+    prepare_environment()
     try:
         config, options = options_of(namespace)
+        _check_backend(config)
     except (ValueError, TypeError) as error:
         return _fail(prog, error, _BAD_USAGE)
     _set_up_logging(options)
+    if explanation is not None:
+        return _explain(prog, config, every_refusal=explanation == "all")
     from ..runtime.process import launch_engine  # loads torch's side: not for --help
 
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads, it ends us as Ctrl-C does
     interrupted = 0
     try:
         with listening_socket(options) as sock:
-            client = launch_engine(config)
+            client = launch_engine(config, log_level=options.log_level)
             try:
                 return serve_until_stopped(client, options, sock, lambda: _announce(client, options, sock))
             finally:
@@ -52,6 +59,33 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
         return _fail(prog, error, _FAILED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _check_backend(config: EngineConfig) -> None:
+    """Raises ValueError for a --linear-backend that no platform has. The names are with the kernels, which load torch."""
+    if config.linear_backend is not None:
+        from ..runtime.linear_report import check_backend_name
+
+        check_backend_name(config.linear_backend)
+
+
+def _explain(prog: str, config: EngineConfig, *, every_refusal: bool) -> int:
+    from .explain import explain_quantization
+
+    logger = logging.getLogger("octavo")
+    if logger.level == logging.INFO:
+        logger.setLevel(logging.WARNING)  # how memory is divided is no matter here
+    print(
+        "Loading the model to see which kernels it gets; it is not served. The first time, kernels are compiled meanwhile.", file=sys.stderr
+    )
+    try:
+        print(explain_quantization(config, every_refusal=every_refusal))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except Exception as error:
+        logging.getLogger("octavo.serve").debug("the model was not loaded", exc_info=error)
+        return _fail(prog, error, _FAILED)
+    return 0
 
 
 def _fail(prog: str, error: Exception, code: int) -> int:

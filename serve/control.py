@@ -81,6 +81,7 @@ def _timeout(text: str) -> float:
 async def server_info(request: Request) -> Response:
     """The engine's resolved options and figures, and the server's own. Keys are told by number only.
 
+    `quantization` has the flag's value as `requested`, the method that it came to, and the kernel of every group of linear layers.
     Null stays where an option plays no part: no cap, no limit, no revision.
     """
     context = _context(request)

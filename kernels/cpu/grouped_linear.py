@@ -1,8 +1,8 @@
 """x @ W.T on the CPU over grouped quantized weights, packed once into column panels at their own bit width; float32 arithmetic.
 
 Few rows: codes are widened in registers and multiplied at once, so that memory is read at the format's width. More rows: a block of a
-panel is decoded to float32 in the cache once, and all rows are multiplied with it. The two round differently, in the last bits; within
-either, a row's bits do not depend on how many rows there are.
+panel is decoded to float32 in the cache once, and all rows are multiplied with it. Either way an output is the same chain of fused
+multiply-adds along K with the same weights: a row's bits do not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -139,13 +139,12 @@ def _pack_plane(plane: Tensor, bits: int, *, words: bool) -> Tensor:
 
 
 _call_decode = make_caller(5)
-_call_sums = make_caller(5)
 _call_tile = make_caller(TILE_ARGUMENTS)
 _tiles = make_row_tiles(vectors=2, dtype="float32")
 
 # Arguments, as int64 at 8 * index. TILES: the addresses of direct1..6.
 X, X_ROW, DATA, PANEL_BYTES, Y, Y_ROW, M, N, K, BIAS, PER_TASK, GROUPS, GROUP_SIZE = range(2, 15)
-PER_SUPER, GROUP_BYTES, SUPER_BYTES, DECODE, SUMS, PAIR, DIRECT, STEP, TILES = range(15, 24)
+PER_SUPER, GROUP_BYTES, SUPER_BYTES, DECODE, PAIR, DIRECT, STEP, TILES = range(15, 23)
 
 
 @numba.njit(nogil=True)
@@ -188,7 +187,7 @@ def _copy_rows(source: int, source_row: int, target: int, target_row: int, rows:
 
 
 @numba.njit(nogil=True)
-def _direct(arguments: int, first_panel: int, last_panel: int, sums: int, spare: int) -> None:
+def _direct(arguments: int, first_panel: int, last_panel: int, spare: int) -> None:
     """All rows, at most _max_rows, of some panels, codes widened in registers. What has no whole panel goes through `spare`."""
     m, n, groups = _argument(arguments, M), _argument(arguments, N), _argument(arguments, GROUPS)
     y_row, bias, panel_bytes = _argument(arguments, Y_ROW), _argument(arguments, BIAS), _argument(arguments, PANEL_BYTES)
@@ -204,7 +203,7 @@ def _direct(arguments: int, first_panel: int, last_panel: int, sums: int, spare:
         data = _argument(arguments, DATA) + panel * panel_bytes
         panel_bias = bias + panel * _columns * 4 if bias != 0 else 0
         x, x_row = _argument(arguments, X), _argument(arguments, X_ROW)
-        _call_tile(tile, (x, x_row, data, panel_bytes, target, target_row, sums, 4 * groups, groups, panel_bias))
+        _call_tile(tile, (x, x_row, data, panel_bytes, target, target_row, groups, panel_bias))
         if valid < panels * _columns:
             _copy_rows(target, target_row, place, y_row, m, valid)
         panel += panels
@@ -245,18 +244,13 @@ def _body(arguments: int) -> None:
     panels = (n + _columns - 1) // _columns
     spare_floats = np.empty(_max_rows * 2 * _columns, np.float32)
     scratch_floats = np.empty(_columns if direct != 0 else (_argument(arguments, STEP) + 8) * _columns, np.float32)
-    m, groups, sums_code = _argument(arguments, M), _argument(arguments, GROUPS), _argument(arguments, SUMS)
-    sums_floats = np.empty(m * groups if sums_code != 0 else 1, np.float32)
-    sums = sums_floats.ctypes.data
-    if sums_code != 0:
-        _call_sums(sums_code, (_argument(arguments, X), _argument(arguments, X_ROW), m, groups, sums))
     while True:
         first_panel = fetch_add(arguments, 1) * per_task
         if first_panel >= panels:
             break
         last_panel = min(first_panel + per_task, panels)
         if direct != 0:
-            _direct(arguments, first_panel, last_panel, sums, spare_floats.ctypes.data)
+            _direct(arguments, first_panel, last_panel, spare_floats.ctypes.data)
         else:
             _decoded(arguments, first_panel, last_panel, spare_floats.ctypes.data, scratch_floats.ctypes.data)
 
@@ -289,6 +283,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) ->
     if weight.permutation is not None:
         x = x.index_select(1, weight.permutation)
     m, k = x.shape
+    if m == 0:
+        return out
     form, n = weight.form, weight.out_features
     code = compiled(form)
     panels, groups = weight.data.shape[0], k // form.group_size
@@ -317,7 +313,6 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) ->
         form.group_bytes,
         form.super_bytes,
         code["decode"],
-        code["sums"] if direct and form.needs_sums else 0,
         code["pair1"] if direct else 0,
         1 if direct else 0,
         _step(form, groups),

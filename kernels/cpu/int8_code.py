@@ -21,10 +21,12 @@ Way = Literal["vnni", "madd", "plain"]
 
 MAX_DEPTH: Final = 1 << 16
 TILE_ARGUMENTS: Final = 10
-QUANTIZE_ARGUMENTS: Final = 8
+QUANTIZE_ARGUMENTS: Final = 9
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 _INTS, _FLOATS = ir.VectorType(_I32, COLUMNS), ir.VectorType(_F32, COLUMNS)
 _HALF_INTS = ir.VectorType(_I32, WIDTH)
+# As the intrinsic was until LLVM 21; newer ones, which name bytes, take this from text and convert it. The other way round fails.
+_VNNI = ir.FunctionType(_HALF_INTS, [_HALF_INTS] * 3)
 
 
 @functools.cache
@@ -76,10 +78,8 @@ def _dot(builder: Any, kind: Way, total: Any, x: Any, w: Any) -> Any:
     """total[WIDTH int32] + products: x is one lane's inputs (int32) for all lanes, w bytes of WIDTH lanes."""
     inputs = splat(builder, x, WIDTH)
     if kind == "vnni":
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_HALF_INTS, [_HALF_INTS, *VNNI_OPERANDS]), "llvm.x86.avx512.vpdpbusd.512"
-        )
-        return builder.call(function, [total, builder.bitcast(inputs, VNNI_OPERANDS[0]), builder.bitcast(w, VNNI_OPERANDS[1])])
+        function = cgutils.get_or_insert_function(builder.module, _VNNI, "llvm.x86.avx512.vpdpbusd.512")
+        return builder.call(function, [total, inputs, builder.bitcast(w, _HALF_INTS)])
     shorts = ir.VectorType(_I16, 2 * WIDTH)
     wide, pairs = builder.sext(w, shorts), builder.bitcast(inputs, shorts)
     if kind == "madd":
@@ -90,9 +90,6 @@ def _dot(builder: Any, kind: Way, total: Any, x: Any, w: Any) -> Any:
     undefined, order = ir.Constant(product.type, ir.Undefined), ir.VectorType(_I32, WIDTH)
     even, odd = (builder.shuffle_vector(product, undefined, ir.Constant(order, list(range(i, 2 * WIDTH, 2)))) for i in (0, 1))
     return builder.add(total, builder.add(even, odd))
-
-
-VNNI_OPERANDS: Final = (ir.VectorType(_I8, 64), ir.VectorType(_I8, 64))
 
 
 def _emit_tile(module: ir.Module, kind: Way, rows: int) -> None:
@@ -133,8 +130,11 @@ def _emit_tile(module: ir.Module, kind: Way, rows: int) -> None:
 
 
 def _emit_quantize(module: ir.Module, kind: Way) -> None:
-    """quantize(x, x_row, rows, k, codes, codes_row, scales, static): rows of K float32, K a multiple of 8; static 0 or its address."""
-    builder, (x, x_row, rows, k, codes, codes_row, scales, static) = new_function(module, "quantize", QUANTIZE_ARGUMENTS)
+    """quantize(x, x_row, rows, k, codes, codes_row, scales, static, limit): rows of K float32, K a multiple of 8.
+
+    `static` is 0 or the address of the scale; `limit` is the greatest code.
+    """
+    builder, (x, x_row, rows, k, codes, codes_row, scales, static, limit) = new_function(module, "quantize", QUANTIZE_ARGUMENTS)
     floats = ir.VectorType(_F32, 8)
 
     def call(name: str, *args: Any) -> Any:
@@ -143,6 +143,9 @@ def _emit_quantize(module: ir.Module, kind: Way) -> None:
         return builder.call(cgutils.get_or_insert_function(module, function_type, f"llvm.{name}.{suffix}"), args)
 
     steps = builder.udiv(k, ir.Constant(_I64, 8))
+    greatest = builder.sitofp(limit, _F32)
+    top = splat(builder, greatest, 8)
+    bottom = splat(builder, builder.fsub(builder.fneg(greatest), ir.Constant(_F32, 1.0)), 8)
     most_cell, poison_cell = cgutils.alloca_once(builder, floats), cgutils.alloca_once(builder, floats)
     is_static = builder.icmp_signed("!=", static, ir.Constant(_I64, 0))
     given = _load(builder, builder.select(is_static, static, x), _F32)
@@ -159,7 +162,7 @@ def _emit_quantize(module: ir.Module, kind: Way) -> None:
             )  # NaN stays, also of inf * 0
         most = reduce(builder, builder.load(most_cell), lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
         poison = reduce(builder, builder.load(poison_cell), builder.fadd)
-        scale = builder.select(is_static, given, builder.fdiv(most, ir.Constant(_F32, 127.0)))
+        scale = builder.select(is_static, given, builder.fdiv(most, greatest))
         healthy = builder.and_(builder.fcmp_ordered("==", poison, poison), builder.fcmp_ordered(">", scale, ir.Constant(_F32, 0.0)))
         _store(builder, builder.fadd(scale, poison), builder.add(scales, builder.mul(loop.index, ir.Constant(_I64, 4))))
         divisor = splat(builder, builder.select(healthy, scale, ir.Constant(_F32, float("inf"))), 8)
@@ -168,7 +171,7 @@ def _emit_quantize(module: ir.Module, kind: Way) -> None:
             value = _load(builder, builder.add(row, builder.mul(inner.index, ir.Constant(_I64, 32))), floats)
             value = builder.fdiv(value, divisor)
             value = builder.select(builder.fcmp_ordered("==", value, value), value, _constants(floats, 0.0))  # inf / inf
-            value = call("rint", call("minnum", call("maxnum", value, _constants(floats, -128.0)), _constants(floats, 127.0)))
+            value = call("rint", call("minnum", call("maxnum", value, bottom), top))
             whole = builder.fptosi(value, ir.VectorType(_I32, 8))
             if kind == "vnni":
                 whole = builder.add(whole, _constants(ir.VectorType(_I32, 8), 128))

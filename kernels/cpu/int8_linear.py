@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..int8_linear import wide_limit
 from .address import load_f32, load_i64, store_f32
 from .atomics import fetch_add
 from .int8_code import MAX_DEPTH, QUANTIZE_ARGUMENTS, TILE_ARGUMENTS, Way, code_bytes, compiled, products_per_lane, way
@@ -29,9 +30,13 @@ _quantize_rows = _QUANTIZE_ROWS
 
 @dataclass(frozen=True, eq=False)
 class PackedInt8:
-    """int8 W [N, K] in panels: `data` int8 [panels, K / p, COLUMNS, p], with K filled up to a multiple of 8."""
+    """int8 W [N, K] in panels: `data` int8 [panels, K / p, COLUMNS, p], with K filled up to a multiple of 8.
+
+    `limit` is the greatest code of an input: 127, or more for inputs as 16-bit integers.
+    """
 
     kind: Way
+    limit: int
     data: Tensor
     scale: Tensor  # float32 [panels * COLUMNS]
     start: Tensor  # int32 [panels * COLUMNS]: what sums begin with
@@ -43,12 +48,17 @@ class PackedInt8:
         return self.data.nbytes + self.scale.nbytes + self.start.nbytes
 
 
-def pack(codes: Tensor, scale: Tensor) -> PackedInt8:
-    """Pack codes int8 [N, K] with scale [N], once, at load. Raises ValueError for a K whose sums could overflow."""
+def pack(codes: Tensor, scale: Tensor, *, wide: bool = False) -> PackedInt8:
+    """Pack codes int8 [N, K] with scale [N], once, at load; `wide` for inputs as 16-bit integers.
+
+    Raises ValueError for a K whose sums could overflow.
+    """
     n, k = codes.shape
     if k > MAX_DEPTH:
         raise ValueError(f"sums of {k} products of int8 can overflow: at most {MAX_DEPTH}")
     kind = way()
+    if wide and kind == "vnni":
+        kind = "madd"  # vpdpbusd takes bytes
     panels, depth, step = -(-n // COLUMNS), -(-k // 8) * 8, products_per_lane(kind)
     full = torch.zeros(panels * COLUMNS, depth, dtype=torch.int8)
     full[:n, :k] = codes
@@ -58,15 +68,15 @@ def pack(codes: Tensor, scale: Tensor) -> PackedInt8:
         start = -128 * full.sum(1, dtype=torch.int32)
     scales = torch.zeros(panels * COLUMNS)
     scales[:n] = scale.float()
-    return PackedInt8(kind, data, scales, start, n, k)
+    return PackedInt8(kind, wide_limit(k) if wide else 127, data, scales, start, n, k)
 
 
 _call_tile = make_caller(TILE_ARGUMENTS)
 _call_quantize = make_caller(QUANTIZE_ARGUMENTS)
 
 # Arguments, as int64 at 8 * index. TILES: the addresses of tile1..6.
-X, X_ROW, CODES, CODES_ROW, X_SCALE, STATIC, M, K, QUANTIZE = range(2, 11)
-DATA, PANEL_BYTES, LANES, W_SCALE, START, BIAS, Y, Y_ROW, N, PER_TASK, TILES = range(11, 22)
+X, X_ROW, CODES, CODES_ROW, X_SCALE, STATIC, M, K, LIMIT, QUANTIZE = range(2, 12)
+DATA, PANEL_BYTES, LANES, W_SCALE, START, BIAS, Y, Y_ROW, N, PER_TASK, TILES = range(12, 23)
 
 
 @numba.njit(nogil=True)
@@ -92,6 +102,7 @@ def _quantize_body(arguments: int) -> None:
                 codes_row,
                 _argument(arguments, X_SCALE) + 4 * first,
                 _argument(arguments, STATIC),
+                _argument(arguments, LIMIT),
             ),
         )
 
@@ -171,7 +182,7 @@ def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None, out: Tensor, *, s
     scales = torch.empty(m)
     code = compiled(weight.kind)
     static = 0 if static_scale is None else static_scale.data_ptr()
-    shared = (x.data_ptr(), x.stride(0) * 4, codes.data_ptr(), depth * size, scales.data_ptr(), static, m, depth)
+    shared = (x.data_ptr(), x.stride(0) * 4, codes.data_ptr(), depth * size, scales.data_ptr(), static, m, depth, weight.limit)
     _quantize_kernel()(team_size() if m * depth > 1 << 16 else 1, *shared, code["quantize"])
     n, panels = weight.out_features, weight.data.shape[0]
     threads = team_size() if m * n * k > 1 << 16 else 1
@@ -195,7 +206,9 @@ def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None, out: Tensor, *, s
 
 
 def rows(weight: PackedInt8, indices: Tensor) -> Tensor:
-    """W[indices] dequantized, float32 [R, K]."""
+    """W[indices] dequantized, float32 [R, K]. Raises IndexError for an index outside 0..N-1."""
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= weight.out_features):
+        raise IndexError(f"rows {int(indices.min())} to {int(indices.max())} asked of a weight that has {weight.out_features}")
     panel, column = indices // COLUMNS, indices % COLUMNS
-    codes = weight.data[panel, :, column].reshape(indices.shape[0], -1)[:, : weight.in_features]
+    codes = weight.data[panel, :, column].flatten(1)[:, : weight.in_features]
     return codes.float() * weight.scale[indices, None]

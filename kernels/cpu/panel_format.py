@@ -11,9 +11,8 @@ A panel holds COLUMNS output features. Along K it is one stream that is read fro
 Codes are cut into planes of 8, 4, 2 or 1 bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2). In a plane of 4 or 8 bits a 32-bit word, in one of 1 or
 2 bits a byte, holds the codes of one column for as many consecutive inputs as fit, lowest bits first. fp8 codes lie byte by byte.
 
-Codes are stored or made signed around the middle of their range, `center`, and products are summed over a group before they are scaled:
-`total += scale * sum(x * (code - center)) + scale * (center - zero) * sum(x)`. So nothing but the codes' conversion to floats stands
-between memory and the multiply-adds, and the common symmetric zero point, the middle, costs nothing.
+Codes are stored or made signed around the middle of their range, `center`: the common symmetric zero point, the middle, then costs
+nothing, and a weight is `scale * (code - center) + scale * (center - zero)`.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from numba.core import cgutils
 
 from .jit import compile_module, new_function
 from .tile import COLUMNS, MAX_ROWS
-from .vector_math import at, fma, reduce, splat
+from .vector_math import at, fma, splat
 
 CodeKind = Literal["integer", "fp8_e4m3"]
 ScaleKind = Literal["float16", "bfloat16", "float32", "uint8", "int8"]
 ZeroKind = Literal["constant", "nibbles", "bytes", "offset"]
 
-TILE_ARGUMENTS: Final = 10
+TILE_ARGUMENTS: Final = 8
 PLANES: Final[dict[int, tuple[int, ...]]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 _SIZES: Final[dict[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1, "int8": 1}
 
@@ -76,11 +75,6 @@ class PanelFormat:
     def center(self) -> int:
         """What is subtracted from codes of this width: 4 and 8 bits are stored less it, the others lose it on the way."""
         return 0 if self.codes == "fp8_e4m3" else 1 << (self.bits - 1)
-
-    @property
-    def needs_sums(self) -> bool:
-        """Whether a product needs the sums of the inputs over each group."""
-        return self.offset is not None or self.zero in ("nibbles", "bytes") or self.constant_zero != self.center
 
     @property
     def direct(self) -> bool:
@@ -146,7 +140,7 @@ def _zero_points(builder: Any, form: PanelFormat, group: Any) -> Any:
 
 
 def _scale_and_offset(builder: Any, form: PanelFormat, group: Any, above: Any) -> tuple[Any, Any]:
-    """A group's scale, and what its sum of inputs is multiplied with (None: nothing); `above` is its super-group's address."""
+    """What a group's centered codes are multiplied with, and what is added then (None: nothing); `above` is its super-group's address."""
     scale = _numbers(builder, group, form.scale)
     if form.super_scale is not None:
         scale = builder.fmul(scale, _numbers(builder, above, form.super_scale))
@@ -159,9 +153,13 @@ def _scale_and_offset(builder: Any, form: PanelFormat, group: Any, above: Any) -
         return scale, fma(builder, scale, center, offset)
     if form.codes == "fp8_e4m3":  # decoded to 2**-8 of their value
         return builder.fmul(scale, _constants(_FLOATS, 256.0)), None
-    if not form.needs_sums:
+    if form.zero == "constant" and form.constant_zero == form.center:
         return scale, None
     return scale, builder.fmul(scale, builder.fsub(center, _zero_points(builder, form, group)))
+
+
+def _weight(builder: Any, code: Any, scale: Any, offset: Any) -> Any:
+    return builder.fmul(code, scale) if offset is None else fma(builder, code, scale, offset)
 
 
 def _unit_of_codes(builder: Any, form: PanelFormat, codes: Any, unit: Any) -> list[Any]:
@@ -230,26 +228,7 @@ def _emit_decode(module: ir.Module, form: PanelFormat) -> None:
         values = _unit_of_codes(builder, form, codes, builder.add(begin, loop.index))
         place = builder.add(target, builder.mul(loop.index, ir.Constant(_I64, form.unit * COLUMNS * 4)))
         for k, code in enumerate(values):
-            weight = builder.fmul(code, scale) if offset is None else fma(builder, code, scale, offset)
-            _store(builder, weight, at(builder, place, k * COLUMNS * 4))
-    builder.ret_void()
-
-
-def _emit_sums(module: ir.Module, form: PanelFormat) -> None:
-    """sums(x, x_row, rows, groups, target): float32 [rows, groups] sums of x over each group."""
-    builder, (x, x_row, rows, groups, target) = new_function(module, "sums", 5)
-    wide = 8 if form.group_size % 8 == 0 else 1
-    kind = ir.VectorType(_F32, wide)
-    with cgutils.for_range(builder, rows, intp=_I64) as row, cgutils.for_range(builder, groups, intp=_I64) as group:
-        start = builder.add(builder.add(x, builder.mul(row.index, x_row)), builder.mul(group.index, ir.Constant(_I64, 4 * form.group_size)))
-        cell = cgutils.alloca_once(builder, kind)
-        builder.store(_constants(kind, 0.0), cell)
-        with cgutils.for_range(builder, ir.Constant(_I64, form.group_size // wide), intp=_I64) as loop:
-            part = _load(builder, builder.add(start, builder.mul(loop.index, ir.Constant(_I64, 4 * wide))), kind)
-            builder.store(builder.fadd(builder.load(cell), part), cell)
-        total = reduce(builder, builder.load(cell), builder.fadd)
-        index = builder.add(builder.mul(row.index, groups), group.index)
-        _store(builder, total, builder.add(target, builder.mul(index, ir.Constant(_I64, 4))))
+            _store(builder, _weight(builder, code, scale, offset), at(builder, place, k * COLUMNS * 4))
     builder.ret_void()
 
 
@@ -259,35 +238,29 @@ def _store(builder: Any, value: Any, address: Any) -> None:
 
 
 class _Tile:
-    """Emits the product of some rows of x with some panels: sums of `x * code` within a group, then `total += scale * sum`.
+    """Emits the product of some rows of x with some panels, codes turned into weights in registers.
 
-    tile(x, x_row, data, panel_bytes, c, c_row, sums, sums_row, groups, bias): c[rows, panels * COLUMNS] = x @ panels + bias, over all
-    groups; rows of `sums` as `sums` left them, bias 0 for none.
+    tile(x, x_row, data, panel_bytes, c, c_row, groups, bias): c[rows, panels * COLUMNS] = x @ panels + bias, over all groups; bias 0
+    for none. Weights and the order of sums are those of `decode` followed by kernels/cpu/tile.py, so the bits of a result are the same.
     """
 
     def __init__(self, module: ir.Module, form: PanelFormat, name: str, *, rows: int, panels: int) -> None:
         self._form, self._rows, self._panels = form, rows, panels
         builder, arguments = new_function(module, name, TILE_ARGUMENTS)
         self._builder = builder
-        x, x_row, data, panel_bytes, c, c_row, sums, sums_row, groups, bias = arguments
+        x, x_row, data, panel_bytes, c, c_row, groups, bias = arguments
         self._x_rows = self._offsets(x, x_row, rows)
-        self._sum_rows = self._offsets(sums, sums_row, rows)
         self._data_of = self._offsets(data, panel_bytes, panels)
-        self._totals = self._cells()
-        self._partial = self._cells()
-        c_rows = self._offsets(c, c_row, rows)
+        self._totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(panels)] for _ in range(rows)]
         self._begin(bias)
         _for_groups(builder, form, groups, self._group)
-        for row, cells in zip(c_rows, self._totals, strict=True):
+        for row, cells in zip(self._offsets(c, c_row, rows), self._totals, strict=True):
             for p, cell in enumerate(cells):
                 _store(builder, builder.load(cell), at(builder, row, 4 * COLUMNS * p))
         builder.ret_void()
 
     def _offsets(self, base: Any, stride: Any, count: int) -> list[Any]:
         return [self._builder.add(base, self._builder.mul(stride, ir.Constant(_I64, i))) for i in range(count)]
-
-    def _cells(self) -> list[list[Any]]:
-        return [[cgutils.alloca_once(self._builder, _FLOATS) for _ in range(self._panels)] for _ in range(self._rows)]
 
     def _begin(self, bias: Any) -> None:
         """Totals start with the bias, or with zeros."""
@@ -304,32 +277,22 @@ class _Tile:
         builder, form = self._builder, self._form
         groups = [builder.add(data, group_offset) for data in self._data_of]
         aboves = [builder.add(data, above_offset) for data in self._data_of]
+        scales = [_scale_and_offset(builder, form, group, above) for group, above in zip(groups, aboves, strict=True)]
         codes = [at(builder, group, form.header_bytes) for group in groups]
-        for cells in self._partial:
-            for cell in cells:
-                builder.store(_constants(_FLOATS, 0.0), cell)
-        step = form.unit
-        first = builder.mul(index, ir.Constant(_I64, form.group_size))
-        with cgutils.for_range(builder, ir.Constant(_I64, form.group_size // step), intp=_I64) as loop:
-            k = builder.add(first, builder.mul(loop.index, ir.Constant(_I64, step)))
-            units = [_unit_of_codes(builder, form, code, loop.index) for code in codes]
-            x_offset = builder.mul(k, ir.Constant(_I64, 4))
-            for row, cells in zip(self._x_rows, self._partial, strict=True):
+        first = builder.mul(index, ir.Constant(_I64, 4 * form.group_size))
+        with cgutils.for_range(builder, ir.Constant(_I64, form.group_size // form.unit), intp=_I64) as loop:
+            x_offset = builder.add(first, builder.mul(loop.index, ir.Constant(_I64, 4 * form.unit)))
+            units = [
+                [_weight(builder, code, *scale) for code in _unit_of_codes(builder, form, place, loop.index)]
+                for place, scale in zip(codes, scales, strict=True)
+            ]
+            for row, cells in zip(self._x_rows, self._totals, strict=True):
                 start = builder.add(row, x_offset)
-                for j in range(step):
+                for j in range(form.unit):
                     number = builder.load(builder.inttoptr(at(builder, start, 4 * j), _F32.as_pointer()))
                     x = splat(builder, number, COLUMNS)
                     for unit, cell in zip(units, cells, strict=True):
                         builder.store(fma(builder, x, unit[j], builder.load(cell)), cell)
-        for p, (group, above) in enumerate(zip(groups, aboves, strict=True)):
-            scale, offset = _scale_and_offset(builder, form, group, above)
-            for sums, totals, partial in zip(self._sum_rows, self._totals, self._partial, strict=True):
-                total = fma(builder, builder.load(partial[p]), scale, builder.load(totals[p]))
-                if offset is not None:
-                    place = builder.add(sums, builder.mul(index, ir.Constant(_I64, 4)))
-                    number = builder.load(builder.inttoptr(place, _F32.as_pointer()))
-                    total = fma(builder, splat(builder, number, COLUMNS), offset, total)
-                builder.store(total, totals[p])
 
 
 def _for_groups(builder: Any, form: PanelFormat, groups: Any, body: Callable[[Any, Any, Any], None]) -> None:
@@ -348,10 +311,9 @@ def _for_groups(builder: Any, form: PanelFormat, groups: Any, body: Callable[[An
 
 
 def emit(form: PanelFormat) -> ir.Module:
-    """LLVM code of a format: decode; sums; pair1 (one row, two panels) and direct1..6 by rows (see _Tile)."""
+    """LLVM code of a format: decode; pair1 (one row, two panels) and direct1..6 by rows (see _Tile)."""
     module = ir.Module()
     _emit_decode(module, form)
-    _emit_sums(module, form)
     if form.direct:
         _Tile(module, form, "pair1", rows=1, panels=2)
         for rows in range(1, MAX_ROWS + 1):

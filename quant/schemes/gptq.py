@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels.grouped_linear import from_group_of_column
 from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
 from .base import Module, Slice, bias_spec, check_finite
-from .words import unpack
+from .words import num_words, unit, unpack
 
 
 class GptqScheme:
@@ -27,15 +27,11 @@ class GptqScheme:
         k, n, stored = module.in_features, module.out_features, module.format
         size, bits = stored.group_size or k, stored.bits
         count = -(-k // size)
-        values, words = (32, 3) if bits == 3 else (32 // bits, 1)
+        values, words = unit(bits)
         groups = Axis("none") if stored.act_order else Axis("group", values=size, straddles=True)
-
-        def packed(length: int) -> int:
-            return -(-length // values) * words
-
         return (
-            WeightSpec("qweight", (packed(k), n), torch.int32, (Axis("in", values, words), Axis("out"))),
-            WeightSpec("qzeros", (count, packed(n)), torch.int32, (groups, Axis("out", values, words))),
+            WeightSpec("qweight", (num_words(k, bits), n), torch.int32, (Axis("in", values, words), Axis("out"))),
+            WeightSpec("qzeros", (count, num_words(n, bits)), torch.int32, (groups, Axis("out", values, words))),
             WeightSpec("scales", (count, n), None, (groups, Axis("out"))),
             WeightSpec("g_idx", (k,), torch.int32, (Axis("in"),), required=False),
             *bias_spec(module),
@@ -50,6 +46,8 @@ class GptqScheme:
                 raise ValueError(f"g_idx names groups {int(groups.min())} to {int(groups.max())}, and scales has {scales.shape[0]}")
         elif stored.act_order:  # in order, and this rank has the scales of all groups
             groups = torch.arange(part.in_start, part.in_stop) // (stored.group_size or module.in_features)
+        elif "g_idx" in tensors:
+            _check_in_order(tensors["g_idx"], torch.arange(part.in_start, part.in_stop) // (stored.group_size or module.in_features))
         zeros = unpack(tensors["qzeros"], stored.bits, 1)[:, : part.out_features]
         zeros = (zeros + stored.zero_offset) & ((1 << stored.bits) - 1)
         codes = unpack(tensors["qweight"], stored.bits, 0)[: part.in_features]
@@ -64,3 +62,12 @@ class GptqScheme:
             zeros=None if is_constant else zeros.t().contiguous(),
         )
         return LinearWeights(weight, tensors.get("bias"))
+
+
+def _check_in_order(index: Tensor, in_order: Tensor) -> None:
+    """Raises ValueError for a g_idx that scatters inputs where the config says that nothing does. All zeros is a tool's placeholder."""
+    if bool((index != in_order).any()) and bool(index.any()):
+        raise ValueError(
+            "g_idx does not count up in groups, but the config says desc_act=false: one of them is wrong. "
+            "If the model was quantized with desc_act=true, set it so in the config"
+        )

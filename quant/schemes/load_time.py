@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -22,8 +23,8 @@ def load_time_format(method: str, in_features: int) -> LinearFormat:
     """What `method` ("fp8", "int8" or "int4") makes of a dense linear. int4 takes the largest group size that divides its inputs."""
     if method == "fp8":
         return LinearFormat("load-time", 8, "channel", activation=ActivationFormat("fp8_e4m3", "token", dynamic=True))
-    if method == "int8":
-        return LinearFormat("load-time", 8, "channel", activation=ActivationFormat("int8", "token", dynamic=True))
+    if method == "int8":  # 8-bit inputs would cost SmolLM2 2 % of perplexity, these a quarter of a percent
+        return LinearFormat("load-time", 8, "channel", activation=ActivationFormat("int16", "token", dynamic=True))
     size = next((size for size in GROUP_SIZES if in_features % size == 0), None)
     return LinearFormat("load-time", 4, "channel" if size is None else "group", group_size=size, symmetric=False)
 
@@ -40,13 +41,13 @@ class LoadTimeScheme(DenseScheme):
         weight = check_finite("weight", tensors["weight"]).float()
         form = self.form(module)
         if form.kind == "fp8":
-            grouped = _fp8(weight)
+            grouped = quantize_fp8(weight)
         elif form.bits == 8:
-            grouped = _int8(weight)
+            grouped = quantize_int8(weight)
         else:
-            # A slice's inputs may be a multiple of a smaller group only: groups of the whole are kept as they would be there.
-            size = form.group_size or part.in_features
-            grouped = _int4(weight, size if part.in_features % size == 0 else part.in_features)
+            # A slice that cuts a group sees a part of its weights: smaller groups fit, and lose nothing.
+            size = part.in_features if form.group_size is None else math.gcd(form.group_size, part.in_start, part.in_stop)
+            grouped = quantize_int4(weight, size)
         return LinearWeights(grouped, tensors.get("bias"))
 
 
@@ -55,22 +56,27 @@ def _safe(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
-def _int8(weight: Tensor) -> GroupedWeight:
+def quantize_int8(weight: Tensor) -> GroupedWeight:
+    """float32 [N, K] to int8 with one scale a row, `max|w| / 127`."""
     scale = _safe(weight.abs().amax(1, keepdim=True) / 127.0)
     return GroupedWeight(torch.round(weight / scale).to(torch.int8), 8, weight.shape[1], scale)
 
 
-def _fp8(weight: Tensor) -> GroupedWeight:
+def quantize_fp8(weight: Tensor) -> GroupedWeight:
+    """float32 [N, K] to float8_e4m3fn with one scale a row, `max|w| / 448`."""
     scale = _safe(weight.abs().amax(1, keepdim=True) / FP8_MAX)
     codes = (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return GroupedWeight(codes, 8, weight.shape[1], scale)
 
 
-def _int4(weight: Tensor, group_size: int) -> GroupedWeight:
-    """Asymmetric: the range of a group, widened to hold 0, on 16 steps; scales are rounded to float16 before the codes are."""
+def quantize_int4(weight: Tensor, group_size: int, *, lowest_zero: int = 0) -> GroupedWeight:
+    """float32 [N, K] to 4 bits in groups of `group_size`, asymmetric: a group's range, widened to hold 0, on 16 steps.
+
+    Scales are rounded to float16 before the codes are found. Zero points are at least `lowest_zero`.
+    """
     groups = weight.reshape(weight.shape[0], -1, group_size)
     low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
     scale = _safe(((high - low) / 15.0).to(torch.float16).float())
-    zeros = torch.round(-low / scale).clamp(0, 15)
+    zeros = torch.round(-low / scale).clamp(lowest_zero, 15)
     codes = torch.round(groups / scale[..., None] + zeros[..., None]).clamp(0, 15)
     return GroupedWeight(codes.flatten(1).to(torch.uint8), 4, group_size, scale.to(torch.float16), zeros=zeros.to(torch.uint8))

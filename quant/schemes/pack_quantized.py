@@ -10,11 +10,27 @@ from torch import Tensor
 from ...kernels.grouped_linear import from_group_of_column
 from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
 from .base import Module, Slice, bias_spec, check_finite
-from .words import unpack
+from .words import num_words, unit, unpack
+
+
+def has_padded_words(width: int, in_features: int) -> bool:
+    """Whether 3-bit codes in rows of `width` words lie ten to a word (compressed-tensors to 0.12), not in one stream of bits (0.20).
+
+    Raises ValueError where both would give such a width, and mean different codes.
+    """
+    padded = width == num_words(in_features, 3, padded=True)
+    if padded and width == num_words(in_features, 3) and in_features > 10:
+        raise ValueError(
+            f"{in_features} inputs of 3 bits take {width} words in either of the two ways that compressed-tensors packs them, "
+            "so which one it is cannot be known: quantize this layer to 4 bits"
+        )
+    return padded
 
 
 class PackQuantizedScheme:
     """weight_packed int32 [N, K * b / 32], weight_scale [N, G], asymmetric also weight_zero_point int32 [N * b / 32, G].
+
+    The package packed codes of 3 bits ten to a word once, and now in a stream of bits.
 
     Codes and zero points are signed and stored plus 2**(b - 1). weight_shape repeats [N, K]. With actorder "group", weight_g_idx gives
     each input's group. G is 1 for one scale a row (or one for all: a scale of [1] is spread over the rows).
@@ -29,19 +45,20 @@ class PackQuantizedScheme:
         k, n, stored = module.in_features, module.out_features, module.format
         bits = stored.bits
         size = stored.group_size if stored.granularity == "group" and stored.group_size else k
-        values, words = (32, 3) if bits == 3 else (32 // bits, 1)
+        padded = stored.padded_words
+        packed = unit(bits, padded=padded)
         groups = Axis("none") if stored.act_order else Axis("group", values=size, straddles=True)
         one = stored.granularity == "tensor"
         specs = [
-            WeightSpec("weight_packed", (n, -(-k // values) * words), torch.int32, (Axis("out"), Axis("in", values, words))),
+            WeightSpec("weight_packed", (n, num_words(k, bits, padded=padded)), torch.int32, (Axis("out"), Axis("in", *packed))),
             WeightSpec("weight_scale", (1,), None, (Axis("none"),))
             if one
             else WeightSpec("weight_scale", (n, k // size), None, (Axis("out"), groups)),
             WeightSpec("weight_shape", (2,), torch.int64, (Axis("none"),), required=False),
         ]
         if not stored.symmetric:
-            shape = (-(-n // values) * words, k // size)
-            specs.append(WeightSpec("weight_zero_point", shape, torch.int32, (Axis("out", values, words), groups)))
+            shape = (num_words(n, bits, padded=padded), k // size)
+            specs.append(WeightSpec("weight_zero_point", shape, torch.int32, (Axis("out", *packed), groups)))
         if stored.act_order:
             specs.append(WeightSpec("weight_g_idx", (k,), torch.int32, (Axis("in"),), required=False))
         return (*specs, *bias_spec(module))
@@ -63,9 +80,10 @@ class PackQuantizedScheme:
                 raise ValueError(f"weight_g_idx names groups {int(groups.min())} to {int(groups.max())} of {scale.shape[1]}")
         zeros = None
         if not stored.symmetric:
-            zeros = unpack(tensors["weight_zero_point"], stored.bits, 0)[: part.out_features]
+            zeros = unpack(tensors["weight_zero_point"], stored.bits, 0, padded=stored.padded_words)[: part.out_features]
+        codes = unpack(tensors["weight_packed"], stored.bits, 1, padded=stored.padded_words)
         weight = from_group_of_column(
-            unpack(tensors["weight_packed"], stored.bits, 1)[:, : part.in_features].contiguous(),
+            codes[:, : part.in_features].contiguous(),
             groups,
             bits=stored.bits,
             scale=scale,

@@ -6,24 +6,32 @@ import torch
 from torch import Tensor
 
 
-def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
-    """Words int32 to uint8 codes along `dim`: 32 / bits a word for 2, 4 and 8 bits; 32 in three words (one bit stream) for 3 bits.
+def num_words(length: int, bits: int, *, padded: bool = False) -> int:
+    """Words that hold `length` codes, in one stream of bits; `padded`: with no code in two words."""
+    return -(-length // (32 // bits)) if padded else -(-length * bits // 32)
+
+
+def unit(bits: int, *, padded: bool = False) -> tuple[int, int]:
+    """(codes, words) of the shortest run that begins and ends with a word."""
+    return (32, bits) if 32 % bits and not padded else (32 // bits, 1)
+
+
+def unpack(words: Tensor, bits: int, dim: int, *, padded: bool = False) -> Tensor:
+    """Words int32 to uint8 codes along `dim`, which lie as `num_words` says, and what fills up the last word (or three of 3 bits).
 
     Words are unsigned: a set top bit is a code's and no sign.
     """
     words = words.movedim(dim, -1).to(torch.int64) & 0xFFFFFFFF
-    if bits == 3:
-        codes = _unpack_stream(words, bits)
+    if 32 % bits and not padded:
+        codes = _unpack_stream(torch.nn.functional.pad(words, (0, -words.shape[-1] % bits)), bits)
     else:
-        shifts = torch.arange(0, 32, bits)
+        shifts = torch.arange(0, 32 - bits + 1, bits)
         codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
     return codes.flatten(-2).to(torch.uint8).movedim(-1, dim).contiguous()
 
 
 def _unpack_stream(words: Tensor, bits: int) -> Tensor:
     """[..., 3n] words to [..., n, 32] codes that may straddle words."""
-    if words.shape[-1] % bits:
-        raise ValueError(f"{words.shape[-1]} words are no whole number of {bits}-word units of {bits}-bit codes")
     units = words.reshape(*words.shape[:-1], -1, bits)
     starts = torch.arange(0, 32 * bits, bits)
     first, shift = starts // 32, starts % 32
