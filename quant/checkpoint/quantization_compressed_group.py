@@ -113,6 +113,8 @@ def _read_activation(group: Fields) -> ActivationFormat | None:
     symmetric = args.boolean("symmetric", default=True)
     if floating and not symmetric:
         raise args.fault("symmetric", "is not supported: FP8 activations must be symmetric")
+    if not dynamic and not symmetric:
+        raise args.fault("symmetric", "is not supported with static scales: static activations must be symmetric")
     size = args.group_size("group_size") if strategy == "group" else None
     return ActivationFormat("fp8_e4m3" if floating else "int8", _GRANULARITIES[strategy], dynamic, group_size=size, symmetric=symmetric)
 

@@ -91,9 +91,9 @@ def test_it_is_read_from_config_json(tmp_path: Path) -> None:
         ),
         (
             {**INT8, "strategy": "tensor"},
-            {**TOKEN_INT8, "strategy": "tensor", "dynamic": False, "symmetric": False},
+            {**TOKEN_INT8, "strategy": "tensor", "dynamic": False},
             "int-quantized",
-            LinearFormat("int-quantized", 8, "tensor", activation=ActivationFormat("int8", "tensor", False, symmetric=False)),
+            LinearFormat("int-quantized", 8, "tensor", activation=ActivationFormat("int8", "tensor", False)),
         ),
         (
             INT8,
@@ -322,6 +322,10 @@ def test_keys_that_ask_for_nothing(more: dict[str, Any]) -> None:
             "strategy='channel' is not supported: it must be one of tensor, token",
         ),
         (config(group(FLOAT8, {**TOKEN8, "symmetric": False}), form="float-quantized"), "input_activations.symmetric=False"),
+        (
+            config(group(INT8, {**TOKEN_INT8, "strategy": "tensor", "dynamic": False, "symmetric": False}), form="int-quantized"),
+            "input_activations.symmetric=False",
+        ),
         (config(kv_cache_scheme={**KV8, "num_bits": 4}), "kv_cache_scheme.num_bits=4"),
         (config(kv_cache_scheme={**KV8, "symmetric": False}), "kv_cache_scheme.symmetric=False"),
         (config(kv_cache_scheme={**KV8, "strategy": "token"}), "strategy='token' is not supported: it must be one of tensor, attn_head"),
