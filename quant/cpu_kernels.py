@@ -73,6 +73,53 @@ class Int8Panels(LinearKernel):
         return self._packed.nbytes
 
 
+class WidePanels(LinearKernel):
+    """Weights of 2, 4 or 8 bits at their width, inputs as 16-bit integers with a scale a group (kernels/cpu/wide_linear.py)."""
+
+    name: ClassVar[str] = "cpu_wide"
+
+    @staticmethod
+    def takes(form: WeightForm) -> bool:
+        return form.kind == "integer" and form.activation is None
+
+    @staticmethod
+    def refuses(spec: LinearSpec) -> str | None:
+        from ..kernels.cpu import wide_linear
+
+        reason = _refuses_device(spec)
+        if reason is not None:
+            return reason
+        form, inputs = spec.form, spec.in_features
+        if not WidePanels.takes(form):
+            return f"multiplies integer weights with inputs that the format leaves alone, not {form.describe()}"
+        if spec.weight_dtype == torch.float32:
+            return "rounds inputs to 16-bit integers, and float32 was asked for"
+        if form.act_order:
+            return "takes inputs in the order of their groups, not act-order"
+        size = form.group_size or inputs
+        if inputs % size or not wide_linear.takes(bits=form.bits, group_size=size):
+            return f"takes 2, 4 and 8 bits in whole groups of 32 or more that a 32-bit sum can hold, not {form.bits} in groups of {size}"
+        return None
+
+    def __init__(self, spec: LinearSpec, weights: LinearWeights) -> None:
+        from ..kernels.cpu import grouped_linear, wide_linear
+
+        assert isinstance(weights.weight, GroupedWeight)
+        self._kernel = wide_linear
+        self._packed = wide_linear.pack(weights.weight)
+        self._bias = grouped_linear.pad_bias(weights.bias)
+
+    def __call__(self, x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        return self._kernel.linear(x, self._packed, self._bias, out)
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        return self._kernel.rows(self._packed, indices)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._packed.nbytes
+
+
 class GroupedPanels(LinearKernel):
     """Weights of 2 to 8 bits, or fp8, at their width in column panels, float32 arithmetic (kernels/cpu/grouped_linear.py)."""
 

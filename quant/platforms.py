@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 import torch
 
-from .cpu_kernels import GroupedPanels, Int8Panels
+from .cpu_kernels import GroupedPanels, Int8Panels, WidePanels
 from .dense_kernels import PackedPanels, TorchMatmul
 from .linear import LinearKernel
 from .reference_kernel import FloatReference
@@ -17,7 +17,7 @@ ENTRY_POINTS = "octavo.quant"  # packages outside the tree: an entry point names
 # By platform; a GPU takes the list of its own architecture, or the newest one below it. GPU kernels for quantized weights come later:
 # until then the float reference computes them, and says so.
 _KERNELS: dict[str, tuple[type[LinearKernel], ...]] = {
-    "cpu": (PackedPanels, Int8Panels, GroupedPanels, TorchMatmul, FloatReference),
+    "cpu": (PackedPanels, Int8Panels, WidePanels, GroupedPanels, TorchMatmul, FloatReference),
     "sm_80": (TorchMatmul, FloatReference),
     "sm_89": (TorchMatmul, FloatReference),
     "sm_90": (TorchMatmul, FloatReference),

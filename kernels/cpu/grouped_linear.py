@@ -20,7 +20,7 @@ from ..grouped_linear import GroupedWeight
 from .address import load_f32, load_i64, store_f32
 from .atomics import fetch_add
 from .jit import make_caller
-from .panel_format import TILE_ARGUMENTS, PanelFormat, ScaleKind, ZeroKind, compiled
+from .panel_format import TILE_ARGUMENTS, PanelFormat, ScaleKind, ZeroKind, compiled, pair_shift
 from .threads import KERNEL_SIGNATURE, Kernel, team_size
 from .tile import COLUMNS, MAX_ROWS, make_row_tiles
 
@@ -54,7 +54,7 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.permutation is None else self.permutation.nbytes)
 
 
-def panel_format(weight: GroupedWeight) -> PanelFormat:
+def panel_format(weight: GroupedWeight, *, paired: bool = False) -> PanelFormat:
     """The layout that keeps a weight's codes at their width and its scales in their dtype."""
     zero: ZeroKind = "constant"
     if weight.zeros is not None:
@@ -70,12 +70,13 @@ def panel_format(weight: GroupedWeight) -> PanelFormat:
         per_super=0 if weight.super_scale is None else weight.num_groups // weight.super_scale.shape[1],
         super_scale=None if weight.super_scale is None else _SCALES[weight.super_scale.dtype],
         super_offset=None if weight.super_offset is None else _SCALES[weight.super_offset.dtype],
+        paired=paired,
     )
 
 
-def pack(weight: GroupedWeight) -> PackedWeight:
+def pack(weight: GroupedWeight, *, paired: bool = False) -> PackedWeight:
     """Pack once, at load. Peak memory beside the weight is about four bytes a weight."""
-    form = panel_format(weight)
+    form = panel_format(weight, paired=paired)
     n, k = weight.codes.shape
     panels, groups, size = -(-n // COLUMNS), weight.num_groups, weight.group_size
 
@@ -102,7 +103,9 @@ def pack(weight: GroupedWeight) -> PackedWeight:
     missing = -size % form.unit
     if missing:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, missing))
-    for bits, shift in form.planes:
+    if form.paired:
+        pieces.append(_pack_pairs(codes, form.bits))
+    for bits, shift in form.planes if not form.paired else ():
         plane = codes if bits == 8 else (codes >> shift) & ((1 << bits) - 1)
         pieces.append(_pack_plane(plane, bits, words=bits >= 4 and form.codes != "fp8_e4m3"))
     data = torch.cat(pieces, dim=2)
@@ -120,9 +123,20 @@ def _stored_codes(weight: GroupedWeight, form: PanelFormat) -> Tensor:
         return raw
     if weight.codes.dtype == torch.int8:
         raw = raw + form.center  # signed to plain, modulo 256
-    if form.bits in (4, 8):
+    if form.bits in (4, 8) and not form.paired:
         raw = raw ^ form.center
     return raw & ((1 << form.bits) - 1) if form.bits < 8 else raw
+
+
+def _pack_pairs(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [panels, G, g, COLUMNS] to the words of a paired format, as bytes."""
+    panels, groups, _, columns = codes.shape
+    per_word = 32 // bits
+    cells = codes.reshape(panels, groups, -1, per_word, columns)
+    words = torch.zeros(panels, groups, cells.shape[2], columns, dtype=torch.int32)
+    for k in range(per_word):
+        words |= cells[:, :, :, k].to(torch.int32) << pair_shift(k, bits)
+    return words.view(torch.uint8).reshape(panels, groups, -1)
 
 
 def _pack_plane(plane: Tensor, bits: int, *, words: bool) -> Tensor:

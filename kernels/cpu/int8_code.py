@@ -81,15 +81,20 @@ def _dot(builder: Any, kind: Way, total: Any, x: Any, w: Any) -> Any:
         function = cgutils.get_or_insert_function(builder.module, _VNNI, "llvm.x86.avx512.vpdpbusd.512")
         return builder.call(function, [total, inputs, builder.bitcast(w, _HALF_INTS)])
     shorts = ir.VectorType(_I16, 2 * WIDTH)
-    wide, pairs = builder.sext(w, shorts), builder.bitcast(inputs, shorts)
+    return builder.add(total, pair_products(builder, kind, builder.sext(w, shorts), builder.bitcast(inputs, shorts)))
+
+
+def pair_products(builder: Any, kind: Way, wide: Any, pairs: Any) -> Any:
+    """Sums of the products of neighbours: two vectors of 2 * WIDTH int16 to WIDTH int32."""
+    shorts = wide.type
     if kind == "madd":
         name = "llvm.x86.avx512.pmaddw.d.512" if WIDTH == 16 else "llvm.x86.avx2.pmadd.wd"
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_HALF_INTS, [shorts, shorts]), name)
-        return builder.add(total, builder.call(function, [wide, pairs]))
+        return builder.call(function, [wide, pairs])
     product = builder.mul(builder.sext(wide, ir.VectorType(_I32, 2 * WIDTH)), builder.sext(pairs, ir.VectorType(_I32, 2 * WIDTH)))
     undefined, order = ir.Constant(product.type, ir.Undefined), ir.VectorType(_I32, WIDTH)
     even, odd = (builder.shuffle_vector(product, undefined, ir.Constant(order, list(range(i, 2 * WIDTH, 2)))) for i in (0, 1))
-    return builder.add(total, builder.add(even, odd))
+    return builder.add(even, odd)
 
 
 def _emit_tile(module: ir.Module, kind: Way, rows: int) -> None:

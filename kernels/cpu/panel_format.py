@@ -9,7 +9,9 @@ A panel holds COLUMNS output features. Along K it is one stream that is read fro
                                                    codes        one plane after the other
 
 Codes are cut into planes of 8, 4, 2 or 1 bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2). In a plane of 4 or 8 bits a 32-bit word, in one of 1 or
-2 bits a byte, holds the codes of one column for as many consecutive inputs as fit, lowest bits first. fp8 codes lie byte by byte.
+2 bits a byte, holds the codes of one column for as many consecutive inputs as fit, lowest bits first. fp8 codes lie byte by byte. In a
+paired format (2, 4 and 8 bits, one plane) a word's halves hold the codes of even and of odd inputs, as they are: shifted and masked,
+it is two 16-bit integers side by side.
 
 Codes are stored or made signed around the middle of their range, `center`: the common symmetric zero point, the middle, then costs
 nothing, and a weight is `scale * (code - center) + scale * (center - zero)`.
@@ -56,6 +58,7 @@ class PanelFormat:
     per_super: int = 0
     super_scale: ScaleKind | None = None
     super_offset: ScaleKind | None = None
+    paired: bool = False
 
     @property
     def planes(self) -> tuple[tuple[int, int], ...]:
@@ -69,11 +72,13 @@ class PanelFormat:
     @property
     def unit(self) -> int:
         """Inputs that fill whole bytes, or words, in every plane."""
+        if self.paired:
+            return 32 // self.bits
         return 1 if self.codes == "fp8_e4m3" else max(8 // bits if bits < 4 else 32 // bits for bits, _ in self.planes)
 
     @property
     def center(self) -> int:
-        """What is subtracted from codes of this width: 4 and 8 bits are stored less it, the others lose it on the way."""
+        """What is subtracted from codes of this width: 4 and 8 bits (unpaired) are stored less it, the others lose it on the way."""
         return 0 if self.codes == "fp8_e4m3" else 1 << (self.bits - 1)
 
     @property
@@ -139,12 +144,15 @@ def _zero_points(builder: Any, form: PanelFormat, group: Any) -> Any:
     return builder.sitofp(builder.zext(joined, _INTS), _FLOATS)
 
 
-def _scale_and_offset(builder: Any, form: PanelFormat, group: Any, above: Any) -> tuple[Any, Any]:
-    """What a group's centered codes are multiplied with, and what is added then (None: nothing); `above` is its super-group's address."""
+def scale_and_offset(builder: Any, form: PanelFormat, group: Any, above: Any, *, centered: bool = True) -> tuple[Any, Any]:
+    """What a group's centered codes are multiplied with, and what is added then (None: nothing); `above` is its super-group's address.
+
+    `centered` False: the same for codes as they are.
+    """
     scale = _numbers(builder, group, form.scale)
     if form.super_scale is not None:
         scale = builder.fmul(scale, _numbers(builder, above, form.super_scale))
-    center = _constants(_FLOATS, float(form.center))
+    center = _constants(_FLOATS, float(form.center if centered else 0))
     if form.offset is not None:
         offset = _numbers(builder, at(builder, group, COLUMNS * _SIZES[form.scale]), form.offset)
         if form.super_offset is not None:
@@ -153,7 +161,7 @@ def _scale_and_offset(builder: Any, form: PanelFormat, group: Any, above: Any) -
         return scale, fma(builder, scale, center, offset)
     if form.codes == "fp8_e4m3":  # decoded to 2**-8 of their value
         return builder.fmul(scale, _constants(_FLOATS, 256.0)), None
-    if form.zero == "constant" and form.constant_zero == form.center:
+    if form.zero == "constant" and form.constant_zero == (form.center if centered else 0):
         return scale, None
     return scale, builder.fmul(scale, builder.fsub(center, _zero_points(builder, form, group)))
 
@@ -169,10 +177,13 @@ def _unit_of_codes(builder: Any, form: PanelFormat, codes: Any, unit: Any) -> li
         return [_fp8_as_float(builder, _load(builder, start, _BYTES))]
     whole: list[Any] = [None] * form.unit
     base = codes
-    signed = len(form.planes) == 1 and form.bits >= 4
+    signed = len(form.planes) == 1 and form.bits >= 4 and not form.paired
     for bits, shift in form.planes:
         start = builder.add(base, builder.mul(unit, ir.Constant(_I64, form.unit * bits // 8 * COLUMNS)))
-        parts = _words(builder, form.unit, start, bits, signed=signed) if bits >= 4 else _bytes(builder, form.unit, start, bits)
+        if form.paired:
+            parts = _pairs(builder, form.unit, start, bits)
+        else:
+            parts = _words(builder, form.unit, start, bits, signed=signed) if bits >= 4 else _bytes(builder, form.unit, start, bits)
         for k, part in enumerate(parts):
             bits_in_place = builder.shl(part, _constants(_INTS, shift)) if shift else part
             whole[k] = bits_in_place if whole[k] is None else builder.or_(whole[k], bits_in_place)
@@ -193,6 +204,19 @@ def _words(builder: Any, unit: int, start: Any, bits: int, *, signed: bool) -> l
         word = builder.lshr(word, _constants(_INTS, j * bits)) if j else word
         codes.append(builder.and_(word, _constants(_INTS, (1 << bits) - 1)) if j + 1 < per_word else word)
     return codes
+
+
+def pair_shift(k: int, bits: int) -> int:
+    """Where in a word of a paired format input k's code begins: even inputs in the lower half, odd ones in the upper."""
+    return k % 2 * 16 + k // 2 * bits
+
+
+def _pairs(builder: Any, unit: int, start: Any, bits: int) -> list[Any]:
+    """A unit, one word a column, of a paired format."""
+    word = _load(builder, start, _INTS)
+    return [
+        builder.and_(builder.lshr(word, _constants(_INTS, pair_shift(k, bits))), _constants(_INTS, (1 << bits) - 1)) for k in range(unit)
+    ]
 
 
 def _bytes(builder: Any, unit: int, start: Any, bits: int) -> list[Any]:
@@ -219,7 +243,7 @@ def _emit_decode(module: ir.Module, form: PanelFormat) -> None:
     `first` is a multiple of the unit; steps are rounded up to one, and so many rows are written.
     """
     builder, (above, group, first, steps, target) = new_function(module, "decode", 5)
-    scale, offset = _scale_and_offset(builder, form, group, above)
+    scale, offset = scale_and_offset(builder, form, group, above)
     codes = at(builder, group, form.header_bytes)
     unit = ir.Constant(_I64, form.unit)
     begin = builder.udiv(first, unit)
@@ -253,7 +277,7 @@ class _Tile:
         self._data_of = self._offsets(data, panel_bytes, panels)
         self._totals = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(panels)] for _ in range(rows)]
         self._begin(bias)
-        _for_groups(builder, form, groups, self._group)
+        for_groups(builder, form, groups, self._group)
         for row, cells in zip(self._offsets(c, c_row, rows), self._totals, strict=True):
             for p, cell in enumerate(cells):
                 _store(builder, builder.load(cell), at(builder, row, 4 * COLUMNS * p))
@@ -277,7 +301,7 @@ class _Tile:
         builder, form = self._builder, self._form
         groups = [builder.add(data, group_offset) for data in self._data_of]
         aboves = [builder.add(data, above_offset) for data in self._data_of]
-        scales = [_scale_and_offset(builder, form, group, above) for group, above in zip(groups, aboves, strict=True)]
+        scales = [scale_and_offset(builder, form, group, above) for group, above in zip(groups, aboves, strict=True)]
         codes = [at(builder, group, form.header_bytes) for group in groups]
         first = builder.mul(index, ir.Constant(_I64, 4 * form.group_size))
         with cgutils.for_range(builder, ir.Constant(_I64, form.group_size // form.unit), intp=_I64) as loop:
@@ -295,7 +319,7 @@ class _Tile:
                         builder.store(fma(builder, x, unit[j], builder.load(cell)), cell)
 
 
-def _for_groups(builder: Any, form: PanelFormat, groups: Any, body: Callable[[Any, Any, Any], None]) -> None:
+def for_groups(builder: Any, form: PanelFormat, groups: Any, body: Callable[[Any, Any, Any], None]) -> None:
     """Run body(super-group's offset in the panel, group's offset, index) over `groups` groups, whole super-groups."""
     if form.per_super == 0:
         with cgutils.for_range(builder, groups, intp=_I64) as loop:

@@ -132,5 +132,5 @@ async def test_server_info_has_the_wish_and_what_came_of_it():
     assert (told["requested"], told["method"]) == ("auto", "gguf")
     assert sum(group["count"] for group in told["layers"]) == 121
     group = next(group for group in told["layers"] if group["layers"] == "model.layers.*.mlp.down_proj")
-    assert (group["scheme"], group["kernel"], group["in_features"]) == ("gguf Q4_1", "cpu_grouped", 1536)
+    assert (group["scheme"], group["kernel"], group["in_features"]) == ("gguf Q4_1", "cpu_wide", 1536)
     assert {refusal["kernel"]: refusal["made_for_it"] for refusal in group["refused"]} == {"cpu_packed_panels": False, "cpu_int8": False}
