@@ -20,7 +20,7 @@ def prepare_environment() -> None:
     """
     cache = Path(os.environ.get("OCTAVO_CACHE_DIR") or Path.home() / ".cache" / "octavo")
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba" / _kernel_digest()))
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 
 def _kernel_digest() -> str:

@@ -69,6 +69,8 @@ class WeightSource:
         self._mark_read(name)
         if not tensor.is_floating_point():
             raise CheckpointError(f"tensor {name!r} holds {tensor.dtype}, where the model has floating point")
+        if info is not None and not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"tensor {name!r} in {info.file} holds NaN or infinity: the file is damaged, download it again")
         return tensor.to(dtype or self.weight_dtype)
 
     def read_for_linear(self, module: str, spec: WeightSpec, part: Slice, total: tuple[int, int]) -> torch.Tensor | None:

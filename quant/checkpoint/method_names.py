@@ -56,7 +56,7 @@ def check_method(flag: str, checkpoint_method: str | None, source: Path | None, 
 
 
 def _on_dense(flag: str, method: str, source: Path | None) -> str:
-    text = f"--quantization {flag} needs a {method} checkpoint, but this model is dense{_says(source)}"
+    text = f"--quantization {flag} needs a checkpoint quantized with {method}, but this model is dense{_says(source)}"
     if method in ("awq", "gptq"):
         model = source.parent if source is not None else "MODEL"
         return f"{text}. Quantize it first: octavo quantize --model-path {model} --method {method} --out DIR"

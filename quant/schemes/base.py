@@ -74,5 +74,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself. Raises ValueError when it holds a NaN or an infinity."""
     bad = int((~torch.isfinite(tensor.float())).sum())
     if bad:
-        raise ValueError(f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite: the checkpoint is damaged")
+        raise ValueError(
+            f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite: the checkpoint is damaged, download it again"
+        )
     return tensor

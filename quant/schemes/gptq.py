@@ -53,6 +53,11 @@ class GptqScheme:
         codes = unpack(tensors["qweight"], stored.bits, 0)[: part.in_features]
         constant = int(zeros.flatten()[0]) if zeros.numel() else 0
         is_constant = stored.symmetric and bool((zeros == constant).all())
+        if is_constant and constant == (1 << (stored.bits - 1)) - 1 + 2 * stored.zero_offset:
+            raise ValueError(
+                f"every zero point is {constant}, next to the {1 << (stored.bits - 1)} of a symmetric model: checkpoint_format in "
+                "the config, gptq or gptq_v2, is not what the weights were written in"
+            )
         weight = from_group_of_column(
             codes.t().contiguous(),
             groups,

@@ -113,5 +113,5 @@ def test_a_dense_model_must_be_quantized_first(flag: str) -> None:
 
 @pytest.mark.parametrize("flag", ["compressed-tensors", "modelopt", "gguf"])
 def test_a_dense_model_cannot_become_a_checkpoint_format(flag: str) -> None:
-    with pytest.raises(ValueError, match=f"needs a {flag} checkpoint, but this model is dense.*fp8, int8, int4"):
+    with pytest.raises(ValueError, match=f"needs a checkpoint quantized with {flag}, but this model is dense.*fp8, int8, int4"):
         check_method(flag, None, CONFIG)

@@ -96,7 +96,7 @@ def test_all_tells_of_kernels_that_are_not_made_for_the_weights(dense):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--quantization", "awq"], "--quantization awq needs a awq checkpoint, but this model is dense"),
+        (["--quantization", "awq"], "--quantization awq needs a checkpoint quantized with awq, but this model is dense"),
         (["--linear-backend", "cpu_int8"], "--linear-backend cpu_int8 is made for none of this model's linears (dense)"),
     ],
 )
