@@ -49,9 +49,9 @@ class WeightSource:
         self.kernel_options = kernel_options or KernelOptions()
         self._unread = dict(self._infos)
         total = sum(info.nbytes for info in self._infos.values())
-        self._bar = tqdm(
-            total=total, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress, file=sys.stderr
-        )
+        # None: a bar on a terminal, nothing in a log file.
+        hidden = None if show_progress else True
+        self._bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=hidden, file=sys.stderr)
 
     def has(self, name: str) -> bool:
         return name in self._infos
