@@ -69,9 +69,16 @@ class WeightSource:
         self._mark_read(name)
         if not tensor.is_floating_point():
             raise CheckpointError(f"tensor {name!r} holds {tensor.dtype}, where the model has floating point")
-        if info is not None and not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(f"tensor {name!r} in {info.file} holds NaN or infinity: the file is damaged, download it again")
         return tensor.to(dtype or self.weight_dtype)
+
+    def read_norm(self, name: str, size: int) -> torch.Tensor:
+        """A norm's weights [size] in the activation dtype, on the device. CheckpointError also for a NaN or an infinity."""
+        tensor = self.read(name, (size,), self.activation_dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"tensor {name!r} in {self._infos[name].file} holds NaN or infinity: the file is damaged, download it again"
+            )
+        return tensor.to(self.device)
 
     def read_for_linear(self, module: str, spec: WeightSpec, part: Slice, total: tuple[int, int]) -> torch.Tensor | None:
         """One tensor of a module, cut to `part` of `total` (out, in) features; None when it is absent and not required.

@@ -54,7 +54,7 @@ class _Layer:
             return ParallelLinear(LinearShape(f"{prefix}.{name}", full, inputs, parts, bias, split), source, group)  # type: ignore[arg-type]
 
         def norm(name: str, size: int) -> torch.Tensor:
-            return source.read(f"{prefix}.{name}.weight", (size,), source.activation_dtype).to(source.device)
+            return source.read_norm(f"{prefix}.{name}.weight", size)
 
         self._input_norm = norm("input_layernorm", hidden)
         self.qkv = linear(
@@ -146,7 +146,7 @@ class LlamaModel:
         vocabulary = (config.vocab_size,)
         self.embedding = self._vocabulary_linear("model.embed_tokens", vocabulary, source)
         self.layers = [_Layer(config, index, source, group, has_kv_scales=has_kv_scales) for index in range(config.num_layers)]
-        self._final_norm = source.read("model.norm.weight", (config.hidden_size,), source.activation_dtype).to(source.device)
+        self._final_norm = source.read_norm("model.norm.weight", config.hidden_size)
         tied = config.tie_word_embeddings or not source.has_module("lm_head")
         self.head = self.embedding if tied else self._vocabulary_linear("lm_head", vocabulary, source)
 

@@ -107,6 +107,11 @@ def test_tensors_that_the_model_has_no_place_for_are_refused(folder: Path) -> No
         load(rewrite(folder, lambda tensors: tensors.update(extra)))
 
 
+def test_a_norm_that_is_no_number_is_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' in .*model\.safetensors holds NaN or infinity"):
+        load(rewrite(folder, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan)))
+
+
 def test_tensors_without_effect_are_passed_over(folder: Path) -> None:
     load(rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})))
 
