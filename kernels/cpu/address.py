@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -50,6 +51,12 @@ load_u16 = intrinsic(_loader(_I16, types.uint16))
 store_f32 = intrinsic(_storer(_F32, types.float32))
 store_i64 = intrinsic(_storer(ir.IntType(64), types.int64))
 store_u16 = intrinsic(_storer(_I16, types.uint16))
+
+
+@numba.njit(nogil=True)
+def argument(arguments: int, index: int) -> int:
+    """Number `index` of a block of int64 arguments."""
+    return load_i64(arguments + 8 * index)
 
 
 @intrinsic

@@ -10,8 +10,8 @@ from typing import Any, Final
 import numba
 import numpy as np
 
-from .address import load_f32, store_f32
-from .attention_pages import CAP, CAP_FACTOR, DIM, FACTOR, GROUP, WINDOW, argument
+from .address import argument, load_f32, store_f32
+from .attention_pages import CAP, CAP_FACTOR, DIM, FACTOR, GROUP, WINDOW
 from .attention_vectors import (
     FEW_ROWS,
     SIZE,
@@ -36,7 +36,7 @@ ONE: Final = np.float32(1.0)
 MINUS_INFINITY: Final = np.float32(-np.inf)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def weights(arguments: int, scores: int, rows: int, first_row: int, ahead: int, keys: int, begin: int, end: int, result: int) -> None:
     """Turn `rows` rows of scores, columns begin..end, into softmax weights; greatest and sum of each row go to `result`.
 
@@ -67,7 +67,7 @@ def make_score_block(dtype: KVDtype) -> Any:
     tiles = make_row_tiles(vectors=2, dtype="float32")
     transpose = make_transpose(dtype)
 
-    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")
     @specialised(dtype)
     def score_block(
         arguments: int, scores: int, q: int, rows: int, k_rows: int, v_rows: int, keys: int, ahead: int, panel: int, spare: int
@@ -106,7 +106,7 @@ def make_add_values(dtype: KVDtype) -> Any:
     narrow_tile = make_gather_tile(rows=1, vectors=1, dtype=dtype, width=8)
     size = SIZE[dtype]
 
-    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")
     @specialised(dtype)
     def add_values(rows: int, weights: int, v_rows: int, ahead: int, depth: int, target: int, target_row: int, dim: int) -> None:
         """target[rows, dim] = weights[rows, depth] @ v"""

@@ -6,7 +6,7 @@ from typing import Final
 
 import numba
 
-from .address import load_i32, load_i64, store_i64
+from .address import argument, load_i32, load_i64, store_i64
 from .attention_work import ITEM_FIELDS, KEY_BLOCK
 
 ITEM_BYTES: Final = 8 * ITEM_FIELDS
@@ -17,12 +17,7 @@ K, V, PAGE_STRIDE, HEAD_STRIDE, KEY_STRIDE, PAGE_SIZE, TABLE, TABLE_ROW = range(
 FACTOR, WINDOW, CAP, CAP_FACTOR, WORKSPACE, WORKSPACE_BYTES, PARTIALS, COUNTERS = range(20, 28)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def argument(arguments: int, index: int) -> int:
-    return load_i64(arguments + 8 * index)  # type: ignore[no-any-return]
-
-
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def find_rows(arguments: int, pages: int, item: int, head: int, block: int, rows: int) -> None:
     """Addresses of the keys (or values) in `pages` that an item reads in one block; the last is repeated up to a multiple of 8."""
     sequence, first = load_i64(item), block * KEY_BLOCK
@@ -50,7 +45,7 @@ def find_rows(arguments: int, pages: int, item: int, head: int, block: int, rows
         i += 1
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def first_block(arguments: int, item: int) -> int:
     """The first block of an item's part that any of its queries sees."""
     window = argument(arguments, WINDOW)
@@ -58,7 +53,7 @@ def first_block(arguments: int, item: int) -> int:
     return max(load_i64(item + 32), seen)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def find_next(arguments: int, item: int, head: int, block: int, rows: int) -> bool:
     """Addresses of the keys that will probably be read after this block: the item's next block, or the next task's first."""
     if block + 1 < load_i64(item + 40):

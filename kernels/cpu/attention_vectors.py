@@ -141,7 +141,7 @@ def multiply(typingctx: Any, target: Any, factors: Any, count: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def gather_scales(rows: int, count: int, dim: int, target: int) -> None:
     """The scales of `count` quantized rows, given by address, one float32 after the other."""
     for i in range(count):
@@ -337,7 +337,7 @@ def make_gather_tiles(*, vectors: int, dtype: KVDtype, width: int = WIDTH) -> An
         make_gather_tile(rows=r, vectors=vectors, dtype=dtype, width=width) for r in range(1, MAX_ROWS + 1)
     )
 
-    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")
     @specialised(vectors, dtype, width)
     def tiles(rows: int, a: int, a_row: int, b_rows: int, ahead: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
         if rows == 6:
@@ -363,7 +363,7 @@ def make_few_row_tiles(dtype: KVDtype) -> Any:
     """
     tile1, tile2, tile3 = (make_gather_tile(rows=r, vectors=4, dtype=dtype, width=WIDTH) for r in range(1, FEW_ROWS + 1))
 
-    @numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, error_model="numpy")
     @specialised(dtype)
     def tiles(rows: int, a: int, a_row: int, b_rows: int, ahead: int, b_offset: int, c: int, c_row: int, depth: int) -> None:
         if rows == 3:

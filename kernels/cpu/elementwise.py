@@ -25,17 +25,17 @@ _SERIAL_ELEMENTS = 1 << 15
 _ROWS_PER_TASK = 8
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath=_SAFE_MATH)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy", fastmath=_SAFE_MATH)
 def sum_of_squares(x: int, count: int) -> float:
     """Of `count` floats at address x."""
     total = np.float32(0.0)
     for i in range(count):
         value = load_f32_at(x, i)
         total += value * value
-    return total  # type: ignore[no-any-return]
+    return total
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath=_SAFE_MATH)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy", fastmath=_SAFE_MATH)
 def normalize_row(x: int, weight: int, eps: float, target: int, count: int) -> None:
     """target[i] = x[i] / sqrt(mean(x ** 2) + eps) * weight[i]; target may be x."""
     factor = np.float32(1.0) / np.float32(math.sqrt(sum_of_squares(x, count) / np.float32(count) + eps))
@@ -43,13 +43,13 @@ def normalize_row(x: int, weight: int, eps: float, target: int, count: int) -> N
         store_f32_at(target, i, load_f32_at(x, i) * factor * load_f32_at(weight, i))
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _add_row(x: int, residual: int, count: int) -> None:
     for i in range(count):
         store_f32_at(residual, i, load_f32_at(residual, i) + load_f32_at(x, i))
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _silu_mul_row(x: int, target: int, count: int) -> None:
     for i in range(count):
         gate = load_f32_at(x, i)
@@ -60,8 +60,8 @@ def _silu_mul_row(x: int, target: int, count: int) -> None:
 
 @functools.cache
 def _norm_kernel() -> Kernel:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
-    def rms_norm(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True)
+    def rms_norm(arguments):
         rows, count = load_i64(arguments + 16), load_i64(arguments + 24)
         x, x_row = load_i64(arguments + 32), load_i64(arguments + 40)
         residual, residual_row = load_i64(arguments + 48), load_i64(arguments + 56)
@@ -83,8 +83,8 @@ def _norm_kernel() -> Kernel:
 
 @functools.cache
 def _silu_kernel() -> Kernel:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
-    def silu_mul(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True)
+    def silu_mul(arguments):
         rows, count = load_i64(arguments + 16), load_i64(arguments + 24)
         x, x_row, out, out_row = load_i64(arguments + 32), load_i64(arguments + 40), load_i64(arguments + 48), load_i64(arguments + 56)
         while True:

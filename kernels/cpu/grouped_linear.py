@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..grouped_linear import GroupedWeight
-from .address import load_f32, load_i64, store_f32
+from .address import argument, load_f32, load_i64, store_f32
 from .atomics import fetch_add
 from .jit import make_caller
 from .panel_format import TILE_ARGUMENTS, PanelFormat, ScaleKind, ZeroKind, compiled, pair_shift
+from .panel_rows import check, copy_rows
 from .threads import KERNEL_SIGNATURE, Kernel, team_size
 from .tile import COLUMNS, MAX_ROWS, make_row_tiles
 
@@ -162,18 +163,13 @@ PER_SUPER, GROUP_BYTES, SUPER_BYTES, DECODE, PAIR, DIRECT, STEP, TILES = range(1
 
 
 @numba.njit(nogil=True)
-def _argument(arguments: int, index: int) -> int:
-    return load_i64(arguments + 8 * index)
-
-
-@numba.njit(nogil=True)
 def _group_address(arguments: int, panel: int, group: int) -> tuple[int, int]:
     """Addresses of a group's super-group and of the group."""
-    data = _argument(arguments, DATA) + panel * _argument(arguments, PANEL_BYTES)
-    per_super, group_bytes = _argument(arguments, PER_SUPER), _argument(arguments, GROUP_BYTES)
+    data = argument(arguments, DATA) + panel * argument(arguments, PANEL_BYTES)
+    per_super, group_bytes = argument(arguments, PER_SUPER), argument(arguments, GROUP_BYTES)
     if per_super == 0:
         return data, data + group * group_bytes
-    super_bytes = _argument(arguments, SUPER_BYTES)
+    super_bytes = argument(arguments, SUPER_BYTES)
     above = data + group // per_super * (super_bytes + per_super * group_bytes)
     return above, above + super_bytes + group % per_super * group_bytes
 
@@ -181,54 +177,47 @@ def _group_address(arguments: int, panel: int, group: int) -> tuple[int, int]:
 @numba.njit(nogil=True)
 def _decode(arguments: int, panel: int, depth: int, steps: int, target: int) -> None:
     """Inputs depth..depth+steps of one panel to float32 [steps, COLUMNS]."""
-    size = _argument(arguments, GROUP_SIZE)
+    size = argument(arguments, GROUP_SIZE)
     while steps > 0:
         group = depth // size
         first = depth - group * size
         count = min(steps, size - first)
         above, address = _group_address(arguments, panel, group)
-        _call_decode(_argument(arguments, DECODE), (above, address, first, count, target))
+        _call_decode(argument(arguments, DECODE), (above, address, first, count, target))
         depth += count
         steps -= count
         target += count * _columns * 4
 
 
 @numba.njit(nogil=True)
-def _copy_rows(source: int, source_row: int, target: int, target_row: int, rows: int, columns: int) -> None:
-    for r in range(rows):
-        for c in range(columns):
-            store_f32(target + r * target_row + 4 * c, load_f32(source + r * source_row + 4 * c))
-
-
-@numba.njit(nogil=True)
 def _direct(arguments: int, first_panel: int, last_panel: int, spare: int) -> None:
     """All rows, at most _max_rows, of some panels, codes widened in registers. What has no whole panel goes through `spare`."""
-    m, n, groups = _argument(arguments, M), _argument(arguments, N), _argument(arguments, GROUPS)
-    y_row, bias, panel_bytes = _argument(arguments, Y_ROW), _argument(arguments, BIAS), _argument(arguments, PANEL_BYTES)
+    m, n, groups = argument(arguments, M), argument(arguments, N), argument(arguments, GROUPS)
+    y_row, bias, panel_bytes = argument(arguments, Y_ROW), argument(arguments, BIAS), argument(arguments, PANEL_BYTES)
     panel = first_panel
     while panel < last_panel:
         panels = 2 if m == 1 and panel + 2 <= last_panel else 1
-        tile = _argument(arguments, PAIR if panels == 2 else TILES + m - 1)
+        tile = argument(arguments, PAIR if panels == 2 else TILES + m - 1)
         valid = min(panels * _columns, n - panel * _columns)
-        place = _argument(arguments, Y) + panel * _columns * 4
+        place = argument(arguments, Y) + panel * _columns * 4
         target, target_row = place, y_row
         if valid < panels * _columns:
             target, target_row = spare, panels * _columns * 4
-        data = _argument(arguments, DATA) + panel * panel_bytes
+        data = argument(arguments, DATA) + panel * panel_bytes
         panel_bias = bias + panel * _columns * 4 if bias != 0 else 0
-        x, x_row = _argument(arguments, X), _argument(arguments, X_ROW)
+        x, x_row = argument(arguments, X), argument(arguments, X_ROW)
         _call_tile(tile, (x, x_row, data, panel_bytes, target, target_row, groups, panel_bias))
         if valid < panels * _columns:
-            _copy_rows(target, target_row, place, y_row, m, valid)
+            copy_rows(target, target_row, place, y_row, m, valid)
         panel += panels
 
 
 @numba.njit(nogil=True)
 def _decoded(arguments: int, first_panel: int, last_panel: int, spare: int, scratch: int) -> None:
     """All rows of some panels: decode a block of inputs into `scratch`, multiply many rows with it, take the next block."""
-    m, n, k, bias = _argument(arguments, M), _argument(arguments, N), _argument(arguments, K), _argument(arguments, BIAS)
-    x, x_row, y_row = _argument(arguments, X), _argument(arguments, X_ROW), _argument(arguments, Y_ROW)
-    step = _argument(arguments, STEP)
+    m, n, k, bias = argument(arguments, M), argument(arguments, N), argument(arguments, K), argument(arguments, BIAS)
+    x, x_row, y_row = argument(arguments, X), argument(arguments, X_ROW), argument(arguments, Y_ROW)
+    step = argument(arguments, STEP)
     for start in range(0, m, _row_block):
         stop = min(m, start + _row_block)
         for panel in range(first_panel, last_panel):
@@ -238,26 +227,26 @@ def _decoded(arguments: int, first_panel: int, last_panel: int, spare: int, scra
                 _decode(arguments, panel, depth, steps, scratch)
                 for row in range(start, stop, _max_rows):
                     rows = min(_max_rows, stop - row)
-                    place = _argument(arguments, Y) + row * y_row + panel * _columns * 4
+                    place = argument(arguments, Y) + row * y_row + panel * _columns * 4
                     target, target_row = place, y_row
                     if valid < _columns:
                         target, target_row = spare, _columns * 4
                         if depth > 0:
-                            _copy_rows(place, y_row, target, target_row, rows, valid)
+                            copy_rows(place, y_row, target, target_row, rows, valid)
                     if depth == 0 and bias != 0:
-                        _copy_rows(bias + panel * _columns * 4, 0, target, target_row, rows, valid)
+                        copy_rows(bias + panel * _columns * 4, 0, target, target_row, rows, valid)
                     adds = 1 if depth > 0 or bias != 0 else 0
                     _tiles(rows, x + row * x_row + 4 * depth, x_row, scratch, _columns * 4, target, target_row, steps, adds)
                     if valid < _columns:
-                        _copy_rows(target, target_row, place, y_row, rows, valid)
+                        copy_rows(target, target_row, place, y_row, rows, valid)
 
 
 @numba.njit(nogil=True)
 def _body(arguments: int) -> None:
-    n, per_task, direct = _argument(arguments, N), _argument(arguments, PER_TASK), _argument(arguments, DIRECT)
+    n, per_task, direct = argument(arguments, N), argument(arguments, PER_TASK), argument(arguments, DIRECT)
     panels = (n + _columns - 1) // _columns
     spare_floats = np.empty(_max_rows * 2 * _columns, np.float32)
-    scratch_floats = np.empty(_columns if direct != 0 else (_argument(arguments, STEP) + 8) * _columns, np.float32)
+    scratch_floats = np.empty(_columns if direct != 0 else (argument(arguments, STEP) + 8) * _columns, np.float32)
     while True:
         first_panel = fetch_add(arguments, 1) * per_task
         if first_panel >= panels:
@@ -272,7 +261,7 @@ def _body(arguments: int) -> None:
 @functools.cache
 def _kernel() -> Kernel:
     @numba.cfunc(KERNEL_SIGNATURE, cache=True)
-    def grouped_linear(arguments):  # type: ignore[no-untyped-def]
+    def grouped_linear(arguments):
         _body(arguments)
 
     return Kernel(grouped_linear)
@@ -293,12 +282,16 @@ def pad_bias(bias: Tensor | None) -> Tensor | None:
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
-    """out[M, N] = x[M, K] @ W.T + bias; x and out float32 with contiguous rows, bias from `pad_bias`."""
-    if weight.permutation is not None:
-        x = x.index_select(1, weight.permutation)
+    """out[M, N] = x[M, K] @ W.T + bias; x and out float32 with contiguous rows, bias from `pad_bias`.
+
+    Raises ValueError for shapes that do not fit the weight.
+    """
+    check(x, out, in_features=weight.in_features, out_features=weight.out_features)
     m, k = x.shape
     if m == 0:
         return out
+    if weight.permutation is not None:
+        x = x.index_select(1, weight.permutation)
     form, n = weight.form, weight.out_features
     code = compiled(form)
     panels, groups = weight.data.shape[0], k // form.group_size
@@ -337,9 +330,9 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) ->
 
 @numba.njit(nogil=True)
 def _rows_body(arguments: int) -> None:
-    y, y_row, k = _argument(arguments, Y), _argument(arguments, Y_ROW), _argument(arguments, K)
-    indices, count = _argument(arguments, X), _argument(arguments, M)
-    step = _argument(arguments, STEP)
+    y, y_row, k = argument(arguments, Y), argument(arguments, Y_ROW), argument(arguments, K)
+    indices, count = argument(arguments, X), argument(arguments, M)
+    step = argument(arguments, STEP)
     scratch_floats = np.empty((step + 8) * _columns, np.float32)
     scratch = scratch_floats.ctypes.data
     while True:
@@ -359,7 +352,7 @@ def _rows_body(arguments: int) -> None:
 @functools.cache
 def _rows_kernel() -> Kernel:
     @numba.cfunc(KERNEL_SIGNATURE, cache=True)
-    def grouped_rows(arguments):  # type: ignore[no-untyped-def]
+    def grouped_rows(arguments):
         _rows_body(arguments)
 
     return Kernel(grouped_rows)

@@ -14,8 +14,9 @@ from llvmlite import binding, ir
 from numba.core import cgutils
 
 from .jit import compile_module, new_function
+from .quantize_code import INTS, greatest, round_run
 from .tile import COLUMNS, MAX_ROWS, WIDTH
-from .vector_math import at, fma, reduce, splat
+from .vector_math import at, constant, fma, load_unaligned, splat, store_unaligned
 
 Way = Literal["vnni", "madd", "plain"]
 
@@ -48,20 +49,6 @@ def products_per_lane(kind: Way) -> int:
 def code_bytes(kind: Way) -> int:
     """Bytes of one quantized input."""
     return 1 if kind == "vnni" else 2
-
-
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    value.align = 1
-    return value
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
-
-
-def _constants(kind: Any, value: float) -> Any:
-    return ir.Constant(kind, [value] * kind.count)
 
 
 def _halves(builder: Any, value: Any) -> list[Any]:
@@ -105,7 +92,7 @@ def _emit_tile(module: ir.Module, kind: Way, rows: int) -> None:
     builder, arguments = new_function(module, f"tile{rows}", TILE_ARGUMENTS)
     x, x_row, panel, c, c_row, lanes, x_scale, w_scale, start, bias = arguments
     x_rows = [builder.add(x, builder.mul(x_row, ir.Constant(_I64, r))) for r in range(rows)]
-    begin = _halves(builder, _load(builder, start, _INTS))
+    begin = _halves(builder, load_unaligned(builder, start, _INTS))
     cells = [[cgutils.alloca_once(builder, _HALF_INTS) for _ in range(2)] for _ in range(rows)]
     for row in cells:
         for cell, value in zip(row, begin, strict=True):
@@ -114,23 +101,23 @@ def _emit_tile(module: ir.Module, kind: Way, rows: int) -> None:
     half = ir.VectorType(_I8, WIDTH * step)
     with cgutils.for_range(builder, lanes, intp=_I64) as loop:
         place = builder.add(panel, builder.mul(loop.index, ir.Constant(_I64, COLUMNS * step)))
-        weights = [_load(builder, at(builder, place, i * WIDTH * step), half) for i in range(2)]
+        weights = [load_unaligned(builder, at(builder, place, i * WIDTH * step), half) for i in range(2)]
         offset = builder.mul(loop.index, ir.Constant(_I64, step * code_bytes(kind)))
         for row, address in zip(cells, x_rows, strict=True):
-            inputs = _load(builder, builder.add(address, offset), _I32)
+            inputs = load_unaligned(builder, builder.add(address, offset), _I32)
             for cell, w in zip(row, weights, strict=True):
                 builder.store(_dot(builder, kind, builder.load(cell), inputs, w), cell)
-    scales = _halves(builder, _load(builder, w_scale, _FLOATS))
+    scales = _halves(builder, load_unaligned(builder, w_scale, _FLOATS))
     has_bias = builder.icmp_signed("!=", bias, ir.Constant(_I64, 0))
-    biases = _halves(builder, _load(builder, builder.select(has_bias, bias, w_scale), _FLOATS))
-    zeros = _constants(biases[0].type, 0.0)
+    biases = _halves(builder, load_unaligned(builder, builder.select(has_bias, bias, w_scale), _FLOATS))
+    zeros = constant(biases[0].type, 0.0)
     for r, row in enumerate(cells):
-        scale = splat(builder, _load(builder, at(builder, x_scale, 4 * r), _F32), WIDTH)
+        scale = splat(builder, load_unaligned(builder, at(builder, x_scale, 4 * r), _F32), WIDTH)
         target = builder.add(c, builder.mul(c_row, ir.Constant(_I64, r)))
         for i, cell in enumerate(row):
             total = builder.sitofp(builder.load(cell), scale.type)
             value = fma(builder, total, builder.fmul(scale, scales[i]), builder.select(has_bias, biases[i], zeros))
-            _store(builder, value, at(builder, target, 4 * WIDTH * i))
+            store_unaligned(builder, value, at(builder, target, 4 * WIDTH * i))
     builder.ret_void()
 
 
@@ -140,48 +127,26 @@ def _emit_quantize(module: ir.Module, kind: Way) -> None:
     `static` is 0 or the address of the scale; `limit` is the greatest code.
     """
     builder, (x, x_row, rows, k, codes, codes_row, scales, static, limit) = new_function(module, "quantize", QUANTIZE_ARGUMENTS)
-    floats = ir.VectorType(_F32, 8)
-
-    def call(name: str, *args: Any) -> Any:
-        function_type = ir.FunctionType(args[0].type, [arg.type for arg in args])
-        suffix = "v8f32" if isinstance(args[0].type, ir.VectorType) else "f32"
-        return builder.call(cgutils.get_or_insert_function(module, function_type, f"llvm.{name}.{suffix}"), args)
-
     steps = builder.udiv(k, ir.Constant(_I64, 8))
-    greatest = builder.sitofp(limit, _F32)
-    top = splat(builder, greatest, 8)
-    bottom = splat(builder, builder.fsub(builder.fneg(greatest), ir.Constant(_F32, 1.0)), 8)
-    most_cell, poison_cell = cgutils.alloca_once(builder, floats), cgutils.alloca_once(builder, floats)
+    top = builder.sitofp(limit, _F32)
+    bottom = builder.fsub(builder.fneg(top), ir.Constant(_F32, 1.0))
     is_static = builder.icmp_signed("!=", static, ir.Constant(_I64, 0))
-    given = _load(builder, builder.select(is_static, static, x), _F32)
+    given = load_unaligned(builder, builder.select(is_static, static, x), _F32)
     with cgutils.for_range(builder, rows, intp=_I64) as loop:
         row = builder.add(x, builder.mul(loop.index, x_row))
-        builder.store(_constants(floats, 0.0), most_cell)
-        builder.store(_constants(floats, 0.0), poison_cell)
-        with cgutils.for_range(builder, steps, intp=_I64) as inner:
-            value = _load(builder, builder.add(row, builder.mul(inner.index, ir.Constant(_I64, 32))), floats)
-            size, most = call("fabs", value), builder.load(most_cell)
-            builder.store(builder.select(builder.fcmp_ordered(">", size, most), size, most), most_cell)
-            builder.store(
-                fma(builder, value, _constants(floats, 0.0), builder.load(poison_cell)), poison_cell
-            )  # NaN stays, also of inf * 0
-        most = reduce(builder, builder.load(most_cell), lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
-        poison = reduce(builder, builder.load(poison_cell), builder.fadd)
-        scale = builder.select(is_static, given, builder.fdiv(most, greatest))
-        healthy = builder.and_(builder.fcmp_ordered("==", poison, poison), builder.fcmp_ordered(">", scale, ir.Constant(_F32, 0.0)))
-        _store(builder, builder.fadd(scale, poison), builder.add(scales, builder.mul(loop.index, ir.Constant(_I64, 4))))
-        divisor = splat(builder, builder.select(healthy, scale, ir.Constant(_F32, float("inf"))), 8)
         target = builder.add(codes, builder.mul(loop.index, codes_row))
-        with cgutils.for_range(builder, steps, intp=_I64) as inner:
-            value = _load(builder, builder.add(row, builder.mul(inner.index, ir.Constant(_I64, 32))), floats)
-            value = builder.fdiv(value, divisor)
-            value = builder.select(builder.fcmp_ordered("==", value, value), value, _constants(floats, 0.0))  # inf / inf
-            value = call("rint", call("minnum", call("maxnum", value, bottom), top))
-            whole = builder.fptosi(value, ir.VectorType(_I32, 8))
+        most, poison = greatest(builder, row, steps)
+        scale = builder.select(is_static, given, builder.fdiv(most, top))
+        place = builder.add(scales, builder.mul(loop.index, ir.Constant(_I64, 4)))
+        store_unaligned(builder, builder.fadd(scale, poison), place)
+
+        def put(index: Any, whole: Any, target: Any = target) -> None:
             if kind == "vnni":
-                whole = builder.add(whole, _constants(ir.VectorType(_I32, 8), 128))
+                whole = builder.add(whole, constant(INTS, 128))
             narrow = builder.trunc(whole, ir.VectorType(_I8 if kind == "vnni" else _I16, 8))
-            _store(builder, narrow, builder.add(target, builder.mul(inner.index, ir.Constant(_I64, 8 * code_bytes(kind)))))
+            store_unaligned(builder, narrow, builder.add(target, builder.mul(index, ir.Constant(_I64, 8 * code_bytes(kind)))))
+
+        round_run(builder, row, steps, scale, poison, bottom, top, put)
     builder.ret_void()
 
 

@@ -7,24 +7,21 @@ from dataclasses import dataclass
 from typing import Final
 
 import numba
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..int8_linear import wide_limit
-from .address import load_f32, load_i64, store_f32
+from .address import argument
 from .atomics import fetch_add
 from .int8_code import MAX_DEPTH, QUANTIZE_ARGUMENTS, TILE_ARGUMENTS, Way, code_bytes, compiled, products_per_lane, way
 from .jit import make_caller
+from .panel_rows import OWN, M, check, make_body
 from .threads import KERNEL_SIGNATURE, Kernel, team_size
 from .tile import COLUMNS, MAX_ROWS
 
-ROW_BLOCK: Final = 16 * MAX_ROWS
 _QUANTIZE_ROWS: Final = 8  # rows that a task quantizes
 
 _columns = COLUMNS
-_max_rows = MAX_ROWS
-_row_block = ROW_BLOCK
 _quantize_rows = _QUANTIZE_ROWS
 
 
@@ -74,89 +71,63 @@ def pack(codes: Tensor, scale: Tensor, *, wide: bool = False) -> PackedInt8:
 _call_tile = make_caller(TILE_ARGUMENTS)
 _call_quantize = make_caller(QUANTIZE_ARGUMENTS)
 
-# Arguments, as int64 at 8 * index. TILES: the addresses of tile1..6.
-X, X_ROW, CODES, CODES_ROW, X_SCALE, STATIC, M, K, LIMIT, QUANTIZE = range(2, 12)
-DATA, PANEL_BYTES, LANES, W_SCALE, START, BIAS, Y, Y_ROW, N, PER_TASK, TILES = range(12, 23)
-
-
-@numba.njit(nogil=True)
-def _argument(arguments: int, index: int) -> int:
-    return load_i64(arguments + 8 * index)
+# Arguments after panel_rows' own, as int64 at 8 * index. TILES: the addresses of tile1..6.
+X, X_ROW, CODES, CODES_ROW, X_SCALE, STATIC, K, LIMIT, QUANTIZE = range(OWN, OWN + 9)
+DATA, PANEL_BYTES, LANES, W_SCALE, START, BIAS, TILES = range(OWN + 9, OWN + 16)
 
 
 @numba.njit(nogil=True)
 def _quantize_body(arguments: int) -> None:
-    m, x_row, codes_row = _argument(arguments, M), _argument(arguments, X_ROW), _argument(arguments, CODES_ROW)
+    m, x_row, codes_row = argument(arguments, M), argument(arguments, X_ROW), argument(arguments, CODES_ROW)
     while True:
         first = fetch_add(arguments, _quantize_rows)
         if first >= m:
             break
         _call_quantize(
-            _argument(arguments, QUANTIZE),
+            argument(arguments, QUANTIZE),
             (
-                _argument(arguments, X) + first * x_row,
+                argument(arguments, X) + first * x_row,
                 x_row,
                 min(_quantize_rows, m - first),
-                _argument(arguments, K),
-                _argument(arguments, CODES) + first * codes_row,
+                argument(arguments, K),
+                argument(arguments, CODES) + first * codes_row,
                 codes_row,
-                _argument(arguments, X_SCALE) + 4 * first,
-                _argument(arguments, STATIC),
-                _argument(arguments, LIMIT),
+                argument(arguments, X_SCALE) + 4 * first,
+                argument(arguments, STATIC),
+                argument(arguments, LIMIT),
             ),
         )
 
 
 @numba.njit(nogil=True)
-def _panel(arguments: int, panel: int, first: int, last: int, spare: int) -> None:
-    """Rows first..last of one panel. A panel that is not whole goes through `spare`."""
-    bias, y_row, codes_row = _argument(arguments, BIAS), _argument(arguments, Y_ROW), _argument(arguments, CODES_ROW)
-    valid = min(_columns, _argument(arguments, N) - panel * _columns)
-    column = panel * _columns * 4
-    for row in range(first, last, _max_rows):
-        rows = min(_max_rows, last - row)
-        place = _argument(arguments, Y) + row * y_row + column
-        whole = valid == _columns
-        _call_tile(
-            _argument(arguments, TILES + rows - 1),
-            (
-                _argument(arguments, CODES) + row * codes_row,
-                codes_row,
-                _argument(arguments, DATA) + panel * _argument(arguments, PANEL_BYTES),
-                place if whole else spare,
-                y_row if whole else 4 * _columns,
-                _argument(arguments, LANES),
-                _argument(arguments, X_SCALE) + 4 * row,
-                _argument(arguments, W_SCALE) + column,
-                _argument(arguments, START) + column,
-                bias + column if bias != 0 else 0,
-            ),
-        )
-        if not whole:
-            for r in range(rows):
-                for c in range(valid):
-                    store_f32(place + r * y_row + 4 * c, load_f32(spare + r * 4 * _columns + 4 * c))
+def _multiply(arguments: int, panel: int, row: int, rows: int, target: int, target_row: int) -> None:
+    """Rows row..row+rows of one panel."""
+    codes_row, bias, column = argument(arguments, CODES_ROW), argument(arguments, BIAS), panel * _columns * 4
+    _call_tile(
+        argument(arguments, TILES + rows - 1),
+        (
+            argument(arguments, CODES) + row * codes_row,
+            codes_row,
+            argument(arguments, DATA) + panel * argument(arguments, PANEL_BYTES),
+            target,
+            target_row,
+            argument(arguments, LANES),
+            argument(arguments, X_SCALE) + 4 * row,
+            argument(arguments, W_SCALE) + column,
+            argument(arguments, START) + column,
+            bias + column if bias != 0 else 0,
+        ),
+    )
 
 
-@numba.njit(nogil=True)
-def _linear_body(arguments: int) -> None:
-    m, per_task = _argument(arguments, M), _argument(arguments, PER_TASK)
-    panels = (_argument(arguments, N) + _columns - 1) // _columns
-    spare_floats = np.empty(_max_rows * _columns, np.float32)
-    spare = spare_floats.ctypes.data
-    while True:
-        first_panel = fetch_add(arguments, 1) * per_task
-        if first_panel >= panels:
-            break
-        for start in range(0, m, _row_block):
-            for panel in range(first_panel, min(first_panel + per_task, panels)):
-                _panel(arguments, panel, start, min(m, start + _row_block), spare)
+# Made here and not inside _linear_kernel: Numba's cache does not recognise functions made anew.
+_linear_body = make_body(_multiply, "int8")
 
 
 @functools.cache
 def _quantize_kernel() -> Kernel:
     @numba.cfunc(KERNEL_SIGNATURE, cache=True)
-    def int8_quantize(arguments):  # type: ignore[no-untyped-def]
+    def int8_quantize(arguments):
         _quantize_body(arguments)
 
     return Kernel(int8_quantize)
@@ -165,43 +136,51 @@ def _quantize_kernel() -> Kernel:
 @functools.cache
 def _linear_kernel() -> Kernel:
     @numba.cfunc(KERNEL_SIGNATURE, cache=True)
-    def int8_linear(arguments):  # type: ignore[no-untyped-def]
+    def int8_linear(arguments):
         _linear_body(arguments)
 
     return Kernel(int8_linear)
 
 
 def linear(x: Tensor, weight: PackedInt8, bias: Tensor | None, out: Tensor, *, static_scale: Tensor | None = None) -> Tensor:
-    """out[M, N] of x float32 [M, K]; rows contiguous; bias float32 filled up to whole panels; static_scale float32 [1]."""
+    """out[M, N] of x float32 [M, K]; rows contiguous; bias float32 filled up to whole panels; static_scale float32 [1].
+
+    Raises ValueError for shapes that do not fit the weight.
+    """
+    check(x, out, in_features=weight.in_features, out_features=weight.out_features)
     m, k = x.shape
     depth = weight.data.shape[1] * weight.data.shape[3]
     if depth != k:
         x = torch.nn.functional.pad(x, (0, depth - k))
-    size = code_bytes(weight.kind)
-    codes = torch.empty(m, depth * size, dtype=torch.int8)
-    scales = torch.empty(m)
+    size, n, panels = code_bytes(weight.kind), weight.out_features, weight.data.shape[0]
+    codes, scales = torch.empty(m, depth * size, dtype=torch.int8), torch.empty(m)
     code = compiled(weight.kind)
-    static = 0 if static_scale is None else static_scale.data_ptr()
-    shared = (x.data_ptr(), x.stride(0) * 4, codes.data_ptr(), depth * size, scales.data_ptr(), static, m, depth, weight.limit)
-    _quantize_kernel()(team_size() if m * depth > 1 << 16 else 1, *shared, code["quantize"])
-    n, panels = weight.out_features, weight.data.shape[0]
     threads = team_size() if m * n * k > 1 << 16 else 1
-    _linear_kernel()(
-        threads,
-        *shared,
-        0,
+    arguments = (
+        out.data_ptr(),
+        out.stride(0) * 4,
+        m,
+        n,
+        max(1, panels // (threads * 4)),
+        x.data_ptr(),
+        x.stride(0) * 4,
+        codes.data_ptr(),
+        depth * size,
+        scales.data_ptr(),
+        0 if static_scale is None else static_scale.data_ptr(),
+        depth,
+        weight.limit,
+        code["quantize"],
         weight.data.data_ptr(),
         weight.data.stride(0),
         weight.data.shape[1],
         weight.scale.data_ptr(),
         weight.start.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        out.stride(0) * 4,
-        n,
-        max(1, panels // (threads * 4)),
         *(code[f"tile{rows}"] for rows in range(1, MAX_ROWS + 1)),
     )
+    _quantize_kernel()(team_size() if m * depth > 1 << 16 else 1, *arguments)
+    _linear_kernel()(threads, *arguments)
     return out
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .address import load_f32, load_i64, store_f32, store_i64
+from .address import argument, load_f32, load_i64, store_f32, store_i64
 from .atomics import arrive, fetch_add
 from .attention_block import MINUS_INFINITY, PANEL, SCORE_ROW, make_add_values, make_score_block, weights
 from .attention_pages import (
@@ -45,7 +45,6 @@ from .attention_pages import (
     K,
     Q,
     V,
-    argument,
     find_next,
     find_rows,
     first_block,
@@ -60,7 +59,7 @@ from .vector_math import exp2
 _LOG2E = 1.4426950408889634
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _merge(arguments: int, running: int, state: int, part: int, greatest: float, total: float) -> None:
     """Merge one block's result of one row into the row's running result; `state` holds its greatest score and its sum."""
     if greatest == MINUS_INFINITY:
@@ -75,7 +74,7 @@ def _merge(arguments: int, running: int, state: int, part: int, greatest: float,
     blend(running, keep, part, weight, argument(arguments, DIM))
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _start_rows(running: int, state: int, rows: int, dim: int) -> None:
     for i in range(rows * dim):
         store_f32(running + 4 * i, np.float32(0.0))
@@ -84,7 +83,7 @@ def _start_rows(running: int, state: int, rows: int, dim: int) -> None:
         store_f32(state + 8 * r + 4, np.float32(0.0))
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _write_rows(arguments: int, item: int, head: int, rows: int, running: int, state: int) -> None:
     dim, group = argument(arguments, DIM), argument(arguments, GROUP)
     for r in range(rows):
@@ -94,7 +93,7 @@ def _write_rows(arguments: int, item: int, head: int, rows: int, running: int, s
         scale_row(running + r * dim * 4, np.float32(1.0) / load_f32(state + 8 * r + 4), target, dim)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _layout(scratch: int, rows: int, dim: int) -> tuple[int, int, int, int, int, int, int, int, int]:
     """Where in a thread's scratch things lie; `_workspace_floats` gives its size."""
     k_rows = scratch
@@ -108,16 +107,16 @@ def _layout(scratch: int, rows: int, dim: int) -> tuple[int, int, int, int, int,
     return k_rows, v_rows, panel, tile, tile_state, state, q, running, running + 4 * rows * dim
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _partials(arguments: int, item: int, head: int) -> int:
     """Where the parts of an item's query block leave their results: for each block and row `dim` sums, the greatest score, its sum."""
     queries = load_i64(item + 16)
     blocks = (load_i64(item + 24) + queries + KEY_BLOCK - 1) // KEY_BLOCK
     row = load_i64(item + 64) * argument(arguments, KV_HEADS) + head * blocks * queries * argument(arguments, GROUP)
-    return argument(arguments, PARTIALS) + row * (4 * argument(arguments, DIM) + 8)  # type: ignore[no-any-return]
+    return argument(arguments, PARTIALS) + row * (4 * argument(arguments, DIM) + 8)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _load_queries(arguments: int, item: int, head: int, q: int) -> None:
     dim, group = argument(arguments, DIM), argument(arguments, GROUP)
     for r in range(load_i64(item + 16) * group):
@@ -127,7 +126,7 @@ def _load_queries(arguments: int, item: int, head: int, q: int) -> None:
         scale_row(source, np.float32(1.0), q + r * dim * 4, dim)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _merge_parts(arguments: int, item: int, head: int, scratch: int) -> None:
     """Merge what all parts of one query block left, in order, and write the rows."""
     dim, window = argument(arguments, DIM), argument(arguments, WINDOW)
@@ -145,7 +144,7 @@ def _merge_parts(arguments: int, item: int, head: int, scratch: int) -> None:
     _write_rows(arguments, item, head, rows, running, state)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _finish(arguments: int, item: int, head: int, scratch: int) -> None:
     """Write the rows of an item that has no other part; else count the part, and let the last one merge them."""
     dim, parts = argument(arguments, DIM), load_i64(item + 56)
@@ -165,7 +164,7 @@ def _make_attend_block(dtype: KVDtype) -> Any:
     add_values = make_add_values(dtype)
     quantized = SIZE[dtype] == 1
 
-    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    @numba.njit(inline="always")
     @specialised(dtype)
     def attend_block(arguments: int, item: int, head: int, block: int, scratch: int) -> None:
         """One block for all rows of an item; k_rows in scratch already holds the block's keys, and will hold the next one's."""
@@ -214,7 +213,7 @@ def _make_attend_block(dtype: KVDtype) -> Any:
 def _make_body(dtype: KVDtype) -> Any:
     attend_block = _make_attend_block(dtype)
 
-    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    @numba.njit(inline="always")
     @specialised(dtype)
     def run_task(arguments: int, item: int, head: int, scratch: int) -> None:
         dim, rows = argument(arguments, DIM), load_i64(item + 16) * argument(arguments, GROUP)
@@ -228,7 +227,7 @@ def _make_body(dtype: KVDtype) -> Any:
             attend_block(arguments, item, head, block, scratch)
         _finish(arguments, item, head, scratch)
 
-    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    @numba.njit(inline="always")
     @specialised(dtype)
     def body(arguments: int) -> None:
         slot = fetch_add(arguments + 8 * SLOT, 1)
@@ -259,48 +258,48 @@ def _kernel(dtype: torch.dtype) -> Kernel:
 
 
 def _compile_bf16() -> Any:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def attention_bf16(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")
+    def attention_bf16(arguments):
         _bf16_body(arguments)
 
     return attention_bf16
 
 
 def _compile_f16() -> Any:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def attention_f16(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")
+    def attention_f16(arguments):
         _f16_body(arguments)
 
     return attention_f16
 
 
 def _compile_f32() -> Any:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def attention_f32(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")
+    def attention_f32(arguments):
         _f32_body(arguments)
 
     return attention_f32
 
 
 def _compile_int8() -> Any:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def attention_int8(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")
+    def attention_int8(arguments):
         _int8_body(arguments)
 
     return attention_int8
 
 
 def _compile_e4m3() -> Any:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def attention_e4m3(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")
+    def attention_e4m3(arguments):
         _e4m3_body(arguments)
 
     return attention_e4m3
 
 
 def _compile_e5m2() -> Any:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def attention_e5m2(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True, error_model="numpy")
+    def attention_e5m2(arguments):
         _e5m2_body(arguments)
 
     return attention_e5m2

@@ -29,11 +29,11 @@ from numba.core import cgutils
 
 from .jit import compile_module, new_function
 from .tile import COLUMNS, MAX_ROWS
-from .vector_math import at, fma, splat
+from .vector_math import at, constant, fma, load_unaligned, splat, store_unaligned
 
 CodeKind = Literal["integer", "fp8_e4m3"]
 ScaleKind = Literal["float16", "bfloat16", "float32", "uint8", "int8"]
-ZeroKind = Literal["constant", "nibbles", "bytes", "offset"]
+ZeroKind = Literal["constant", "nibbles", "bytes"]
 
 TILE_ARGUMENTS: Final = 8
 PLANES: Final[dict[int, tuple[int, ...]]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
@@ -92,7 +92,7 @@ class PanelFormat:
 
     @property
     def zero_bytes(self) -> int:
-        return {"constant": 0, "nibbles": COLUMNS // 2, "bytes": COLUMNS, "offset": 0}[self.zero]
+        return {"constant": 0, "nibbles": COLUMNS // 2, "bytes": COLUMNS}[self.zero]
 
     @property
     def header_bytes(self) -> int:
@@ -107,26 +107,16 @@ class PanelFormat:
         return sum(COLUMNS * _SIZES[kind] for kind in (self.super_scale, self.super_offset) if kind)
 
 
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    value.align = 1
-    return value
-
-
-def _constants(kind: Any, value: float) -> Any:
-    return ir.Constant(kind, [value] * kind.count)
-
-
 def _numbers(builder: Any, address: Any, kind: ScaleKind) -> Any:
     """COLUMNS elements as floats."""
     if kind == "float32":
-        return _load(builder, address, _FLOATS)
+        return load_unaligned(builder, address, _FLOATS)
     if kind == "float16":
-        return builder.fpext(_load(builder, address, ir.VectorType(ir.HalfType(), COLUMNS)), _FLOATS)
+        return builder.fpext(load_unaligned(builder, address, ir.VectorType(ir.HalfType(), COLUMNS)), _FLOATS)
     if kind == "bfloat16":
-        wide = builder.zext(_load(builder, address, ir.VectorType(_I16, COLUMNS)), _INTS)
-        return builder.bitcast(builder.shl(wide, _constants(_INTS, 16)), _FLOATS)
-    raw = _load(builder, address, _BYTES)
+        wide = builder.zext(load_unaligned(builder, address, ir.VectorType(_I16, COLUMNS)), _INTS)
+        return builder.bitcast(builder.shl(wide, constant(_INTS, 16)), _FLOATS)
+    raw = load_unaligned(builder, address, _BYTES)
     return builder.sitofp(builder.sext(raw, _INTS) if kind == "int8" else builder.zext(raw, _INTS), _FLOATS)
 
 
@@ -134,12 +124,12 @@ def _zero_points(builder: Any, form: PanelFormat, group: Any) -> Any:
     """A group's integer zero points as floats."""
     address = at(builder, group, COLUMNS * _SIZES[form.scale])
     if form.zero == "constant":
-        return _constants(_FLOATS, float(form.constant_zero))
+        return constant(_FLOATS, float(form.constant_zero))
     if form.zero == "bytes":
         return _numbers(builder, address, "uint8")
     half = ir.VectorType(_I8, COLUMNS // 2)
-    raw = _load(builder, address, half)
-    low, high = builder.and_(raw, _constants(half, 15)), builder.lshr(raw, _constants(half, 4))
+    raw = load_unaligned(builder, address, half)
+    low, high = builder.and_(raw, constant(half, 15)), builder.lshr(raw, constant(half, 4))
     joined = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, COLUMNS), list(range(COLUMNS))))
     return builder.sitofp(builder.zext(joined, _INTS), _FLOATS)
 
@@ -152,7 +142,7 @@ def scale_and_offset(builder: Any, form: PanelFormat, group: Any, above: Any, *,
     scale = _numbers(builder, group, form.scale)
     if form.super_scale is not None:
         scale = builder.fmul(scale, _numbers(builder, above, form.super_scale))
-    center = _constants(_FLOATS, float(form.center if centered else 0))
+    center = constant(_FLOATS, float(form.center if centered else 0))
     if form.offset is not None:
         offset = _numbers(builder, at(builder, group, COLUMNS * _SIZES[form.scale]), form.offset)
         if form.super_offset is not None:
@@ -160,7 +150,7 @@ def scale_and_offset(builder: Any, form: PanelFormat, group: Any, above: Any, *,
             offset = builder.fmul(offset, _numbers(builder, at(builder, above, COLUMNS * _SIZES[form.super_scale]), form.super_offset))
         return scale, fma(builder, scale, center, offset)
     if form.codes == "fp8_e4m3":  # decoded to 2**-8 of their value
-        return builder.fmul(scale, _constants(_FLOATS, 256.0)), None
+        return builder.fmul(scale, constant(_FLOATS, 256.0)), None
     if form.zero == "constant" and form.constant_zero == (form.center if centered else 0):
         return scale, None
     return scale, builder.fmul(scale, builder.fsub(center, _zero_points(builder, form, group)))
@@ -174,7 +164,7 @@ def _unit_of_codes(builder: Any, form: PanelFormat, codes: Any, unit: Any) -> li
     """Codes less their center of `form.unit` consecutive inputs, as float vectors; `codes` is the first plane's address."""
     if form.codes == "fp8_e4m3":
         start = builder.add(codes, builder.mul(unit, ir.Constant(_I64, COLUMNS)))
-        return [_fp8_as_float(builder, _load(builder, start, _BYTES))]
+        return [_fp8_as_float(builder, load_unaligned(builder, start, _BYTES))]
     whole: list[Any] = [None] * form.unit
     base = codes
     signed = len(form.planes) == 1 and form.bits >= 4 and not form.paired
@@ -185,24 +175,24 @@ def _unit_of_codes(builder: Any, form: PanelFormat, codes: Any, unit: Any) -> li
         else:
             parts = _words(builder, form.unit, start, bits, signed=signed) if bits >= 4 else _bytes(builder, form.unit, start, bits)
         for k, part in enumerate(parts):
-            bits_in_place = builder.shl(part, _constants(_INTS, shift)) if shift else part
+            bits_in_place = builder.shl(part, constant(_INTS, shift)) if shift else part
             whole[k] = bits_in_place if whole[k] is None else builder.or_(whole[k], bits_in_place)
         base = at(builder, base, form.plane_bytes(bits))
-    return [builder.sitofp(code if signed else builder.sub(code, _constants(_INTS, form.center)), _FLOATS) for code in whole]
+    return [builder.sitofp(code if signed else builder.sub(code, constant(_INTS, form.center)), _FLOATS) for code in whole]
 
 
 def _words(builder: Any, unit: int, start: Any, bits: int, *, signed: bool) -> list[Any]:
     """A unit of a plane that lies in 32-bit words. Shifts within a lane are cheaper than widening bytes across lanes."""
     per_word, codes = 32 // bits, []
     for k in range(unit):
-        word = _load(builder, at(builder, start, k // per_word * 4 * COLUMNS), _INTS)
+        word = load_unaligned(builder, at(builder, start, k // per_word * 4 * COLUMNS), _INTS)
         j = k % per_word
         if signed:
-            word = builder.shl(word, _constants(_INTS, 32 - bits * (j + 1))) if j + 1 < per_word else word
-            codes.append(builder.ashr(word, _constants(_INTS, 32 - bits)))
+            word = builder.shl(word, constant(_INTS, 32 - bits * (j + 1))) if j + 1 < per_word else word
+            codes.append(builder.ashr(word, constant(_INTS, 32 - bits)))
             continue
-        word = builder.lshr(word, _constants(_INTS, j * bits)) if j else word
-        codes.append(builder.and_(word, _constants(_INTS, (1 << bits) - 1)) if j + 1 < per_word else word)
+        word = builder.lshr(word, constant(_INTS, j * bits)) if j else word
+        codes.append(builder.and_(word, constant(_INTS, (1 << bits) - 1)) if j + 1 < per_word else word)
     return codes
 
 
@@ -213,27 +203,25 @@ def pair_shift(k: int, bits: int) -> int:
 
 def _pairs(builder: Any, unit: int, start: Any, bits: int) -> list[Any]:
     """A unit, one word a column, of a paired format."""
-    word = _load(builder, start, _INTS)
-    return [
-        builder.and_(builder.lshr(word, _constants(_INTS, pair_shift(k, bits))), _constants(_INTS, (1 << bits) - 1)) for k in range(unit)
-    ]
+    word = load_unaligned(builder, start, _INTS)
+    return [builder.and_(builder.lshr(word, constant(_INTS, pair_shift(k, bits))), constant(_INTS, (1 << bits) - 1)) for k in range(unit)]
 
 
 def _bytes(builder: Any, unit: int, start: Any, bits: int) -> list[Any]:
     """A unit of a plane that lies in bytes."""
     per_byte, codes = 8 // bits, []
     for k in range(unit):
-        raw = _load(builder, at(builder, start, k // per_byte * COLUMNS), _BYTES)
+        raw = load_unaligned(builder, at(builder, start, k // per_byte * COLUMNS), _BYTES)
         j = k % per_byte
-        raw = builder.lshr(raw, _constants(_BYTES, j * bits)) if j else raw
-        codes.append(builder.zext(builder.and_(raw, _constants(_BYTES, (1 << bits) - 1)), _INTS))
+        raw = builder.lshr(raw, constant(_BYTES, j * bits)) if j else raw
+        codes.append(builder.zext(builder.and_(raw, constant(_BYTES, (1 << bits) - 1)), _INTS))
     return codes
 
 
 def _fp8_as_float(builder: Any, code: Any) -> Any:
     """2**-8 of the value of e4m3 bytes: float16's bits, but for the exponents' bias, 7 here and 15 there. Subnormals come out right."""
     halves = ir.VectorType(_I16, COLUMNS)
-    bits = builder.and_(builder.shl(builder.sext(code, halves), _constants(halves, 7)), _constants(halves, 0xBFFF))
+    bits = builder.and_(builder.shl(builder.sext(code, halves), constant(halves, 7)), constant(halves, 0xBFFF))
     return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), COLUMNS)), _FLOATS)
 
 
@@ -252,13 +240,8 @@ def _emit_decode(module: ir.Module, form: PanelFormat) -> None:
         values = _unit_of_codes(builder, form, codes, builder.add(begin, loop.index))
         place = builder.add(target, builder.mul(loop.index, ir.Constant(_I64, form.unit * COLUMNS * 4)))
         for k, code in enumerate(values):
-            _store(builder, _weight(builder, code, scale, offset), at(builder, place, k * COLUMNS * 4))
+            store_unaligned(builder, _weight(builder, code, scale, offset), at(builder, place, k * COLUMNS * 4))
     builder.ret_void()
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    stored = builder.store(value, builder.inttoptr(address, value.type.as_pointer()))
-    stored.align = 4
 
 
 class _Tile:
@@ -280,7 +263,7 @@ class _Tile:
         for_groups(builder, form, groups, self._group)
         for row, cells in zip(self._offsets(c, c_row, rows), self._totals, strict=True):
             for p, cell in enumerate(cells):
-                _store(builder, builder.load(cell), at(builder, row, 4 * COLUMNS * p))
+                store_unaligned(builder, builder.load(cell), at(builder, row, 4 * COLUMNS * p))
         builder.ret_void()
 
     def _offsets(self, base: Any, stride: Any, count: int) -> list[Any]:
@@ -291,7 +274,7 @@ class _Tile:
         builder = self._builder
         for cells in self._totals:
             for cell in cells:
-                builder.store(_constants(_FLOATS, 0.0), cell)
+                builder.store(constant(_FLOATS, 0.0), cell)
         with builder.if_then(builder.icmp_signed("!=", bias, ir.Constant(_I64, 0))):
             for cells in self._totals:
                 for p, cell in enumerate(cells):

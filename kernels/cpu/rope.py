@@ -31,7 +31,7 @@ _K, _V, _PAGE_STRIDE, _HEAD_STRIDE, _KEY_STRIDE, _PAGE_SIZE, _CODE = range(12, 1
 _Q_NORM, _K_NORM, _EPS, _NUM_POSITIONS, _NUM_SLOTS, _FAULT, _K_SCALES, _V_SCALES = range(19, 27)
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath=_SAFE_MATH)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy", fastmath=_SAFE_MATH)
 def _rotate(head: int, table: int, half: int) -> None:
     """Turn the pairs (i, half + i) of one head by the angles whose cosines, then sines, stand at `table`."""
     for i in range(half):
@@ -41,7 +41,7 @@ def _rotate(head: int, table: int, half: int) -> None:
         store_f32_at(head + 4 * half, i, second * cos + first * sin)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _copy(source: int, target: int, count: int, code: int) -> None:
     if code == 1:
         for i in range(count):
@@ -54,7 +54,7 @@ def _copy(source: int, target: int, count: int, code: int) -> None:
             store_f32_at(target, i, load_f32_at(source, i))
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _dynamic_scale(source: int, count: int, code: int) -> float:
     """Maps the greatest magnitude of `count` floats to the code's greatest number; NaN is passed over, zeros have scale 1."""
     greatest = np.int32(0)
@@ -69,7 +69,7 @@ def _dynamic_scale(source: int, count: int, code: int) -> float:
     return max(scale, _SMALLEST_SCALE)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _quantize(source: int, target: int, count: int, code: int, scale: float) -> None:
     """One row of a quantized page: codes of source / scale, then the scale, or NaN where a number was none."""
     lost = np.int32(0)
@@ -88,7 +88,7 @@ def _quantize(source: int, target: int, count: int, code: int, scale: float) -> 
     store_f32(target + count, _NAN if lost != 0 else scale)
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _store(source: int, target: int, count: int, code: int, static_scale: int) -> None:
     """One head's key or value into its row; `static_scale` is a scale's address, or 0."""
     if code < _QUANTIZED:
@@ -99,14 +99,14 @@ def _store(source: int, target: int, count: int, code: int, static_scale: int) -
         _quantize(source, target, count, code, _dynamic_scale(source, count, code))
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _scale_of(arguments: int, which: int, head: int) -> int:
     """The address of a head's static scale, or 0."""
     scales = load_i64(arguments + 8 * which)
     return scales + 4 * head if scales != 0 else 0
 
 
-@numba.njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, error_model="numpy")
 def _row(arguments: int, row: int) -> None:
     heads, kv_heads, dim = load_i64(arguments + 8 * _HEADS), load_i64(arguments + 8 * _KV_HEADS), load_i64(arguments + 8 * _DIM)
     half, code, eps = load_i64(arguments + 8 * _HALF), load_i64(arguments + 8 * _CODE), load_f32(arguments + 8 * _EPS)
@@ -137,8 +137,8 @@ def _row(arguments: int, row: int) -> None:
 
 @functools.cache
 def _kernel() -> Kernel:
-    @numba.cfunc(KERNEL_SIGNATURE, cache=True)  # type: ignore[untyped-decorator]
-    def rope_and_store(arguments):  # type: ignore[no-untyped-def]
+    @numba.cfunc(KERNEL_SIGNATURE, cache=True)
+    def rope_and_store(arguments):
         rows = load_i64(arguments + 8 * _ROWS)
         while True:
             first = fetch_add(arguments, 1) * _ROWS_PER_TASK

@@ -98,6 +98,18 @@ def store(builder: Any, value: Any, address: Any) -> None:
     stored.align = 4
 
 
+def load_unaligned(builder: Any, address: Any, kind: Any) -> Any:
+    """A value of any kind from any address."""
+    value = builder.load(builder.inttoptr(address, ir.PointerType(kind)))
+    value.align = 1
+    return value
+
+
+def store_unaligned(builder: Any, value: Any, address: Any) -> None:
+    """A value of any kind to any address."""
+    builder.store(value, builder.inttoptr(address, ir.PointerType(value.type))).align = 1
+
+
 def splat(builder: Any, value: Any, width: int) -> Any:
     kind = ir.VectorType(value.type, width)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))

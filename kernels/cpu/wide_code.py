@@ -16,8 +16,9 @@ from numba.core import cgutils
 from .int8_code import Way, pair_products, way
 from .jit import compile_module, new_function
 from .panel_format import PanelFormat, for_groups, scale_and_offset
+from .quantize_code import INTS, greatest, round_run
 from .tile import COLUMNS, MAX_ROWS, WIDTH
-from .vector_math import at, fma, load, reduce, splat, store
+from .vector_math import at, constant, fma, load, load_unaligned, reduce, splat, store, store_unaligned
 
 TILE_ARGUMENTS: Final = 10
 QUANTIZE_ARGUMENTS: Final = 8
@@ -30,16 +31,6 @@ _SHORTS = ir.VectorType(_I16, 2 * WIDTH)
 def greatest_input(group_size: int, bits: int) -> int:
     """The greatest code of an input: 32767, or less where a group's sum could overflow."""
     return min(32767, (2**31 - 1) // (group_size * ((1 << bits) - 1)))
-
-
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    value.align = 1
-    return value
-
-
-def _constants(kind: Any, value: float) -> Any:
-    return ir.Constant(kind, [value] * kind.count)
 
 
 def _half(builder: Any, value: Any, index: int) -> Any:
@@ -77,7 +68,7 @@ class _Tile:
         builder = self._builder
         for cells in self._totals:
             for cell in cells:
-                builder.store(_constants(_HALF_FLOATS, 0.0), cell)
+                builder.store(constant(_HALF_FLOATS, 0.0), cell)
         with builder.if_then(builder.icmp_signed("!=", bias, ir.Constant(_I64, 0))):
             for cells in self._totals:
                 for i, cell in enumerate(cells):
@@ -88,17 +79,17 @@ class _Tile:
         group, above = builder.add(self._panel, group_offset), builder.add(self._panel, above_offset)
         for cells in self._partial:
             for cell in cells:
-                builder.store(_constants(_HALF_INTS, 0), cell)
+                builder.store(constant(_HALF_INTS, 0), cell)
         codes = at(builder, group, form.header_bytes)
         first = builder.mul(index, ir.Constant(_I64, 2 * form.group_size))
         with cgutils.for_range(builder, ir.Constant(_I64, form.group_size // form.unit), intp=_I64) as loop:
             place = builder.add(codes, builder.mul(loop.index, ir.Constant(_I64, 4 * COLUMNS)))
-            words = [_load(builder, at(builder, place, 4 * WIDTH * i), _HALF_INTS) for i in range(2)]
+            words = [load_unaligned(builder, at(builder, place, 4 * WIDTH * i), _HALF_INTS) for i in range(2)]
             offset = builder.add(first, builder.mul(loop.index, ir.Constant(_I64, 2 * form.unit)))
             for j in range(form.unit // 2):
                 pairs = [self._pair(word, j) for word in words]
                 for row, cells in zip(self._x_rows, self._partial, strict=True):
-                    inputs = _load(builder, at(builder, builder.add(row, offset), 4 * j), _I32)
+                    inputs = load_unaligned(builder, at(builder, builder.add(row, offset), 4 * j), _I32)
                     wide = builder.bitcast(splat(builder, inputs, WIDTH), _SHORTS)
                     for pair, cell in zip(pairs, cells, strict=True):
                         builder.store(builder.add(builder.load(cell), pair_products(builder, self._kind, pair, wide)), cell)
@@ -107,8 +98,8 @@ class _Tile:
     def _pair(self, word: Any, j: int) -> Any:
         builder, bits = self._builder, self._form.bits
         mask = ((1 << bits) - 1) * 0x10001
-        shifted = builder.lshr(word, _constants(_HALF_INTS, j * bits)) if j else word
-        return builder.bitcast(builder.and_(shifted, _constants(_HALF_INTS, mask)), _SHORTS)
+        shifted = builder.lshr(word, constant(_HALF_INTS, j * bits)) if j else word
+        return builder.bitcast(builder.and_(shifted, constant(_HALF_INTS, mask)), _SHORTS)
 
     def _add_group(self, group: Any, above: Any, place: Any) -> None:
         builder = self._builder
@@ -116,11 +107,11 @@ class _Tile:
         for i in range(2):
             part, rest = _half(builder, scale, i), None if offset is None else _half(builder, offset, i)
             for r in range(self._rows):
-                x_scale = splat(builder, _load(builder, builder.add(self._scale_rows[r], place), _F32), WIDTH)
+                x_scale = splat(builder, load_unaligned(builder, builder.add(self._scale_rows[r], place), _F32), WIDTH)
                 products = builder.fmul(builder.sitofp(builder.load(self._partial[r][i]), _HALF_FLOATS), x_scale)
                 total = fma(builder, products, part, builder.load(self._totals[r][i]))
                 if rest is not None:
-                    x_sum = splat(builder, _load(builder, builder.add(self._sum_rows[r], place), _F32), WIDTH)
+                    x_sum = splat(builder, load_unaligned(builder, builder.add(self._sum_rows[r], place), _F32), WIDTH)
                     total = fma(builder, x_sum, rest, total)
                 builder.store(total, self._totals[r][i])
 
@@ -131,44 +122,23 @@ def _emit_quantize(module: ir.Module, form: PanelFormat) -> None:
     A group with a NaN or an infinity gets the scale NaN, one of zeros the scale 0.
     """
     builder, (x, x_row, rows, groups, codes, codes_row, scales, sums) = new_function(module, "quantize", QUANTIZE_ARGUMENTS)
-    floats, ints, size = ir.VectorType(_F32, 8), ir.VectorType(_I32, 8), form.group_size
+    size = form.group_size
     limit = ir.Constant(_F32, float(greatest_input(size, form.bits)))
     steps = ir.Constant(_I64, size // 8)
-
-    def call(name: str, *args: Any) -> Any:
-        kind = ir.FunctionType(args[0].type, [arg.type for arg in args])
-        return builder.call(cgutils.get_or_insert_function(module, kind, f"llvm.{name}.v8f32"), args)
-
-    most_cell, poison_cell, sum_cell = (cgutils.alloca_once(builder, kind) for kind in (floats, floats, ints))
+    sum_cell = cgutils.alloca_once(builder, INTS)
     with cgutils.for_range(builder, rows, intp=_I64) as row, cgutils.for_range(builder, groups, intp=_I64) as group:
         source = builder.add(builder.add(x, builder.mul(row.index, x_row)), builder.mul(group.index, ir.Constant(_I64, 4 * size)))
         target = builder.add(builder.add(codes, builder.mul(row.index, codes_row)), builder.mul(group.index, ir.Constant(_I64, 2 * size)))
-        builder.store(_constants(floats, 0.0), most_cell)
-        builder.store(_constants(floats, 0.0), poison_cell)
-        builder.store(_constants(ints, 0), sum_cell)
-        with cgutils.for_range(builder, steps, intp=_I64) as loop:
-            value = load(builder, builder.add(source, builder.mul(loop.index, ir.Constant(_I64, 32))), floats)
-            magnitude, most = call("fabs", value), builder.load(most_cell)
-            builder.store(builder.select(builder.fcmp_ordered(">", magnitude, most), magnitude, most), most_cell)
-            builder.store(
-                fma(builder, value, _constants(floats, 0.0), builder.load(poison_cell)), poison_cell
-            )  # NaN stays, also of inf * 0
-        most = reduce(builder, builder.load(most_cell), lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
-        poison = reduce(builder, builder.load(poison_cell), builder.fadd)
+        most, poison = greatest(builder, source, steps)
         scale = builder.fdiv(most, limit)
-        healthy = builder.and_(builder.fcmp_ordered("==", poison, poison), builder.fcmp_ordered(">", scale, ir.Constant(_F32, 0.0)))
-        divisor = splat(builder, builder.select(healthy, scale, ir.Constant(_F32, float("inf"))), 8)
-        with cgutils.for_range(builder, steps, intp=_I64) as loop:
-            value = load(builder, builder.add(source, builder.mul(loop.index, ir.Constant(_I64, 32))), floats)
-            value = builder.fdiv(value, divisor)
-            value = builder.select(builder.fcmp_ordered("==", value, value), value, _constants(floats, 0.0))  # inf / inf
-            value = call("minnum", call("maxnum", value, splat(builder, builder.fneg(limit), 8)), splat(builder, limit, 8))
-            whole = builder.fptosi(call("rint", value), ints)
+        builder.store(constant(INTS, 0), sum_cell)
+
+        def put(index: Any, whole: Any, target: Any = target) -> None:
             builder.store(builder.add(builder.load(sum_cell), whole), sum_cell)
-            place = builder.add(target, builder.mul(loop.index, ir.Constant(_I64, 16)))
-            builder.store(
-                builder.trunc(whole, ir.VectorType(_I16, 8)), builder.inttoptr(place, ir.VectorType(_I16, 8).as_pointer())
-            ).align = 2
+            place = builder.add(target, builder.mul(index, ir.Constant(_I64, 16)))
+            store_unaligned(builder, builder.trunc(whole, ir.VectorType(_I16, 8)), place)
+
+        round_run(builder, source, steps, scale, poison, builder.fneg(limit), limit, put)
         scale = builder.fadd(scale, poison)
         small = builder.mul(builder.add(builder.mul(row.index, groups), group.index), ir.Constant(_I64, 4))
         store(builder, scale, builder.add(scales, small))

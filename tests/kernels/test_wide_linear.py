@@ -148,3 +148,13 @@ def test_sixteen_products_an_instruction() -> None:
     for kind in ("madd", "plain") if wide_code.way() != "plain" else ("plain",):
         text = machine.emit_assembly(optimized(wide_code.emit(form, kind), machine))  # type: ignore[arg-type]
         assert kind == "plain" or "vpmaddwd" in text
+
+
+def test_what_does_not_fit_the_weight_is_refused_and_not_read() -> None:
+    packed = wide_linear.pack(make_weight(20, 64, 32, 4, "zeros"))
+    with pytest.raises(ValueError, match=r"x is \(3, 32\) and out \(3, 20\) for a weight of 20 x 64"):
+        wide_linear.linear(torch.randn(3, 32), packed, None, torch.empty(3, 20))
+    with pytest.raises(ValueError, match=r"x is \(3, 64\) and out \(2, 20\)"):
+        wide_linear.linear(torch.randn(3, 64), packed, None, torch.empty(2, 20))
+    with pytest.raises(ValueError, match="rows must be contiguous"):
+        wide_linear.linear(torch.randn(64, 3).t(), packed, None, torch.empty(3, 20))
