@@ -59,7 +59,8 @@ def _on_dense(flag: str, method: str, source: Path | None) -> str:
     text = f"--quantization {flag} needs a checkpoint quantized with {method}, but this model is dense{_says(source)}"
     if method in ("awq", "gptq"):
         model = source.parent if source is not None else "MODEL"
-        return f"{text}. Quantize it first: octavo quantize --model-path {model} --method {method} --out DIR"
+        command = f"octavo quantize --model-path {model} --method {method} --out DIR"
+        return f"{text}. Quantize it first: {command} (a later version has that command)"
     return f"{text}. Leave the option out, or quantize while loading with one of {', '.join(_LOAD_TIME)}"
 
 

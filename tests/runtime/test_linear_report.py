@@ -65,3 +65,18 @@ def test_backends_are_known_by_name() -> None:
     check_backend_name("cpu_grouped")
     with pytest.raises(ValueError, match=r"--linear-backend 'fast' is not valid: give one of .*cpu_grouped.*reference"):
         check_backend_name("fast")
+
+
+def test_a_dense_model_on_the_cpu_is_told_what_quantizing_would_hold() -> None:
+    mib = 1 << 20
+    embedding = LinearGroup("model.embed_tokens", 1, 1024, 4096, "dense", "cpu_packed_panels", 8 * mib, ())
+    for bytes_each in (2, 4):  # whatever the dense dtype is
+        layers = LinearGroup("model.layers.*.mlp.down_proj", 10, 1024, 2048, "dense", "cpu_packed_panels", 20 * mib * bytes_each, ())
+        report = LinearReport(None, (embedding, layers))
+        told = report.advice("cpu")
+        assert told is not None
+        assert f"{8 + 20 * bytes_each} MiB of weights" in told
+        assert "int8 would hold 28 MiB" in told
+        assert "int4 about 19 MiB" in told
+        assert report.advice("cuda") is None
+    assert LinearReport("awq", (layers,)).advice("cpu") is None
