@@ -83,6 +83,12 @@ class GroupedWeight:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
+    def take(self, rows: Tensor) -> GroupedWeight:
+        """Some rows of W, by int64 [R] indices."""
+        over_rows = {name: tensor for name, tensor in self._tensors().items() if name != "permutation"}
+        codes = over_rows.pop("codes").view(torch.uint8)[rows].view(self.codes.dtype)  # not every torch indexes fp8
+        return replace(self, codes=codes, **{name: tensor[rows] for name, tensor in over_rows.items()})  # type: ignore[arg-type]
+
     def to(self, device: torch.device) -> GroupedWeight:
         """The same on a device."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})  # type: ignore[arg-type]

@@ -85,6 +85,11 @@ class LinearWeights:
         bias, scale = (None if tensor is None else tensor.to(device) for tensor in (self.bias, self.input_scale))
         return LinearWeights(self.weight.to(device), bias, scale)
 
+    def take(self, rows: torch.Tensor) -> LinearWeights:
+        """Some output features, by int64 [R] indices."""
+        weight = self.weight.take(rows) if isinstance(self.weight, GroupedWeight) else self.weight[rows]
+        return LinearWeights(weight, None if self.bias is None else self.bias[rows], self.input_scale)
+
     def dense(self) -> torch.Tensor:
         """The weight in float32."""
         return dequantize(self.weight) if isinstance(self.weight, GroupedWeight) else self.weight.float()

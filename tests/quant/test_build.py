@@ -13,7 +13,8 @@ from octavo.kernels.grouped_linear import GroupedWeight
 from octavo.quant import platforms
 from octavo.quant.build import BuiltKernel, KernelOptions, Part, build_kernels
 from octavo.quant.cpu_kernels import GroupedPanels
-from octavo.quant.linear import LinearKernel, LinearSpec, LinearWeights, NoKernel
+from octavo.quant.dense_kernels import PackedPanels
+from octavo.quant.linear import LinearKernel, LinearSpec, LinearWeights, NoKernel, WeightForm
 from octavo.quant.platforms import kernels_for, register_kernel
 from octavo.quant.reference_kernel import FloatReference
 from octavo.quant.schemes.base import Slice
@@ -184,6 +185,25 @@ def test_weights_that_are_no_numbers_are_found() -> None:
             device=CPU,
             options=KernelOptions(self_check=SelfCheck()),
         )
+
+
+def test_a_large_layer_is_compared_in_part_and_looked_at_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary's head is not dequantized whole for the check, and a NaN in any of its rows is found and told from a kernel's fault."""
+    seen: list[int] = []
+    dense = LinearWeights.dense
+
+    def recorded_dense(weights: LinearWeights) -> torch.Tensor:
+        seen.append(weights.out_features)
+        return dense(weights)
+
+    monkeypatch.setattr(LinearWeights, "dense", recorded_dense)
+    weight = torch.randn(5000, 32)
+    spec = LinearSpec("lm_head", 32, 5000, False, torch.float32, CPU, torch.float32, WeightForm("dense", 32))
+    SelfCheck()(PackedPanels(spec, LinearWeights(weight)), spec, LinearWeights(weight))
+    assert 0 < max(seen) <= 512
+    weight[1234, 5] = torch.nan
+    with pytest.raises(KernelFault, match="in the float reference too: its weights are damaged"):
+        SelfCheck()(PackedPanels(spec, LinearWeights(weight)), spec, LinearWeights(weight))
 
 
 @pytest.mark.parametrize("name", EQUAL)
