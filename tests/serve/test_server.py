@@ -65,16 +65,20 @@ def start() -> Iterator[Callable[..., Process]]:
 
 
 def _stream(process: Process, lines: list[str]) -> threading.Thread:
+    """A client whose stream has begun: one that is stopped earlier gets a plain 503."""
+
     def read() -> None:
         with (
             suppress(httpx.RemoteProtocolError),
             httpx.stream("POST", f"{process.url}/v1/chat/completions", json={**ASK, "stream": True}, timeout=20) as response,
         ):
-            lines.extend(line for line in response.iter_lines() if line)
+            for line in response.iter_lines():
+                if line:
+                    lines.append(line)
 
     thread = threading.Thread(target=read)
     thread.start()
-    wait_until(lambda: _active_jobs(process) == 1)
+    wait_until(lambda: bool(lines))
     return thread
 
 
