@@ -5,6 +5,8 @@ Codes times scales come back as float32, for kernels that multiply floats: the s
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,6 +15,14 @@ from torch import Tensor
 from .int8_linear import wide_limit
 
 FP8_MAX = 448.0
+
+
+@functools.cache
+def _fp8_on_cpu() -> Callable[..., None]:
+    """The CPU kernel, imported at the first call."""
+    from .cpu.round_fp8 import round_fp8
+
+    return round_fp8
 
 
 def quantize_dequantize(
@@ -32,6 +42,10 @@ def quantize_dequantize(
     """
     k = x.shape[1]
     size = k if group_size is None else group_size
+    if dtype == "fp8_e4m3" and x.is_cpu and x.dtype == torch.float32 and x.stride(1) == 1:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _fp8_on_cpu()(x, size, 0.0 if static_scale is None else float(static_scale), out)
+        return out
     cells = torch.nn.functional.pad(x.float(), (0, -k % size)).view(x.shape[0], -(-k // size), size)
     if dtype == "int8" and not symmetric:
         if static_scale is not None:

@@ -17,6 +17,7 @@ import torch
 
 from octavo.kernels.cpu import grouped_linear, int8_linear, packed_linear, wide_linear
 from octavo.kernels.grouped_linear import GroupedWeight
+from octavo.kernels.quantize_activations import quantize_dequantize
 
 SHAPES = ((3072, 576), (576, 1536), (960, 576))  # N, K of a 135M Llama
 ROWS = (1, 4, 16, 64, 512)
@@ -36,6 +37,8 @@ def kernels(n: int, k: int, copies: int) -> dict[str, tuple[Multiply, list[Any]]
     dense = packed_linear.pack(torch.randn(n, k).bfloat16())
     eight = int8_linear.pack(torch.randint(-127, 128, (n, k)).to(torch.int8), torch.rand(n), wide=True)
     wide, grouped = wide_linear.pack(int4(n, k)), grouped_linear.pack(int4(n, k))
+    codes = torch.randn(n, k).to(torch.float8_e4m3fn)
+    fp8 = grouped_linear.pack(GroupedWeight(codes, 8, k, torch.rand(n, 1)))
 
     def again(weight: Any) -> list[Any]:
         return [replace(weight, data=weight.data.clone()) for _ in range(copies)]
@@ -45,6 +48,7 @@ def kernels(n: int, k: int, copies: int) -> dict[str, tuple[Multiply, list[Any]]
         "int8": (lambda x, w, out: int8_linear.linear(x, w, None, out), again(eight)),
         "int4 wide": (lambda x, w, out: wide_linear.linear(x, w, None, out), again(wide)),
         "int4 grouped": (lambda x, w, out: grouped_linear.linear(x, w, None, out), again(grouped)),
+        "fp8": (lambda x, w, out: grouped_linear.linear(quantize_dequantize(x, "fp8_e4m3"), w, None, out), again(fp8)),
     }
 
 

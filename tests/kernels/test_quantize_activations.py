@@ -84,5 +84,32 @@ def test_nan_stays(dtype: Literal["int8", "fp8_e4m3"], static: torch.Tensor | No
     assert found[1].isfinite().all()
 
 
+@pytest.mark.parametrize("group_size", [None, 48])
+def test_fp8_on_the_cpu_is_torchs_own_rounding(group_size: int | None) -> None:
+    """Every finite exponent, subnormals, ties and strided rows."""
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.arange(254, dtype=torch.uint8)[torch.arange(254) % 128 != 127].view(torch.float8_e4m3fn).float()
+    between = (codes[1:] + codes[:-1]) / 2  # ties
+    wide = torch.randn(3, 512, generator=generator) * 2.0 ** torch.randint(-30, 30, (3, 512), generator=generator)
+    x = torch.cat([wide, torch.nn.functional.pad(torch.stack([codes[:250], between[:250]]), (0, 262))])
+    x[3:, 300] = 448.0  # a scale of 1
+    strided = torch.cat([x, x], 1)[:, :512]
+    assert torch.equal(quantize_dequantize(strided, "fp8_e4m3", group_size=group_size), through_torch(x, group_size or 512))
+
+
+def test_an_infinity_poisons_its_token_alone() -> None:
+    found = quantize_dequantize(torch.tensor([[1.0, float("inf"), 2.0], [1.0, 3.0, 2.0]]), "fp8_e4m3")
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
+
+
+def through_torch(x: torch.Tensor, size: int) -> torch.Tensor:
+    cells = torch.nn.functional.pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size))
+    scale = cells.abs().amax(-1, keepdim=True) / 448.0
+    scale = torch.where(scale == 0, 1.0, scale)
+    rounded = (cells / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    return rounded.flatten(1)[:, : x.shape[1]]
+
+
 def test_no_rows() -> None:
     assert quantize_dequantize(torch.empty(0, 8), "int8", group_size=4).shape == (0, 8)
