@@ -6,6 +6,7 @@ import difflib
 import sys
 
 from . import __version__
+from .serve.exit_code import exit_code_of
 
 _COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible API",
@@ -27,6 +28,10 @@ _USAGE = "\n".join(
 def main(argv: list[str] | None = None) -> int:
     """Run the command in `argv` (None: the process's own); gives the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    return exit_code_of(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     match command:
         case "serve":

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from .serve.cli import main
+from .serve.exit_code import exit_code_of
+
+
+def _serve() -> int:
+    from .serve.cli import main  # takes a moment, which Ctrl-C may cut
+
+    return main(sys.argv[1:], prog="python -m octavo.launch_server")
+
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:], prog="python -m octavo.launch_server"))
+    raise SystemExit(exit_code_of(_serve))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .eval_run import DEFAULT_SEQLEN, EvalResult, EvalSetup, ModelInfo, evaluate
 
@@ -21,8 +23,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "octavo eval") -> int
     options = Engine.options()
     args = _parser(prog, options).parse_args(argv)
     try:
-        if args.output_json is not None and not args.output_json.absolute().parent.is_dir():
-            raise ValueError(f"cannot write {args.output_json}: the folder {args.output_json.absolute().parent} does not exist")
+        _check_output(args.output_json)
         result = evaluate(
             args.model_path,
             reference=args.reference,
@@ -35,10 +36,6 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "octavo eval") -> int
             reference_dtype=args.reference_dtype,
             engine_options={name: value for name in options if name != "model_path" and (value := getattr(args, name, None)) is not None},
         )
-        print(table(result))
-        if args.output_json is not None:
-            args.output_json.write_text(result.to_json() + "\n", encoding="utf-8")
-            print(f"wrote {args.output_json}")
     except UnicodeDecodeError as error:
         return _fail(prog, f"{args.text} is not UTF-8 ({error.reason} at byte {error.start}): convert it first", _BAD_INPUT)
     except OSError as error:
@@ -49,7 +46,33 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "octavo eval") -> int
         return _fail(prog, str(error), _FAILED)
     except KeyboardInterrupt:
         return _fail(prog, "stopped, nothing was written", _INTERRUPTED)
-    return 0
+    return _tell(prog, result, args.output_json)
+
+
+def _check_output(file: Path | None) -> None:
+    """Raises ValueError where `file` cannot be written: no result is to be lost for that."""
+    if file is None:
+        return
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {file}: the folder {folder} does not exist")
+    if file.is_dir():
+        raise ValueError(f"cannot write {file}: it is a folder, give a file in it")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise ValueError(f"cannot write {file}: this user may not; give a file in another folder")
+
+
+def _tell(prog: str, result: EvalResult, file: Path | None) -> int:
+    """Write `file` first and print last: who reads what is printed may leave."""
+    code, written = 0, []
+    if file is not None:
+        try:
+            file.write_text(result.to_json() + "\n", encoding="utf-8")
+            written = [f"wrote {file}"]
+        except OSError as error:
+            code = _fail(prog, f"cannot write {file}: {error.strerror or error}", _FAILED)
+    print("\n".join([table(result), *written]))
+    return code
 
 
 def _fail(prog: str, text: str, code: int) -> int:
@@ -58,6 +81,25 @@ def _fail(prog: str, text: str, code: int) -> int:
 
 
 # -- flags ------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, an unknown flag before one that is missing."""
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            flags = {flag.strip("-"): flag for flag in self._option_string_actions}
+            near = difflib.get_close_matches(name.strip("-"), flags, n=1)  # without dashes, which all flags share
+            what = "unknown flag" if name.startswith("-") else "unexpected argument"
+            self.error(f"{what} {name}; " + (f"did you mean {flags[near[0]]}?" if near else "--help lists the flags"))
+        if args.text is None:
+            self.error("--text FILE is missing: give the text to evaluate on; --help explains")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_BAD_INPUT, f"{self.prog}: {message.removeprefix('argument ')}\n")
 
 
 def _at_least(low: int) -> Callable[[str], int]:
@@ -73,10 +115,11 @@ def _at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
-def _parser(prog: str, engine: Mapping[str, Any]) -> argparse.ArgumentParser:
+def _parser(prog: str, engine: Mapping[str, Any]) -> _Parser:
     """`engine`: the options that Engine has, with their defaults."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
+        usage=f"{prog} --text FILE [--model-path PATH] [--reference PATH] [flags]",
         allow_abbrev=False,
         description="Perplexity of a model over a text; with --reference also KL divergence and top-1 agreement, token by token.",
         epilog=f"Example: {prog} --model-path ./my-model-int4 --reference ./my-model --text wiki.test.txt",
@@ -89,7 +132,7 @@ def _parser(prog: str, engine: Mapping[str, Any]) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("text")
     add = group.add_argument
-    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8; read as it is, without chat template")
+    add("--text", type=Path, metavar="FILE", help="UTF-8; read as it is, without chat template; required")
     add("--seqlen", type=_at_least(2), default=DEFAULT_SEQLEN, metavar="N", help="tokens in a window (default: %(default)s)")
     add(
         "--stride",

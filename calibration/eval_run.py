@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .windows import Window, check_windows, windows_of
+
 if TYPE_CHECKING:
     from octavo import Engine
 
-    from .evaluate import Scores, Window
+    from .evaluate import Scores
 
 DEFAULT_SEQLEN = 1024
 AddBos = Literal["auto", "yes", "no"]
@@ -102,11 +104,17 @@ def evaluate(
     tokens that begin every `stride` (None: seqlen, so that they do not overlap). `max_tokens` takes only the first tokens of the text,
     `max_windows` only the first windows. A BOS token stands at most once, before the text: "auto" as the tokenizer itself does it.
     `engine_options` are Engine's for the model; the reference shares those on device, threads, tokenizer, context and memory, and is
-    computed in `reference_dtype` ("auto": its checkpoint's own). Raises ValueError (and its kin) with the remedy, OSError for the file.
+    computed in `reference_dtype` ("auto": its checkpoint's own). Raises ValueError (and its kin) with the remedy, OSError for the file;
+    before a model is loaded where arguments and the models' configs tell it.
     """
+    stride = seqlen if stride is None else stride
     _check(text, token_ids, max_tokens, max_windows, add_bos)
+    check_windows(seqlen=seqlen, stride=stride)
     content = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
     options = {"max_total_tokens": seqlen + _POOL_BEYOND_A_WINDOW, "max_running_requests": 1, **(engine_options or {})}
+    shared = {name: options[name] for name in _SHARED_OPTIONS if name in options}
+    of_reference = {**shared, "max_running_requests": 1, "dtype": reference_dtype}
+    _check_models(seqlen, (model_path, options), *([] if reference is None else [(reference, of_reference)]))
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(_engine(model_path, options, show_progress))
         bos = None
@@ -115,21 +123,18 @@ def evaluate(
         else:
             tokens, bos = _tokenize(ours, content, add_bos, _name(model_path))
         tokens = tokens[:max_tokens]
-        windows = _windows(tokens, seqlen, seqlen if stride is None else stride, max_windows, where=text)
-        _check_context(ours, _name(model_path), seqlen)
+        windows = _windows(tokens, seqlen, stride, max_windows, where=text)
         theirs = None
         if reference is not None:
-            shared = {name: options[name] for name in _SHARED_OPTIONS if name in options}
-            theirs = stack.enter_context(_engine(reference, {**shared, "max_running_requests": 1, "dtype": reference_dtype}, show_progress))
-            _check_alike(ours, _name(model_path), theirs, reference, content)
-            _check_context(theirs, reference, seqlen)
+            theirs = stack.enter_context(_engine(reference, of_reference, show_progress))
+            _check_read_alike(ours, _name(model_path), theirs, reference, content)
         scores, seconds = _score(ours, theirs, tokens, windows, show_progress=show_progress)
         setup = EvalSetup(
             text=text.name if isinstance(text, Path) else None,
             tokens_sha256=_digest(tokens[: windows[-1].end]),
             num_windows=len(windows),
             seqlen=seqlen,
-            stride=seqlen if stride is None else stride,
+            stride=stride,
             add_bos=add_bos if content is not None else None,
             bos_token_id=bos,
         )
@@ -169,8 +174,6 @@ def _tokenize(engine: Engine, text: str, add_bos: AddBos, model: str) -> tuple[l
 
 
 def _windows(tokens: Sequence[int], seqlen: int, stride: int, max_windows: int | None, *, where: str | Path | None) -> list[Window]:
-    from .evaluate import windows_of
-
     try:
         return windows_of(len(tokens), seqlen=seqlen, stride=stride)[:max_windows]
     except ValueError as error:
@@ -190,20 +193,29 @@ def _engine(model_path: str | None, options: Mapping[str, Any], show_progress: b
     return Engine(model_path, show_progress=show_progress, **options)
 
 
-def _check_context(engine: Engine, model: str, seqlen: int) -> None:
-    context = engine.get_model_info()["context_length"]
-    if seqlen > context:
-        raise ValueError(f"seqlen {seqlen} is beyond the context length of {model}, {context} tokens: give at most {context}")
+def _check_models(seqlen: int, *models: tuple[str | None, Mapping[str, Any]]) -> None:
+    """What paths, options and configs tell of a model and its reference: that a window fits, and that KL compares like with like."""
+    from octavo import Engine
 
-
-def _check_alike(ours: Engine, model: str, theirs: Engine, reference: str, text: str | None) -> None:
-    """KL compares like with like: one vocabulary, and the same tokens for the same text."""
-    sizes = [engine.get_model_info()["vocab_size"] for engine in (ours, theirs)]
-    if sizes[0] != sizes[1]:
+    sizes: list[int] = []
+    for path, options in models:
+        try:
+            limits = Engine.inspect(path, **options)
+        except ValueError as error:
+            raise ValueError(f"the reference: {error}" if sizes else str(error)) from error
+        context = limits["context_length"]
+        if seqlen > context:
+            raise ValueError(f"seqlen {seqlen} is beyond the context length of {_name(path)}, {context} tokens: give at most {context}")
+        sizes.append(limits["vocab_size"])
+    if len(set(sizes)) > 1:
         raise ValueError(
-            f"{model} has a vocabulary of {sizes[0]} tokens and {reference} one of {sizes[1]}: "
+            f"{_name(models[0][0])} has a vocabulary of {sizes[0]} tokens and {_name(models[1][0])} one of {sizes[1]}: "
             "KL needs one vocabulary, give a reference of the same family"
         )
+
+
+def _check_read_alike(ours: Engine, model: str, theirs: Engine, reference: str, text: str | None) -> None:
+    """KL compares the same tokens for the same text."""
     if text is None:
         return
     tokens = [engine.tokenizer.encode(text, add_special_tokens=False) for engine in (ours, theirs)]

@@ -1,7 +1,6 @@
 """Perplexity, KL divergence and top-1 agreement from the logits of one model or two. Knows no engine, no text and no file.
 
-The definition is everybody's: a text is cut into windows, each computed by itself, and a token counts once, under the longest context that
-a window gives it. A window's first token is context alone. Log-softmax is float32, sums are float64.
+Log-softmax is float32, sums are float64.
 """
 
 from __future__ import annotations
@@ -13,47 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .windows import Window
+
 Piece = tuple[int, torch.Tensor]  # position of the first row, logits [n, vocab_size]: row i predicts the token after position + i
 LogitsSource = Callable[[Sequence[int]], Iterable[Piece]]  # from the tokens of a window to the logits of its positions, in order
 
 _BLOCK_LOGITS = 1 << 22  # rows are taken in blocks of so many numbers, which bounds the copies made of them
-
-
-@dataclass(frozen=True)
-class Window:
-    """Tokens `start` to `end` - 1, computed together. Those from `first_scored` on are scored, the others are context."""
-
-    start: int
-    end: int
-    first_scored: int
-
-    @property
-    def num_scored(self) -> int:
-        return self.end - self.first_scored
-
-
-def windows_of(num_tokens: int, *, seqlen: int, stride: int) -> list[Window]:
-    """Windows of `seqlen` tokens (the last may be shorter) that begin every `stride` tokens and score each token they can once.
-
-    With stride = seqlen they do not overlap. Raises ValueError for fewer than 2 tokens, seqlen < 2 or a stride outside 1 .. seqlen.
-    """
-    if seqlen < 2:
-        raise ValueError(f"seqlen {seqlen} is not valid: a window needs at least 2 tokens, one to score and one before it")
-    if not 1 <= stride <= seqlen:
-        raise ValueError(f"stride {stride} is not valid: give 1 to {seqlen}, the seqlen, so that no token is left out")
-    if num_tokens < 2:
-        raise ValueError(f"there are {num_tokens} tokens, and perplexity needs at least 2: give a longer text")
-    windows: list[Window] = []
-    scored = 0
-    for start in range(0, num_tokens, stride):
-        end = min(start + seqlen, num_tokens)
-        window = Window(start, end, max(scored, start + 1))
-        if window.num_scored > 0:
-            windows.append(window)
-        scored = end
-        if end == num_tokens:
-            break
-    return windows
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ bits mean.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Layout = Literal["dense", "awq", "gptq", "pack-quantized", "float-quantized", "int-quantized", "fp8", "modelopt-fp8", "gguf", "load-time"]
@@ -44,6 +45,8 @@ class LinearFormat:
     activation: ActivationFormat | None = None
     gguf_type: str | None = None  # "Q4_1", "Q6_K", ... of layout "gguf"
     padded_words: bool = False  # 3-bit codes of layout "pack-quantized" lie ten to a word, and in no stream of bits
+    # For messages: where the config says bits, group_size and symmetric, as "config.json: quantization_config.bits=4".
+    said: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def weight_type(self) -> str:

@@ -40,7 +40,7 @@ class ModuleFormats:
         if files.kind == "gguf":
             method, source, types = self._gguf_method(), files.gguf_file, frozenset[str]()
         else:
-            self._config = read_quantization_config(files, config)
+            self._config = read_quantization_config(files, config, tensors)
             method = None if self._config is None else self._config.method
             source = files.config_path if self._config is None else self._config.source
             types = frozenset() if self._config is None else self._config.weight_types
@@ -49,6 +49,7 @@ class ModuleFormats:
         self._load_time = wanted if method is None and wanted in LOAD_TIME else None
         self.method = method or self._load_time  # None: dense
         self._dequantized: set[str] = set()
+        self._has_warned_of_zero_points = False
 
     def _gguf_method(self) -> str | None:
         return "gguf" if any(info.stored not in _FLOATS for info in self._tensors.values()) else None
@@ -74,13 +75,19 @@ class ModuleFormats:
             return load_time_format(self._load_time, in_features)
         if self._config is None or module == "model.embed_tokens":
             return DENSE
-        stored = self._config.for_linear(module, in_features=in_features, out_features=out_features)
+        stored = self._config.for_linear(module, in_features=in_features, out_features=out_features, tensors=self._tensors)
         if module == "lm_head" and weight is not None and weight.stored in _FLOATS:
             return DENSE  # named by a config that says "Linear" and means the layers'
         packed = self._tensors.get(f"{module}.weight_packed")
         if stored.layout == "pack-quantized" and stored.bits == 3 and packed is not None and len(packed.shape) == 2:
             return replace(stored, padded_words=self._has_padded_words(packed, in_features))
         return stored
+
+    def warn_of_zero_points(self, fault: str) -> None:
+        """Log that zero points contradict the config. Once for a model: its other layers would say the same."""
+        if not self._has_warned_of_zero_points:
+            self._has_warned_of_zero_points = True
+            logger.warning("%s. They are used as stored: correct the key, or take config and weights from one checkpoint again", fault)
 
     @staticmethod
     def _has_padded_words(packed: TensorInfo, in_features: int) -> bool:

@@ -16,8 +16,12 @@ _FLOAT_BOUND = 1e-4
 _ROUNDED_BOUND = 2e-2
 
 
-class KernelFault(ValueError):
+class KernelFault(RuntimeError):
     """A kernel computes something else than the float reference; the text names the layer and what to do."""
+
+
+class WeightFault(ValueError):
+    """A layer's weights are no numbers, whatever computes it; the text names the layer and what to do."""
 
 
 class SelfCheck:
@@ -27,7 +31,7 @@ class SelfCheck:
         self._seen: set[tuple[str, str, int, int, bool]] = set()
 
     def __call__(self, kernel: LinearKernel, spec: LinearSpec, weights: LinearWeights) -> None:
-        """Raises KernelFault for NaN or a mismatch."""
+        """Raises KernelFault for NaN or a mismatch, WeightFault where the reference gives NaN too."""
         kind = (kernel.name, spec.scheme, spec.in_features, spec.out_features, spec.has_bias)
         if kind in self._seen or kernel.is_reference:
             return
@@ -48,7 +52,7 @@ def _compare(kernel: LinearKernel, spec: LinearSpec, got: torch.Tensor, wanted: 
     where = f"{spec.name} ({spec.out_features} x {spec.in_features}, {spec.scheme}) on kernel {kernel.name}"
     advice = "choose another kernel with --linear-backend, or start with --skip-kernel-check if you know better"
     if not bool(torch.isfinite(wanted).all()):
-        raise KernelFault(
+        raise WeightFault(
             f"{where} gives NaN or infinity in the float reference too: its weights are damaged, download the checkpoint again"
         )
     if not bool(torch.isfinite(got).all()):

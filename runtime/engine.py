@@ -45,13 +45,10 @@ class Engine:
     """
 
     def __init__(self, model_path: str | None = None, *, show_progress: bool = True, **options: Any) -> None:
-        known = self.options()
-        if unknown := sorted(set(options) - set(known)):
-            raise TypeError(f"Engine has no option {', '.join(unknown)}; its options are {', '.join(sorted(known))}")
         prepare_environment()
         from ..quant.checkpoint.resolve import resolve_model
 
-        config = EngineConfig(model_path=model_path, **options)
+        config = _config_of(model_path, options)
         files = resolve_model(config.model_path, revision=config.revision)
         self.tokenizer: Tokenizer = load_tokenizer(files, tokenizer_path=config.tokenizer_path, chat_template=config.chat_template)
         self._core = load_core(config, show_progress=show_progress)
@@ -66,6 +63,26 @@ class Engine:
     def options() -> dict[str, Any]:
         """Every option and its default."""
         return {field.name: field.default for field in fields(EngineConfig)}
+
+    @staticmethod
+    def inspect(model_path: str | None = None, **options: Any) -> dict[str, Any]:
+        """`context_length` and `vocab_size` of the engine that these arguments would make, from the model's config: nothing is loaded.
+
+        Raises what making it would, as far as options and config tell.
+        """
+        prepare_environment()
+        from ..quant.checkpoint.hf_config import read_config
+        from ..quant.checkpoint.resolve import resolve_model
+        from .models.config import ModelConfig
+
+        config = _config_of(model_path, options)
+        model = ModelConfig.from_hf(read_config(resolve_model(config.model_path, revision=config.revision)))
+        limits = {"context_length": model.context_length(config.context_length), "vocab_size": model.vocab_size}
+        if config.linear_backend is not None:
+            from .linear_report import check_backend_name
+
+            check_backend_name(config.linear_backend)
+        return limits
 
     # -- generation ------------------------------------------------------------------------------------------------
 
@@ -410,6 +427,13 @@ class Engine:
 
     def _stop(self) -> None:
         self._stopping = True
+
+
+def _config_of(model_path: str | None, options: dict[str, Any]) -> EngineConfig:
+    known = Engine.options()
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"Engine has no option {', '.join(unknown)}; its options are {', '.join(sorted(known))}")
+    return EngineConfig(model_path=model_path, **options)
 
 
 def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], item: tuple[int, Event]) -> None:

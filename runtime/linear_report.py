@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..quant.build import BuiltKernel
-from ..quant.platforms import kernel_names, kernels_for
+from ..quant.linear import LinearKernel, LinearSpec
+from ..quant.platforms import kernel_names, kernels_for, platform_of
 from .layers.linear import ParallelLinear
 
 logger = logging.getLogger("octavo.runtime")
@@ -69,14 +70,6 @@ class LinearReport:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s", report.table(every_refusal=True))
         return report
-
-    def check_backend(self, backend: str | None) -> None:
-        """Raises ValueError when a forced backend does not exist here or computes none of the linears."""
-        if backend is None or any(group.kernel == backend for group in self.groups):
-            return
-        check_backend_name(backend)
-        forms = ", ".join(sorted({group.scheme for group in self.groups}))
-        raise ValueError(f"--linear-backend {backend} is made for none of this model's linears ({forms}): leave the option out")
 
     def summary(self) -> str:
         """One line: "Linears (awq): 120 on cpu_grouped, 1 on cpu_packed_panels; 68.4 MiB"."""
@@ -142,6 +135,34 @@ def check_backend_name(backend: str) -> None:
     known = kernel_names()
     if backend not in known:
         raise ValueError(f"--linear-backend {backend!r} is not valid: give one of {', '.join(known)}")
+
+
+def check_backend(backend: str | None, linears: Iterable[ParallelLinear]) -> None:
+    """Raises ValueError, with the reasons, when a forced backend computes none of a model's linears.
+
+    Where some are quantized it must compute one of those: one that got the dense embedding alone would have been as good as ignored.
+    """
+    built = [kernel for linear in linears for kernel in linear.kernels]
+    quantized = [one for one in built if one.spec.form.kind != "dense"]
+    meant = quantized or built
+    if backend is None or any(one.kernel.name == backend for one in meant):
+        return
+    check_backend_name(backend)
+    specs = [one.spec for one in meant]
+    schemes = ", ".join(sorted({spec.scheme for spec in specs}))
+    kernels = kernels_for(specs[0].device)
+    forced = next((kernel for kernel in kernels if kernel.name == backend), None)
+    refusals = (forced.refuses(spec) for spec in specs) if forced is not None else (f"it is no kernel of {platform_of(specs[0].device)}",)
+    reasons = "; ".join(dict.fromkeys(reason for reason in refusals if reason is not None))
+    taking = " or ".join(kernel.name for kernel in kernels if not kernel.is_reference and _takes_one(kernel, specs))
+    raise ValueError(
+        f"--linear-backend {backend} is made for none of this model's {'quantized ' if quantized else ''}linears ({schemes}): {reasons}. "
+        f"Leave the option out{f', or give {taking}' if taking else ''}"
+    )
+
+
+def _takes_one(kernel: type[LinearKernel], specs: list[LinearSpec]) -> bool:
+    return any(kernel.refuses(spec) is None for spec in specs)
 
 
 def _refusals(built: BuiltKernel) -> tuple[Refusal, ...]:

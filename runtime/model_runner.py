@@ -19,7 +19,7 @@ from .batch import Batch
 from .config import EngineConfig
 from .forward_batch import make_forward_batch
 from .kv_pool import KV_DTYPES, KVPool, kv_bytes_per_token, kv_dtype_name
-from .linear_report import LinearReport
+from .linear_report import LinearReport, check_backend
 from .memory import MemoryBudget, device_memory, plan_memory
 from .models.config import ModelConfig
 from .models.kv_scales import is_kv_scale
@@ -33,13 +33,13 @@ class ModelRunner:
     """Loads a model and computes batches. One thread at a time."""
 
     def __init__(self, config: EngineConfig, files: ModelFiles, *, show_progress: bool = True) -> None:
-        """`config` is resolved. Raises CheckpointError, UnsupportedModel, OutOfMemoryPlan or ValueError with the remedy."""
+        """`config` is resolved. Raises CheckpointError, UnsupportedModel, OutOfMemoryPlan or ValueError with the remedy; KernelFault."""
         started = time.perf_counter()
         self.device = choose_device(config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or 1)
         self.model_config = model = ModelConfig.from_hf(read_config(files))
-        self.context_length = _context_length(config, model)
+        self.context_length = model.context_length(config.context_length)
         self.dtype = _weight_dtype(config, files, model)
         self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.dtype)
         activation_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
@@ -62,6 +62,7 @@ class ModelRunner:
                 reads_scales = scales_for is not None and (self.kv_dtype == torch.int8) == (scales_for == "int8")
                 self.model = LlamaModel(model, source, max_position=self.context_length, has_kv_scales=reads_scales)
             _refuse_unread(source, tied=self.model.head is self.model.embedding)
+            check_backend(config.linear_backend, self.model.linears)
             if self.kv_dtype in CODE_RANGE:
                 left = any(is_kv_scale(name) for name in source.unread)
                 why = f"the checkpoint's scales are for {scales_for}" if left and not reads_scales else "the checkpoint has none"
@@ -81,7 +82,6 @@ class ModelRunner:
         self.load_seconds = time.perf_counter() - started
         logger.info("%s", self.budget.table())
         self.linear_report = LinearReport.of(self.model.linears, formats.method)
-        self.linear_report.check_backend(config.linear_backend)
         logger.info("%s", self.linear_report.summary())
         advice = self.linear_report.advice(self.device.type)
         if advice:
@@ -141,18 +141,6 @@ def choose_device(config: EngineConfig) -> torch.device:
     if config.device == "cuda" and not has_cuda:
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build of torch and its driver")
     return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
-
-
-def _context_length(config: EngineConfig, model: ModelConfig) -> int:
-    longest = model.max_position
-    scaling = model.rope.scaling
-    if model.rope.type in ("linear", "dynamic", "yarn") and longest == model.rope.original_max_position:
-        longest = int(longest * float(scaling["factor"]))
-    if config.context_length is None:
-        return longest
-    if config.context_length > longest:
-        raise ValueError(f"--context-length {config.context_length} is beyond the model's {longest} positions: give at most {longest}")
-    return config.context_length
 
 
 def _refuse_unread(source: WeightSource, *, tied: bool) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,15 @@ def default_sampling(files: ModelFiles) -> dict[str, float | int]:
     return {name: config[name] for name in _SAMPLING_DEFAULTS if isinstance(config.get(name), (int, float))}
 
 
+def _start_deaf_to_ctrl_c(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Ctrl-C reaches a terminal's whole group: the engine, which ignores it once it runs, must not be interrupted while Python starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class EngineProcess:
     """An EngineClient over a child process. Requests belong to one event loop; a thread of its own reads what the engine sends."""
 
@@ -95,7 +105,7 @@ class EngineProcess:
         self._inbox.set_hwm(0)
         self._inbox.bind(f"ipc://{self._folder}/from_engine")
         command = [sys.executable, "-m", "octavo.runtime.worker", str(self._folder), encode_config(config), log_level]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        self._process = _start_deaf_to_ctrl_c(command)
         self._ready: Future[Ready] = Future()
         self._dead = threading.Event()
         self._cause = ""

@@ -44,6 +44,8 @@ def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ign
 
     resolved = config.resolve(device=choose_device(config).type)  # type: ignore[arg-type]
     files = resolve_model(resolved.model_path, revision=resolved.revision)
+    threads = f" with {resolved.num_threads} threads" if resolved.device == "cpu" else ""
+    logger.info("Loading %s on %s%s", files.name, resolved.device, threads)
     must_compile = resolved.device == "cpu" and not _has_compiled_kernels()
     core = EngineCore(resolved, ModelRunner(resolved, files, show_progress=show_progress))
     if must_compile:

@@ -63,11 +63,13 @@ class _Worker:
             self._outbox.send(encoder.encode(message))
 
     def run(self, config_text: str) -> int:
+        from ..quant.self_check import KernelFault  # loads torch: the environment is prepared by now
+
         try:
             core = load_core(decode_config(config_text))
-        except (ValueError, OSError, MemoryError) as error:
+        except (ValueError, OSError, MemoryError, KernelFault) as error:
             logger.debug("start failed", exc_info=True)
-            self.send(Failed(str(error) or type(error).__name__, True))
+            self.send(Failed(str(error) or type(error).__name__, not isinstance(error, KernelFault)))
             return 1
         info = {
             "device": str(core.runner.device),

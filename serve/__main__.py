@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from .cli import main
+from .exit_code import exit_code_of
+
+
+def _serve() -> int:
+    from .cli import main  # takes a moment, which Ctrl-C may cut
+
+    return main(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(exit_code_of(_serve))

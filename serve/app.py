@@ -34,7 +34,7 @@ _ROUTES: tuple[tuple[str, list[str], Handler, str], ...] = (
 def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The HTTP face of one engine. `app.state.context` is its ServeContext, which the caller closes."""
     app = FastAPI(title="Octavo", version=__version__, description="The quantization-first LLM serving engine")
-    app.state.context = ServeContext(client, options)
+    app.state.context = context = ServeContext(client, options)
     for path, methods, handler, summary in _ROUTES:
         for method in methods:
             name = f"{method.lower()}_{path.strip('/').replace('/', '_').replace('{model:path}', 'one')}"
@@ -43,5 +43,5 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     install_router_errors(app)
     if options.api_keys:
         app.add_middleware(BearerAuth, keys=options.api_keys)
-    app.add_middleware(Exchanges)  # outermost: a refusal carries an id and is logged too
+    app.add_middleware(Exchanges, on_end=context.count)  # outermost: a refusal carries an id and is logged too
     return app

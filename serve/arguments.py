@@ -12,6 +12,7 @@ from ..runtime.config import Device, Dtype, EngineConfig, KVCacheDtype, Policy
 from .options import LogLevel, ServerOptions
 
 _NEAR = 0.7  # how alike an unknown flag and the one it is taken for are, of 1
+_LEAST_PREFIX = 4  # characters of an unknown flag that may be the beginning of one, with its dashes
 # What these flags are, given alone. A value of theirs needs "=": a word that follows is not one, but may be the model.
 _ALONE = {"--explain-quant": "--explain-quant=short"}
 _UNSET = argparse.SUPPRESS  # a flag not given leaves no trace, so that each default lives in its dataclass alone
@@ -42,6 +43,7 @@ class Parser(argparse.ArgumentParser):
         name = argument.split("=", maxsplit=1)[0]
         flags = {flag.strip("-"): flag for flag in self._option_string_actions}
         near = difflib.get_close_matches(name.strip("-"), flags, n=1, cutoff=_NEAR)  # without dashes, which all flags share
+        near = near or [flag for flag in flags if len(name) > _LEAST_PREFIX and flag.startswith(name.strip("-"))]
         return f"unknown flag {name}" + (f"; did you mean {flags[near[0]]}?" if near else "; --help lists the flags")
 
     def error(self, message: str) -> NoReturn:
@@ -183,11 +185,25 @@ def _add_server(parser: Parser) -> None:
     group.add_argument("--host", help=_server("address to listen on; 0.0.0.0 for every interface", "host"))
     group.add_argument("--port", type=_whole_number, metavar="N", help=_server("port to listen on; 0 for any free one", "port"))
     group.add_argument(
-        "--api-key", action="append", metavar="KEY", help="a key that clients must send; repeat it for several (default: open)"
+        "--api-key",
+        action="append",
+        dest="api_keys",
+        metavar="KEY",
+        help="a key that clients must send; repeat it for several (default: open)",
     )
     group.add_argument("--served-model-name", metavar="NAME", help=_server("the model's name in the API", "served_model_name"))
     group.add_argument("--strict-model-names", action="store_true", help="answer 404 to other model names (default: accept any)")
     group.add_argument("--log-level", metavar=_choices(LogLevel), help=_server("how much to log", "log_level"))
+    group.add_argument(
+        "--shutdown-timeout",
+        type=_number,
+        dest="shutdown_timeout_s",
+        metavar="S",
+        help=_server(
+            "seconds for which running requests may go on after Ctrl-C or SIGTERM, before they are cut; a second signal cuts them at once",
+            "shutdown_timeout_s",
+        ),
+    )
 
 
 def _add_memory(parser: Parser) -> None:
@@ -243,11 +259,27 @@ def options_of(namespace: argparse.Namespace) -> tuple[EngineConfig, ServerOptio
         if given.get("model_path", positional) != positional:
             raise ValueError(f"two models are given, {positional!r} and --model-path {given['model_path']!r}: leave one out")
         given["model_path"] = positional
-    keys = given.pop("api_key", None)
+    if "api_keys" in given:
+        given["api_keys"] = tuple(given["api_keys"])
     server = _taken(given, (field.name for field in dataclasses.fields(ServerOptions)))
-    if keys:
-        server["api_keys"] = tuple(keys)
     return EngineConfig(**given), ServerOptions(**server)
+
+
+def flags_of(config: EngineConfig, options: ServerOptions) -> list[str]:
+    """The flags, but for the model, that make two option objects what they are: words for people, which tell no API key."""
+    given = {**vars(config), **vars(options)}
+    default = {**vars(EngineConfig()), **vars(ServerOptions()), "model_path": config.model_path}
+    words: list[str] = []
+    for action in serve_parser("")._actions:
+        value = given.get(action.dest)
+        if not action.option_strings or value == default.get(action.dest):
+            continue
+        flag = action.option_strings[0]
+        if action.dest == "api_keys":
+            words += [flag, "..."] * len(options.api_keys)
+        else:
+            words += [flag] if value is True else [flag, str(value)]
+    return words
 
 
 def _taken(given: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

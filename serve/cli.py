@@ -9,9 +9,10 @@ import signal
 import socket
 import sys
 
+from .. import __version__
 from ..runtime.config import EngineConfig
 from ..runtime.start import prepare_environment
-from .arguments import options_of, serve_parser
+from .arguments import flags_of, options_of, serve_parser
 from .options import ServerOptions
 from .served_model import ServedModel
 from .server import RunningEngine, listening_socket, serve_until_stopped
@@ -19,6 +20,8 @@ from .server import RunningEngine, listening_socket, serve_until_stopped
 _BAD_USAGE = 2
 _FAILED = 1
 _INTERRUPTED = 128 + signal.SIGINT
+
+logger = logging.getLogger("octavo.serve")
 
 
 def main(argv: list[str], *, prog: str = "octavo serve") -> int:
@@ -40,12 +43,13 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
     _set_up_logging(options)
     if explanation is not None:
         return _explain(prog, config, every_refusal=explanation == "all")
-    from ..runtime.process import launch_engine  # loads torch's side: not for --help
-
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads, it ends us as Ctrl-C does
     interrupted = 0
     try:
+        from ..runtime.process import launch_engine  # not for --help
+
         with listening_socket(options) as sock:
+            logger.info("%s", _first_line(config, options))
             client = launch_engine(config, log_level=options.log_level)
             try:
                 return serve_until_stopped(client, options, sock, lambda: _announce(client, options, sock))
@@ -53,9 +57,13 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
                 interrupted = _INTERRUPTED  # by one signal more, while the engine ends
                 client.close()
     except KeyboardInterrupt:
+        if not interrupted:
+            logger.info("stopped before the model was loaded")
         return interrupted
+    except BrokenPipeError:  # nobody reads what is announced
+        raise
     except Exception as error:
-        logging.getLogger("octavo.serve").debug("the start failed", exc_info=error)
+        logger.debug("the start failed", exc_info=error)
         return _fail(prog, error, _FAILED)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -70,22 +78,27 @@ def _check_backend(config: EngineConfig) -> None:
 
 
 def _explain(prog: str, config: EngineConfig, *, every_refusal: bool) -> int:
-    from .explain import explain_quantization
-
-    logger = logging.getLogger("octavo")
-    if logger.level == logging.INFO:
-        logger.setLevel(logging.WARNING)  # how memory is divided is no matter here
+    loggers = logging.getLogger("octavo")
+    if loggers.level == logging.INFO:
+        loggers.setLevel(logging.WARNING)  # how memory is divided is no matter here
     print(
         "Loading the model to see which kernels it gets; it is not served. The first time, kernels are compiled meanwhile.", file=sys.stderr
     )
     try:
-        print(explain_quantization(config, every_refusal=every_refusal))
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+        from .explain import explain_quantization  # loads torch
+
+        explanation = explain_quantization(config, every_refusal=every_refusal)
     except Exception as error:
-        logging.getLogger("octavo.serve").debug("the model was not loaded", exc_info=error)
+        logger.debug("the model was not loaded", exc_info=error)
         return _fail(prog, error, _FAILED)
+    print(explanation)
     return 0
+
+
+def _first_line(config: EngineConfig, options: ServerOptions) -> str:
+    """What is started, for the log. Of `--device auto` only the engine, which asks torch, knows what it comes to."""
+    flags = shlex.join(flags_of(config, options)) or "none, all at their defaults"
+    return f"Octavo {__version__} starts: model {config.model_path or '(embedded)'}, device {config.device}, flags {flags}"
 
 
 def _fail(prog: str, error: Exception, code: int) -> int:

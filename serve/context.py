@@ -29,6 +29,7 @@ class ServeContext:
         self.model = ServedModel(client.model_info, options)
         self.active = ActiveJobs(client)
         self.is_draining = False  # set when the server stops: health turns red while streams end
+        self.num_served = 0  # requests that the model answered
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="octavo-tokenize")
 
     @property
@@ -50,6 +51,10 @@ class ServeContext:
 
     async def gather(self, job: Job, exchange: Exchange) -> list[TextOutput]:
         return await gather_job(self.client, self.active, job, exchange)
+
+    def count(self, exchange: Exchange) -> None:
+        """Note an exchange that is over."""
+        self.num_served += exchange.was_served
 
     def close(self) -> None:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)

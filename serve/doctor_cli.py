@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ def main(argv: list[str], *, prog: str = "octavo doctor") -> int:
     except SystemExit as end:
         return int(end.code or 0)
     prepare_environment()
+    if not as_json:
+        print("Trying kernels and packages: some seconds, more the first time, when kernels are compiled.", file=sys.stderr)
     broken = list(_import_faults(["octavo.runtime.doctor"]))
     if broken:  # without torch and its like, nothing else can be told
         print(json.dumps({"ok": False, "problems": broken}) if as_json else "\n".join(_verdict(broken)))

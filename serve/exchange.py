@@ -32,6 +32,7 @@ class Exchange:
     path: str
     status_code: int = 0  # 0: not answered yet
     message: str = ""  # why it failed
+    cut: str = ""  # why its jobs were ended before they were done
     started: float = field(default_factory=time.perf_counter)
     runs: list[_Run] = field(default_factory=list)
 
@@ -44,19 +45,30 @@ class Exchange:
         """Note how it failed, whatever status was sent before."""
         self.status_code, self.message = status_code, message
 
+    @property
+    def was_cut(self) -> bool:
+        """Whether a sequence was still unfinished when its job was cut."""
+        finishes = [output.finish for run in self.runs for output in run.latest.values()] or [None]
+        return bool(self.cut) and any(finish is None or finish.type == "abort" for finish in finishes)
+
+    @property
+    def was_served(self) -> bool:
+        """Whether a model's answer was sent, whole or in part."""
+        return bool(self.runs) and 0 < self.status_code < 400
+
     def log(self, logger: logging.Logger) -> None:
-        """Tell the whole exchange in one line: a probe or a look at the server for debugging, failures of ours as a warning."""
+        """Tell the whole exchange in one line: a probe or a look at the server for debugging, our failures and cuts as a warning."""
         level = logging.INFO if self.runs or self.status_code >= 400 else logging.DEBUG
         if self.path in PROBES:
             level = logging.DEBUG
-        elif self.status_code >= 500:
+        elif self.status_code >= 500 or self.was_cut:
             level = logging.WARNING
         if logger.isEnabledFor(level):
             logger.log(level, "%s", _one_line(self._told()))
 
     def _told(self) -> str:
-        closed = " (client closed)" if self.status_code == CLIENT_CLOSED_REQUEST else ""
-        parts = [f"{self.method} {self.path} {self.status_code}{closed} in {time.perf_counter() - self.started:.3f} s:"]
+        ended = " (client closed)" if self.status_code == CLIENT_CLOSED_REQUEST else f" (cut: {self.cut})" if self.was_cut else ""
+        parts = [f"{self.method} {self.path} {self.status_code}{ended} in {time.perf_counter() - self.started:.3f} s:"]
         parts.append(f"request={self.request_id}")
         if self.runs:
             outputs = [(run, index, output) for run in self.runs for index, output in run.latest.items()]

@@ -58,35 +58,44 @@ class ActiveJobs:
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
-        self._engine_ids: dict[str, list[str]] = {}
+        self._in_flight: dict[str, tuple[list[str], Exchange]] = {}
 
     def __len__(self) -> int:
-        return len(self._engine_ids)
+        return len(self._in_flight)
 
     @contextmanager
-    def entered(self, job: Job) -> Iterator[list[str]]:
-        """Hold `job` in flight; gives its engine ids. Raises ApiError 400 when its id is taken."""
-        if job.id in self._engine_ids:
+    def entered(self, job: Job, exchange: Exchange) -> Iterator[list[str]]:
+        """Hold `job`, a part of `exchange`, in flight; gives its engine ids. Raises ApiError 400 when its id is taken."""
+        if job.id in self._in_flight:
             raise ApiError(f"rid={shown(job.id)} is in flight already: choose another or leave it out", param="rid")
-        ids = self._engine_ids[job.id] = job.engine_ids
+        ids = job.engine_ids
+        self._in_flight[job.id] = ids, exchange
         try:
             yield ids
         finally:
-            del self._engine_ids[job.id]
+            del self._in_flight[job.id]
 
     async def abort(self, job_id: str) -> bool:
         """End one job; its sequences finish with type "abort". False when no such job is in flight."""
-        ids = self._engine_ids.get(job_id)
-        for engine_id in ids or ():
+        if job_id not in self._in_flight:
+            return False
+        ids, _ = self._in_flight[job_id]
+        for engine_id in ids:
             await self._client.abort(engine_id)
-        return ids is not None
+        return True
 
     async def abort_all(self) -> int:
         """End every job; gives their number."""
-        jobs = list(self._engine_ids)
+        jobs = list(self._in_flight)
         for job_id in jobs:
             await self.abort(job_id)
         return len(jobs)
+
+    async def cut_all(self, why: str) -> int:
+        """End every job against its client's wish, which its exchange's line in the log tells; gives their number."""
+        for _, exchange in self._in_flight.values():
+            exchange.cut = why
+        return await self.abort_all()
 
 
 async def run_job(client: EngineClient, active: ActiveJobs, job: Job, exchange: Exchange) -> AsyncGenerator[tuple[int, TextOutput], None]:
@@ -97,7 +106,7 @@ async def run_job(client: EngineClient, active: ActiveJobs, job: Job, exchange: 
     Raises what `EngineClient.generate` raises, and ApiError when the engine gives up on a sequence.
     """
     latest = exchange.begin(job.id, prompt_tokens=job.prompt_tokens, n=job.n)
-    with active.entered(job) as ids:
+    with active.entered(job, exchange) as ids:
         streams = [_outputs(client, job, index, engine_id) for index, engine_id in enumerate(ids)]
         async with aclosing(merged(streams)) as outputs:
             async for item in outputs:

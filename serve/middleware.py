@@ -7,7 +7,7 @@ import hmac
 import logging
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -27,11 +27,13 @@ _SAFE_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 class Exchanges:
     """Gives each exchange an id: the client's X-Request-Id where it is sane, else a new one. The answer carries it back.
 
-    When an exchange is over, one line in the log tells it. One that is cancelled, because the server ends at once, ends with an error.
+    When an exchange is over, one line in the log tells it, and `on_end` is told. One that is cancelled, because the server ends at once,
+    ends with an error.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, on_end: Callable[[Exchange], None]) -> None:
         self._app = app
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,6 +53,7 @@ class Exchanges:
             raise
         finally:
             exchange.log(logger)
+            self._on_end(exchange)
 
 
 class _Answer:

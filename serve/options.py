@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,7 +21,7 @@ class ServerOptions:
     served_model_name: str | None = None  # None: the name the engine gives
     strict_model_names: bool = False  # True: 404 for a model name that is not served
     log_level: LogLevel = "info"
-    shutdown_timeout_s: float = 5.0  # running requests may finish for so long before they are ended
+    shutdown_timeout_s: float = 5.0  # running requests may finish for so long before they are cut
     dead_engine_linger_s: float = 3.0  # how long 503s are still answered after the engine died
 
     def __post_init__(self) -> None:
@@ -34,3 +35,7 @@ class ServerOptions:
             raise ValueError(f"--served-model-name {self.served_model_name!r} is not valid: give a name or leave it out")
         if self.log_level not in get_args(LogLevel):
             raise ValueError(f"--log-level {self.log_level!r} is not valid: give {one_of(get_args(LogLevel))}")
+        if not 0 <= self.shutdown_timeout_s < math.inf:
+            raise ValueError(
+                f"--shutdown-timeout {self.shutdown_timeout_s:g} is not valid: give seconds, 0 to cut running requests at once"
+            )

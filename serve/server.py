@@ -7,8 +7,10 @@ import errno
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Protocol
 
 import uvicorn
@@ -99,11 +101,14 @@ def serve_until_stopped(client: RunningEngine, options: ServerOptions, sock: soc
     )
     server = _Server(config, on_ready)
     context: ServeContext = app.state.context
+    started = time.monotonic()
     try:
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             return runner.run(_run(server, client, context, sock))
     finally:
         context.close()
+        uptime = timedelta(seconds=round(time.monotonic() - started))
+        logger.info("stopped after %s: %s served", uptime, _counted(context.num_served))
 
 
 async def _run(server: _Server, client: RunningEngine, context: ServeContext, sock: socket.socket) -> int:
@@ -160,8 +165,9 @@ async def _drain(serving: asyncio.Task[None], context: ServeContext) -> None:
         logger.info("stopping: %s may finish within %g s; a second Ctrl-C ends at once", requests, timeout_s)
     await asyncio.wait({serving}, timeout=context.options.shutdown_timeout_s)
     if not serving.done():
-        count = await context.active.abort_all()
-        logger.warning("stopping: time is over, ended %s", _counted(count))
+        count = await context.active.cut_all("the server stops")
+        if count:
+            logger.warning("stopping: time is over, cut %s; --shutdown-timeout gives more", _counted(count))
     await serving
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..linear_format import DENSE, LinearFormat
 from .quantization_awq import awq_format
@@ -66,7 +66,8 @@ def _format(fields: Fields, method: str) -> LinearFormat:
     symmetric = fields.boolean("sym", default=False)
     keys = {"bits": fields.values["bits"], "group_size": fields.values.get("group_size"), "sym": symmetric, "desc_act": False}
     plain = Fields({**keys, "zero_point": not symmetric}, fields.source, fields.prefix, fields.labels)
-    return gptq_format(plain) if method == "gptq" else awq_format(plain)
+    stored = gptq_format(plain) if method == "gptq" else awq_format(plain)
+    return replace(stored, said={**stored.said, "symmetric": fields.said("sym")})
 
 
 def _blocks(fields: Fields) -> tuple[str, ...]:

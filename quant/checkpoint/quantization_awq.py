@@ -58,4 +58,5 @@ def awq_format(fields: Fields) -> LinearFormat:
         "channel" if group_size is None else "group",
         group_size=group_size,
         symmetric=not fields.boolean("zero_point", default=True),
+        said={"bits": fields.said("bits"), "group_size": fields.said("group_size"), "symmetric": fields.said("zero_point")},
     )

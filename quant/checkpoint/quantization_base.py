@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..linear_format import LinearFormat
 from .errors import CheckpointError
+from .quantization_shapes import refuse_other_shapes
+from .reader import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,16 @@ class QuantizationConfig(ABC):
     source: Path  # the file it was read from
     kv_cache: KVCacheFormat | None
 
-    def for_linear(self, module: str, *, in_features: int, out_features: int) -> LinearFormat:
+    def for_linear(
+        self, module: str, *, in_features: int, out_features: int, tensors: Mapping[str, TensorInfo] | None = None
+    ) -> LinearFormat:
         """How one unfused module is stored, such as "model.layers.0.self_attn.q_proj" or "lm_head"; DENSE when it is not quantized.
 
-        Raises CheckpointError when the layout cannot hold a weight of that shape.
+        `tensors` are the checkpoint's, where they are known. Raises CheckpointError when their shapes are those of other bits or another
+        group size than the config's, and when the layout cannot hold a weight of that shape.
         """
         stored = self._stored(module)
+        refuse_other_shapes(stored, module, tensors or {}, in_features=in_features, out_features=out_features)
         problem = _misfit(stored, in_features, out_features)
         if problem:
             raise CheckpointError(f"{self.source}: {module} ({out_features} x {in_features}) cannot be {stored.describe()}: {problem}")

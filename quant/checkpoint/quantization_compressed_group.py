@@ -94,6 +94,7 @@ def _read_weights(weights: Fields, layout: Layout) -> LinearFormat:
         block=_block(weights, strategy),
         symmetric=symmetric,
         act_order=_act_order(weights, layout, strategy),
+        said={"bits": weights.said("num_bits"), "group_size": weights.said("group_size" if strategy == "group" else "strategy")},
     )
 
 

@@ -16,7 +16,9 @@ from .quantization_compressed import read_compressed_tensors
 from .quantization_fields import Fields
 from .quantization_fp8 import read_fp8
 from .quantization_gptq import read_gptq
+from .quantization_look import PACKINGS, Look, look_at
 from .quantization_modelopt import flat_modelopt, read_modelopt
+from .reader import TensorInfo
 from .resolve import ModelFiles
 
 __all__ = ["KVCacheFormat", "QuantizationConfig", "read_quantization_config"]
@@ -72,17 +74,49 @@ class _Source:
         return f"{self.path}: {self.where}{self.spelled.get(key, key)}"
 
 
-def read_quantization_config(files: ModelFiles, config: Mapping[str, Any]) -> QuantizationConfig | None:
+def read_quantization_config(
+    files: ModelFiles, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None = None
+) -> QuantizationConfig | None:
     """How the checkpoint's linears are stored; None for a dense one, and for GGUF, whose types are per tensor.
 
     `config` is what read_config returned. Read are its `quantization_config` or `compression_config`, quantize_config.json (GPTQModel,
     AutoGPTQ), quant_config.json (older AWQ), hf_quant_config.json (ModelOpt) and quantization_config.json (AutoRound); sources may add to
-    each other. Raises CheckpointError when two contradict each other, and for anything that is not supported.
+    each other. Raises CheckpointError when two contradict each other, and for anything that is not supported. With `tensors`, the
+    checkpoint's, also when they are quantized and nothing says how, or are packed as another method packs.
     """
     if files.kind == "gguf":
         return None
+    look = look_at(tensors or {})
     sources = [*_from_config(files, config), *_from_side_files(files.root)]
-    return _READERS[sources[0].method](_merge(sources)) if sources else None
+    if not sources:
+        if look is not None:
+            raise _no_config(files.config_path or files.root / "config.json", look)
+        return None
+    fields = _merge(sources)
+    if look is not None:
+        _refuse_other_packing(fields, sources[0].method, look)
+    return _READERS[sources[0].method](fields)
+
+
+def _no_config(path: Path, look: Look) -> CheckpointError:
+    return CheckpointError(
+        f"{path} has no quantization_config, but the weights are quantized: {look.module} in {look.file} has {look.tensors}, "
+        f"which looks like {look.format}. Take config.json from the original checkpoint again, or add the quantization_config"
+    )
+
+
+def _refuse_other_packing(fields: Fields, method: str, look: Look) -> None:
+    """Raises when a config calls GPTQ what is packed as AWQ packs, or the other way round: each would read noise from the other."""
+    key = "packing_format" if method == "auto-round" else "quant_method"
+    claimed = str(fields.values.get(key)).rpartition("auto_")[2] if method == "auto-round" else method
+    if {claimed, look.packing} != {"awq", "gptq"}:
+        return
+    said = fields.said(key) if fields.has(key) else f"{fields.source}, a file of {claimed} models,"
+    value = f"auto_round:auto_{look.packing}" if method == "auto-round" else look.packing
+    raise CheckpointError(
+        f"{said} contradicts the weights: {look.module} in {look.file} has {look.tensors}, which is the layout of {look.format}. "
+        f"{PACKINGS['gptq']}, {PACKINGS['awq']}. Set {key} to {value!r}, or take config.json from the original checkpoint again"
+    )
 
 
 def _from_config(files: ModelFiles, config: Mapping[str, Any]) -> list[_Source]:

@@ -27,9 +27,13 @@ class Fields:
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
+    def said(self, key: str) -> str:
+        """How messages quote a key: file, key, value."""
+        return f"{self.label(key)}={self.values.get(key)!r}"
+
     def fault(self, key: str, reason: str) -> CheckpointError:
-        """The error to raise about a key: file, key, value as JSON has it, then `reason`."""
-        return CheckpointError(f"{self.label(key)}={self.values.get(key)!r} {reason}")
+        """The error to raise about a key: file, key, value, then `reason`."""
+        return CheckpointError(f"{self.said(key)} {reason}")
 
     def missing(self, key: str, what: str) -> CheckpointError:
         return CheckpointError(f"{self.label(key)} is missing: {what}. Take the file from the original checkpoint again, or add the key")

@@ -62,6 +62,7 @@ def gptq_format(fields: Fields) -> LinearFormat:
         symmetric=fields.boolean("sym", default=False),
         act_order=group_size is not None and fields.boolean("desc_act", default=True),
         zero_offset=_ZERO_OFFSETS[checkpoint_format],
+        said={"bits": fields.said("bits"), "group_size": fields.said("group_size"), "symmetric": fields.said("sym")},
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.grouped_linear import from_group_of_column
 from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
-from .base import Module, Slice, bias_spec, check_finite
+from .base import Module, Slice, bias_spec, check_scales
 from .words import unpack
 
 # Nibble i of a word is column ORDER[i] of eight; reading takes the inverse.
@@ -44,7 +44,7 @@ class AwqScheme:
             unpack_awq(tensors["qweight"]).t().contiguous(),
             part.groups_of_columns(module.format.group_size or module.in_features),
             bits=4,
-            scale=check_finite("scales", tensors["scales"]).t().contiguous(),
+            scale=check_scales("scales", tensors["scales"]).t().contiguous(),
             zeros=unpack_awq(tensors["qzeros"]).t().contiguous(),
         )
         return LinearWeights(weight, tensors.get("bias"))

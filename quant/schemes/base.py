@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from ...kernels.grouped_linear import GroupedWeight
 from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
 from ..linear_format import LinearFormat
 
@@ -78,3 +79,26 @@ def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
             f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite: the checkpoint is damaged, download it again"
         )
     return tensor
+
+
+def check_scales(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself. Raises ValueError as check_finite does, and when every scale is 0, which makes every weight 0. One group may be."""
+    if not bool((check_finite(name, tensor) != 0).any()):
+        raise ValueError(f"{name} is 0 in all of its {tensor.numel()} values: the checkpoint is damaged, download it again")
+    return tensor
+
+
+def contradicted_symmetry(weights: LinearWeights, stored: LinearFormat) -> str | None:
+    """What is wrong with a config that calls these weights symmetric; None when their zero points are the middle of the codes.
+
+    For formats that store zero points though they be symmetric.
+    """
+    weight = weights.weight
+    if not stored.symmetric or "symmetric" not in stored.said or not isinstance(weight, GroupedWeight):
+        return None
+    middle = 1 << (stored.bits - 1)
+    low, high = (weight.zero, weight.zero) if weight.zeros is None else (int(weight.zeros.min()), int(weight.zeros.max()))
+    if low == high == middle:
+        return None
+    found = f"are all {low}" if low == high else f"lie between {low} and {high}"
+    return f"{stored.said['symmetric']} calls the weights symmetric, but their zero points {found} where all would be {middle}"

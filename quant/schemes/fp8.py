@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.grouped_linear import from_group_of_column
 from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
-from .base import Module, Slice, bias_spec, check_finite
+from .base import Module, Slice, bias_spec, check_scales
 
 
 class Fp8Scheme:
@@ -51,7 +51,7 @@ class Fp8Scheme:
         nans = int(((codes.view(torch.uint8) & 0x7F) == 0x7F).sum())
         if nans:
             raise ValueError(f"weight holds {nans} NaN of {codes.numel()} fp8 values: the checkpoint is damaged")
-        scale = check_finite("weight_scale", tensors["weight_scale"])
+        scale = check_scales("weight_scale", tensors["weight_scale"])
         if stored.block is not None:
             rows, columns = stored.block
             block = torch.arange(part.out_start, part.out_stop) // rows - part.out_start // rows

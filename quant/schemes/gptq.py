@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.grouped_linear import from_group_of_column
 from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
-from .base import Module, Slice, bias_spec, check_finite
+from .base import Module, Slice, bias_spec, check_scales
 from .words import num_words, unit, unpack
 
 
@@ -39,7 +39,7 @@ class GptqScheme:
 
     def to_canonical(self, tensors: Mapping[str, Tensor], module: Module, part: Slice) -> LinearWeights:
         stored, groups = module.format, part.groups_of_columns(module.format.group_size or module.in_features)
-        scales = check_finite("scales", tensors["scales"])
+        scales = check_scales("scales", tensors["scales"])
         if stored.act_order and "g_idx" in tensors:
             groups = tensors["g_idx"].to(torch.int64)
             if groups.numel() and (int(groups.min()) < 0 or int(groups.max()) >= scales.shape[0]):

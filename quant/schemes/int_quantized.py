@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.grouped_linear import GroupedWeight
 from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
-from .base import Module, Slice, bias_spec, check_finite
+from .base import Module, Slice, bias_spec, check_scales
 from .fp8 import input_scale
 
 
@@ -31,6 +31,6 @@ class IntQuantizedScheme:
         return (*specs, *bias_spec(module))
 
     def to_canonical(self, tensors: Mapping[str, Tensor], module: Module, part: Slice) -> LinearWeights:
-        scale = check_finite("weight_scale", tensors["weight_scale"]).reshape(-1, 1).expand(part.out_features, 1).contiguous()
+        scale = check_scales("weight_scale", tensors["weight_scale"]).reshape(-1, 1).expand(part.out_features, 1).contiguous()
         weight = GroupedWeight(tensors["weight"], 8, part.in_features, scale)
         return LinearWeights(weight, tensors.get("bias"), input_scale(tensors))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.grouped_linear import from_group_of_column
 from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
-from .base import Module, Slice, bias_spec, check_finite
+from .base import Module, Slice, bias_spec, check_scales
 from .words import num_words, unit, unpack
 
 
@@ -69,7 +69,7 @@ class PackQuantizedScheme:
         shape = tensors.get("weight_shape")
         if shape is not None and shape.tolist() != [module.out_features, module.in_features]:
             raise ValueError(f"weight_shape says {shape.tolist()}, the config asks for {[module.out_features, module.in_features]}")
-        scale = check_finite("weight_scale", tensors["weight_scale"])
+        scale = check_scales("weight_scale", tensors["weight_scale"])
         if scale.numel() == 1:
             scale = scale.reshape(1, 1).expand(part.out_features, 1)
         groups = part.groups_of_columns(size)

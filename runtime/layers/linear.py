@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from ...quant.build import BuiltKernel, Part, build_kernels
 from ...quant.checkpoint.errors import CheckpointError
 from ...quant.linear import WeightSpec, legal_cuts
-from ...quant.schemes.base import Module, Slice
+from ...quant.schemes.base import Module, Slice, contradicted_symmetry
 from ...quant.schemes.registry import scheme_of
 from ..weights import WeightSource
 from .parallel import TensorParallelGroup
@@ -97,7 +97,11 @@ class ParallelLinear:
             weights = scheme.to_canonical(tensors, module, part)
         except ValueError as error:
             raise CheckpointError(f"{name} in {source.file_of(name)} ({stored.describe()}): {error}") from error
-        return Part(weights, scheme.form(module), stored.describe())
+        form, fault = scheme.form(module), contradicted_symmetry(weights, stored)
+        if fault is not None:
+            source.formats.warn_of_zero_points(f"{name} in {source.file_of(name)}: {fault}")
+            form = replace(form, symmetric=False)
+        return Part(weights, form, stored.describe())
 
     def _slice(self, name: str, size: int, specs: tuple[WeightSpec, ...]) -> Slice:
         """This rank's part of a module. Raises ValueError naming the sizes that work when it cannot be cut so."""

@@ -83,6 +83,15 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]
     stored_dtype: str | None  # the config's own dtype, such as "bfloat16"
 
+    def context_length(self, asked: int | None = None) -> int:
+        """`asked`, or the most tokens that positions can tell apart. Raises ValueError when more than those are asked for."""
+        longest = self.max_position
+        if self.rope.type in ("linear", "dynamic", "yarn") and longest == self.rope.original_max_position:
+            longest = int(longest * float(self.rope.scaling["factor"]))
+        if asked is not None and asked > longest:
+            raise ValueError(f"--context-length {asked} is beyond the model's {longest} positions: give at most {longest}")
+        return asked or longest
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face config. Raises UnsupportedModel for what is not implemented, ValueError for a missing or wrong key."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 @pytest.fixture(scope="session")
 def tiny(make_model: MakeModel) -> tuple[Path, Any]:
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def without_weights(tiny: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model whose weights cannot be loaded: what is refused of it, is refused before."""
+    folder = tmp_path_factory.mktemp("without") / "model"
+    shutil.copytree(tiny[0], folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -73,12 +73,25 @@ def test_engine_flags_reach_the_model_and_not_the_reference(tiny: tuple[Path, An
         (["--seqlen", "many"], "'many' is not a whole number"),
         (["--max-tokens", "9", "--max-windows", "1"], "not allowed with argument"),
         (["--add-bos", "maybe"], "invalid choice: 'maybe'"),
-        (["--no-such-flag"], "--no-such-flag"),
+        (["--no-such-flag"], "unknown flag --no-such-flag; --help lists the flags"),
+        (["--modle-path=x"], "unknown flag --modle-path; did you mean --model-path?"),
+        (["stray"], "unexpected argument stray; --help lists the flags"),
+        (["--text"], "--text: expected one argument"),
     ],
 )
 def test_wrong_flags_end_with_two(text: Path, argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--text", str(text), *argv])
+    assert end.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("octavo eval: ")
+    assert words in told
+
+
+@pytest.mark.parametrize(("argv", "words"), [([], "--text FILE is missing: give"), (["--txt", "a"], "did you mean --text?")])
+def test_a_text_must_be_given(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
     assert end.value.code == 2
     assert words in capsys.readouterr().err
 
@@ -92,12 +105,15 @@ def test_wrong_flags_end_with_two(text: Path, argv: list[str], words: str, capsy
         (["--output-json", "no/such/folder.json"], "cannot write no/such/folder.json"),
         (["--dtype", "float33"], "--dtype 'float33' is not valid"),
         (["--model-path", "no/such/model/there"], "no such file or folder"),
+        (["--output-json", "."], "cannot write .: it is a folder"),
+        (["--linear-backend", "magic"], "--linear-backend 'magic' is not valid"),
+        (["--seqlen", "64", "--reference", "no/such/model/there"], "the reference: model 'no/such/model/there'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_told_in_a_line(
-    tiny: tuple[Path, Any], text: Path, argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    without_weights: Path, text: Path, argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--model-path", str(tiny[0]), "--text", str(text), "--device", "cpu", *argv]) == 2
+    assert main(["--model-path", str(without_weights), "--text", str(text), "--device", "cpu", *argv]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("octavo eval: ")
     assert words in told

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import octavo
-from octavo.calibration.evaluate import Piece, Window, in_step, kl_divergence, score_windows, windows_of
+from octavo.calibration.evaluate import Piece, in_step, kl_divergence, score_windows
+from octavo.calibration.windows import Window, windows_of
 
 BOS = 256
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. " * 2
@@ -156,6 +157,31 @@ def test_what_cannot_be_evaluated_is_refused(tiny: tuple[Path, Any], options: di
     reference = tiny if options.pop("with_reference", False) else None
     with pytest.raises((ValueError, TypeError), match=words):
         evaluate(tiny, reference, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seqlen": 513}, "seqlen 513 is beyond the context length of .*, 512 tokens: give at most 512"),
+        ({"engine_options": {"context_length": 32}}, "beyond the context length of .*, 32 tokens"),
+        ({"engine_options": {"context_length": 600}}, "--context-length 600 is beyond the model's 512 positions"),
+        ({"engine_options": {"linear_backend": "magic"}}, "--linear-backend 'magic' is not valid"),
+        ({"seqlen": 1}, "seqlen 1 is not valid"),
+        ({"stride": 65}, "stride 65 is not valid"),
+        ({"max_tokens": 1}, "max_tokens 1 is not valid"),
+        ({"reference": "no/such/model"}, "^the reference: .*'no/such/model'"),
+        ({"reference_dtype": "float33"}, "^the reference: --dtype 'float33' is not valid"),
+        ({"vocab_size": 270}, "vocabulary of 263 tokens and .* one of 270"),
+        ({"context": 32}, "beyond the context length of .*, 32 tokens"),
+    ],
+)
+def test_what_config_and_options_tell_is_refused_before_weights_are_read(
+    without_weights: Path, make_model: Callable[..., Any], options: dict[str, Any], words: str
+) -> None:
+    made = {name: options.pop(name) for name in ("vocab_size", "context") if name in options}
+    reference = str(make_model(**made)[0]) if made else options.pop("reference", str(without_weights))
+    with pytest.raises(ValueError, match=words):
+        octavo.evaluate(str(without_weights), reference=reference, text=TEXT, **{"seqlen": 64, **options})
 
 
 def test_a_file_given_as_text_and_a_missing_file(tiny: tuple[Path, Any], tmp_path: Path) -> None:

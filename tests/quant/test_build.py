@@ -19,7 +19,7 @@ from octavo.quant.platforms import kernels_for, register_kernel
 from octavo.quant.reference_kernel import FloatReference
 from octavo.quant.schemes.base import Slice
 from octavo.quant.schemes.registry import scheme_of
-from octavo.quant.self_check import KernelFault, SelfCheck
+from octavo.quant.self_check import KernelFault, SelfCheck, WeightFault
 
 from . import writers
 from .writers import FP8_STATIC, INT8_TOKEN, Written
@@ -171,12 +171,17 @@ def test_a_kernel_that_is_off_is_found(recorded: type[Recorded], monkeypatch: py
         build([writers.awq(16, 64, 32)], self_check=SelfCheck())
 
 
+def test_a_kernels_fault_is_not_the_callers_and_damaged_weights_are_not_the_kernels() -> None:
+    assert not issubclass(KernelFault, ValueError)
+    assert issubclass(WeightFault, ValueError)
+
+
 def test_weights_that_are_no_numbers_are_found() -> None:
     scale = torch.full((16, 2), 0.01)
     scale[3, 1] = float("nan")
     codes = torch.zeros(16, 64, dtype=torch.uint8)
     part = replace(part_of(writers.awq(16, 64, 32)), weights=LinearWeights(GroupedWeight(codes, 4, 32, scale)))
-    with pytest.raises(KernelFault, match="in the float reference too: its weights are damaged"):
+    with pytest.raises(WeightFault, match="in the float reference too: its weights are damaged"):
         build_kernels(
             "qkv",
             [part],
@@ -202,7 +207,7 @@ def test_a_large_layer_is_compared_in_part_and_looked_at_whole(monkeypatch: pyte
     SelfCheck()(PackedPanels(spec, LinearWeights(weight)), spec, LinearWeights(weight))
     assert 0 < max(seen) <= 512
     weight[1234, 5] = torch.nan
-    with pytest.raises(KernelFault, match="in the float reference too: its weights are damaged"):
+    with pytest.raises(WeightFault, match="in the float reference too: its weights are damaged"):
         SelfCheck()(PackedPanels(spec, LinearWeights(weight)), spec, LinearWeights(weight))
 
 

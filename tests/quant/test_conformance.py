@@ -194,6 +194,11 @@ BAD: dict[str, tuple[Callable[[], Written], str]] = {
     "pack-nan-scale": (lambda: _damaged(writers.pack_quantized(16, 64), "weight_scale", float("nan")), "weight_scale holds 1 of 32"),
     "fp8-nan-scale": (lambda: _damaged(writers.fp8(16, 64, "channel"), "weight_scale", float("nan")), "weight_scale holds 1 of 16"),
     "int8-nan-scale": (lambda: _damaged(writers.int8(16, 64), "weight_scale", float("nan")), "weight_scale holds 1 of 16"),
+    "awq-zero-scales": (lambda: _zero(writers.awq(16, 64, 32), "scales"), "scales is 0 in all of its 32 values: .*download it again"),
+    "gptq-zero-scales": (lambda: _zero(writers.gptq(16, 64, 32), "scales"), "scales is 0 in all of its 32 values"),
+    "pack-zero-scales": (lambda: _zero(writers.pack_quantized(16, 64), "weight_scale"), "weight_scale is 0 in all of its 32"),
+    "fp8-zero-scale": (lambda: _zero(writers.fp8(16, 64, "tensor"), "weight_scale"), "weight_scale is 0 in all of its 1 values"),
+    "int8-zero-scales": (lambda: _zero(writers.int8(16, 64), "weight_scale"), "weight_scale is 0 in all of its 16"),
     "load-time-nan": (
         lambda: _damaged(replace(writers.dense(16, 64), format=load_time_format("int4", 64)), "weight", float("nan")),
         "weight holds 1 of 1024",
@@ -231,6 +236,10 @@ def _damaged(written: Written, name: str, value: float) -> Written:
     tensor = written.tensors[name].clone()
     tensor.view(-1)[3] = value
     return _with(written, name, tensor)
+
+
+def _zero(written: Written, name: str) -> Written:
+    return _with(written, name, torch.zeros_like(written.tensors[name]))
 
 
 def _with(written: Written, name: str, tensor: Tensor) -> Written:

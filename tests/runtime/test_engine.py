@@ -47,6 +47,21 @@ def test_a_stream_grows_to_the_whole_result(engine: octavo.Engine) -> None:
     assert [step["meta_info"]["finish_reason"] is None for step in steps] == [True] * (len(steps) - 1) + [False]
 
 
+def test_a_model_is_inspected_without_loading_it(engine: octavo.Engine) -> None:
+    model = engine.get_model_info()
+    assert octavo.Engine.inspect() == {name: model[name] for name in ("context_length", "vocab_size")}
+    assert octavo.Engine.inspect(context_length=64)["context_length"] == 64
+    for options, words in (
+        ({"context_length": 9000}, "beyond the model's 8192"),
+        ({"linear_backend": "magic"}, "--linear-backend 'magic'"),
+        ({"dtype": "float33"}, "--dtype 'float33'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            octavo.Engine.inspect(**options)
+    with pytest.raises(TypeError, match="no option dtpye"):
+        octavo.Engine.inspect(dtpye="float32")
+
+
 def test_leaving_a_stream_aborts_the_request(engine: octavo.Engine) -> None:
     stream = engine.generate("Once upon a time", {"max_new_tokens": 3000, "ignore_eos": True}, stream=True)
     next(stream)

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.client import EngineDead, RequestRefused
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.outputs import TextOutput
 from octavo.runtime.process import EngineProcess, launch_engine
 from octavo.runtime.sampling_params import SamplingParams
+from octavo.runtime.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.needs_embedded_model
 
@@ -137,6 +139,18 @@ async def test_sigkill_under_load_reaches_every_waiting_caller() -> None:
 def test_a_start_that_cannot_work_says_what_to_change() -> None:
     with pytest.raises(ValueError, match="--context-length 9000 is beyond the model's 8192"):
         launch_engine(EngineConfig(context_length=9000), log_level="critical")
+
+
+def test_ctrl_c_does_not_reach_an_engine_that_starts() -> None:
+    """A terminal sends it to the whole group, and the server decides."""
+    engine = EngineProcess(EngineConfig(max_total_tokens=512), resolve_model(None), log_level="warning")
+    try:
+        for _ in range(50):  # while Python starts and imports
+            os.kill(engine.pid, signal.SIGINT)
+            time.sleep(0.01)
+        engine.wait_ready(load_tokenizer(resolve_model(None)))
+    finally:
+        engine.close()
 
 
 def test_close_ends_the_process() -> None:

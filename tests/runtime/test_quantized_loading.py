@@ -4,22 +4,27 @@ dequantized weights; and what is wrong with a checkpoint is said with file, tens
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import WordLevel
 from torch import Tensor
 
+import octavo
 from octavo.quant.checkpoint.errors import CheckpointError
 from octavo.quant.linear_format import ActivationFormat
 
 from ..quant import writers
 from ..quant.writers import FP8_GROUP, FP8_STATIC, INT8_STATIC, Written
-from .tiny_models import assert_close, expected_logits, llama, load, make_model, run, save_model, sequence
+from .tiny_models import VOCAB, assert_close, expected_logits, llama, load, make_model, run, save_model, sequence
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 SEQUENCES = (sequence(23, chunk=1), sequence(45, chunk=45))
@@ -106,6 +111,31 @@ def test_logits_are_those_of_the_dequantized_weights(tmp_path: Path, name: str) 
     assert set(used) - {"cpu_packed_panels", "torch_matmul"} == {"cpu_int8" if name.startswith("int8") else "cpu_grouped"}
     for item, found in zip(SEQUENCES, run(runner, SEQUENCES), strict=True):
         assert_close(found, expected_logits(made.dense, item.tokens), layout.tolerance)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq-3", "gptq-act-order", "pack-asym", "float-weights-only"])
+def test_perplexity_is_that_of_the_dequantized_weights(tmp_path: Path, name: str) -> None:
+    made = make(tmp_path, LAYOUTS[name].write)
+    words = {f"w{number}": number for number in range(VOCAB)}  # evaluate wants a tokenizer, though it is given tokens
+    tokenizer = tokenizers.Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.decoder = ByteLevel()
+    tokenizer.save(str(made.folder / "tokenizer.json"))
+    windows = [sequence(length, chunk=1, decode=0, seed=seed).tokens for seed, length in enumerate((40, 40, 17))]
+    nll, count = 0.0, 0
+    for tokens in windows:
+        logits = expected_logits(made.dense, tokens)[:-1]
+        nll += float(torch.nn.functional.cross_entropy(logits.double(), torch.tensor(tokens[1:]), reduction="sum"))
+        count += len(tokens) - 1
+    options = {"device": "cpu", "num_threads": 2, "dtype": "float32"}
+    found = octavo.evaluate(
+        str(made.folder),
+        token_ids=[token for tokens in windows for token in tokens],
+        seqlen=40,
+        engine_options=options,
+        show_progress=False,
+    )
+    assert found.num_tokens == count
+    assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq", "pack", "pack-asym", "gptq-3", "pack-3"])
@@ -202,8 +232,14 @@ BAD: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         lambda folder: edit_quantization(folder, quant_method="quip"),
         ("config.json", "'quip'", "Supported:", "--quantization"),
     ),
-    "wrong-group-size": (lambda folder: edit_quantization(folder, group_size=32), (".qzeros", "model.safetensors", "(2, ", "do not fit")),
-    "wrong-bits": (lambda folder: edit_quantization(folder, bits=8), (".qweight", "model.safetensors", "do not fit")),
+    "wrong-group-size": (
+        lambda folder: edit_quantization(folder, group_size=32),
+        ("config.json: quantization_config.group_size=32", ".scales has 2 rows for 128 inputs", "group_size 64", "model.safetensors"),
+    ),
+    "wrong-bits": (
+        lambda folder: edit_quantization(folder, bits=8),
+        ("config.json: quantization_config.bits=8", ".qweight has 16 rows for 128 inputs", "4 bits. Set it to 4", "model.safetensors"),
+    ),
     "no-bits": (lambda folder: edit_quantization(folder, bits=None), ("config.json", "bits")),
     "unknown-bits": (lambda folder: edit_quantization(folder, bits=7), ("config.json", "bits=7", "must be")),
     "contradiction": (contradiction, ("config.json", "quantize_config.json", "bits", "contradicts", "remove the file")),

@@ -34,7 +34,7 @@ def main() -> int:
 
     def impatient(namespace: Any) -> Any:
         config, options = real(namespace)
-        return config, dataclasses.replace(options, shutdown_timeout_s=1.0, dead_engine_linger_s=1.0)
+        return config, dataclasses.replace(options, dead_engine_linger_s=1.0)
 
     cli.options_of = impatient
     return cli.main(sys.argv[2:])

@@ -10,7 +10,7 @@ import pytest
 
 from octavo.__main__ import main as octavo
 from octavo.runtime.config import EngineConfig
-from octavo.serve.arguments import options_of, serve_parser
+from octavo.serve.arguments import flags_of, options_of, serve_parser
 from octavo.serve.cli import main
 from octavo.serve.options import ServerOptions
 
@@ -50,11 +50,24 @@ def test_every_engine_flag():
 def test_every_server_flag():
     _, options = _options(
         "--host", "0.0.0.0", "--port", "8000", "--api-key", "a", "--api-key", "b", "--served-model-name", "n", "--log-level", "debug",
-        "--strict-model-names",
+        "--strict-model-names", "--shutdown-timeout", "30",
     )  # fmt: skip
     assert options == ServerOptions(
-        host="0.0.0.0", port=8000, api_keys=("a", "b"), served_model_name="n", log_level="debug", strict_model_names=True
+        host="0.0.0.0",
+        port=8000,
+        api_keys=("a", "b"),
+        served_model_name="n",
+        log_level="debug",
+        strict_model_names=True,
+        shutdown_timeout_s=30.0,
     )
+
+
+def test_flags_are_told_where_they_differ():
+    assert flags_of(*_options("--port", "30000", "--page-size", "16", "m")) == []
+    words = ["--dtype", "float16", "--disable-radix-cache", "--shutdown-timeout", "0.5", "--tokenizer-path", "a b", "--seed", "0"]
+    assert _options(*flags_of(*_options(*words))) == _options(*words)
+    assert flags_of(*_options("--api-key", "s3cret", "--api-key", "other")) == ["--api-key", "...", "--api-key", "..."]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +81,12 @@ def test_every_server_flag():
         (["--port"], "--port has no value"),
         (["--model"], "--model-path has no value"),
         (["--disable-radix-cache=1"], "--disable-radix-cache takes no value"),
-        (["--mem-fraction", "0.5"], "unknown flag --mem-fraction"),
+        (["--mem-fraction", "0.5"], "unknown flag --mem-fraction; did you mean --mem-fraction-static?"),
+        (["--shutdown", "5"], "did you mean --shutdown-timeout?"),
+        (["--shutdown-timeout", "soon"], "--shutdown-timeout 'soon' is not valid: give a number"),
+        (["--shutdown-timeout", "-1"], "--shutdown-timeout -1 is not valid: give seconds"),
+        (["--shutdown-timeout", "nan"], "--shutdown-timeout nan is not valid: give seconds"),
+        (["--shutdown-timeout", "inf"], "--shutdown-timeout inf is not valid: give seconds"),
         (["--port", "many"], "--port 'many' is not valid: give a whole number"),
         (["--port", "70000"], "--port 70000 is not valid: give a number from 1 to 65535"),
         (["--host", ""], "--host '' is not valid: give"),
@@ -93,6 +111,7 @@ def test_help_tells_the_defaults_of_the_dataclasses(capsys):
     assert main(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 30000)" in text
+    assert "before they are cut; a second signal cuts them at once (default: 5.0)" in text
     chunk = next(field.default for field in dataclasses.fields(EngineConfig) if field.name == "chunked_prefill_size")
     assert f"(default: {'automatic' if chunk is None else chunk})" in text
     for group in ("model:", "server:", "memory and prefix cache:", "scheduling:"):

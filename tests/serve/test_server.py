@@ -19,6 +19,8 @@ from typing import Any
 import httpx
 import pytest
 
+import octavo
+
 from .fake_engine import wait_until
 
 SCRIPT = Path(__file__).with_name("serve_fake.py")
@@ -26,7 +28,7 @@ ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1000}
 
 
 def _command(engine: dict[str, Any], *flags: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), json.dumps(engine), *flags]
+    return [sys.executable, str(SCRIPT), json.dumps(engine), "--shutdown-timeout", "1", *flags]
 
 
 @dataclass
@@ -117,6 +119,20 @@ def test_signal_ends_with_zero(start, number):
     out, err = process.popen.communicate()
     assert "engine closed" in out
     assert "Traceback" not in err
+    assert re.search(r"INFO octavo\.serve: stopped after 0:00:\d\d: 0 requests served\n", err), err
+
+
+def test_the_first_and_the_last_line_of_the_log(start):
+    process = start("some/model", "--device", "cpu", "--api-key", "s3cret", "--page-size", "32", "--host", "127.0.0.1")
+    headers = {"Authorization": "Bearer s3cret"}
+    for body in (ASK, {**ASK, "stream": True}, {"messages": "none"}):
+        httpx.post(f"{process.url}/v1/chat/completions", json=body, headers=headers)
+    httpx.get(f"{process.url}/health")
+    process.stop(signal.SIGTERM)
+    first, *_, last = process.popen.communicate()[1].splitlines()
+    told = f"Octavo {octavo.__version__} starts: model some/model, device cpu, flags "
+    assert first.endswith(f"INFO octavo.serve: {told}--device cpu --port 0 --api-key ... --shutdown-timeout 1.0 --page-size 32")
+    assert re.search(r"INFO octavo\.serve: stopped after 0:00:\d\d: 2 requests served$", last)
 
 
 def test_a_stream_may_finish_after_sigterm(start):
@@ -129,14 +145,31 @@ def test_a_stream_may_finish_after_sigterm(start):
     assert '"finish_reason":"stop"' in lines[-2]
 
 
-def test_a_long_stream_is_ended_after_sigterm(start):
-    process = start(delay_s=0.05, reply="x" * 1000)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("timeout", ["0", "0.4"])
+def test_a_long_stream_is_cut_when_its_time_is_over(start, number, timeout):
+    process = start("--shutdown-timeout", timeout, delay_s=0.05, reply="x" * 1000)
     lines: list[str] = []
     thread = _stream(process, lines)
-    assert process.stop(signal.SIGTERM, 12) == 0
+    assert process.stop(number, 12) == 0
     thread.join(5)
     assert lines[-1] == "data: [DONE]"
     assert '"finish_reason":"abort"' in lines[-2]
+    sent = sum('"content":"x"' in line for line in lines)
+    err = process.popen.communicate()[1]
+    told = rf"WARNING octavo\.serve: POST /v1/chat/completions 200 \(cut: the server stops\) in .* output_tokens={sent} finish=abort\n"
+    assert re.search(told, err), err
+    assert "time is over, cut 1 request; --shutdown-timeout gives more" in err
+
+
+def test_a_stream_that_ends_in_time_was_not_cut(start):
+    process = start("--shutdown-timeout", "5", delay_s=0.05)
+    thread = _stream(process, [])
+    assert process.stop(signal.SIGINT) == 0
+    thread.join(5)
+    err = process.popen.communicate()[1]
+    assert re.search(r"INFO octavo\.serve: POST /v1/chat/completions 200 in .* finish=stop\n", err), err
+    assert "WARNING" not in err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -224,4 +257,6 @@ def test_a_signal_while_the_model_loads(number):
         assert popen.stdout.readline() == "loading\n"
         popen.send_signal(number)
         assert popen.wait(5) == 0
-        assert "Traceback" not in popen.communicate()[1]
+        err = popen.communicate()[1]
+    assert "Traceback" not in err
+    assert err.endswith("INFO octavo.serve: stopped before the model was loaded\n")
