@@ -12,6 +12,7 @@ _COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible API",
     "bench": "measure a running server",
     "eval": "perplexity of a model, and how far it is from another",
+    "kernels": "compile GPU kernels ahead, on a machine without a GPU, and what they are made of",
     "doctor": "what this machine has, which kernels it gets, whether they compute right",
 }
 _USAGE = "\n".join(
@@ -46,15 +47,24 @@ def _run(arguments: list[str]) -> int:
             from .calibration.eval_cli import main as run_eval
 
             return run_eval(rest)
+        case "kernels":
+            from .serve.kernels_cli import main as run_kernels
+
+            return run_kernels(rest)
         case "doctor":
             from .serve.doctor_cli import main as run_doctor
 
             return run_doctor(rest)
-        case "-V" | "--version" | "-h" | "--help":
-            print(f"octavo {__version__}" if command in ("-V", "--version") else _USAGE)
-            return 0
-    near = difflib.get_close_matches(command, _COMMANDS, n=1)
-    told = f"octavo: {command!r} is no command" if command else "octavo: no command given"
+    return _answer(command)
+
+
+def _answer(word: str) -> int:
+    """What a word that is no command gets: the version, the usage, or an error."""
+    if word in ("-V", "--version", "-h", "--help"):
+        print(f"octavo {__version__}" if word in ("-V", "--version") else _USAGE)
+        return 0
+    near = difflib.get_close_matches(word, _COMMANDS, n=1)
+    told = f"octavo: {word!r} is no command" if word else "octavo: no command given"
     print(told + (f"; did you mean {near[0]}?" if near else "") + f"\n\n{_USAGE}", file=sys.stderr)
     return 2
 

@@ -12,16 +12,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.grouped_linear import GroupedWeight
-
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is column _AWQ_ORDER[i] of eight
-
-
-def pack_words(codes: Tensor, bits: int, dim: int) -> Tensor:
-    """Codes below 2**bits, 32 / bits to a word along `dim`, lowest bits first: int32. `bits` is 2, 4 or 8."""
-    values = codes.movedim(dim, -1).to(torch.int64)
-    values = values.reshape(*values.shape[:-1], -1, 32 // bits)
-    words = (values << torch.arange(0, 32, bits)).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).movedim(-1, dim).contiguous()
+from ..quant.schemes.awq import pack_awq
+from ..quant.schemes.words import pack
 
 
 def _zeros(weight: GroupedWeight) -> Tensor:
@@ -38,7 +30,7 @@ def awq_tensors(weight: GroupedWeight) -> dict[str, Tensor]:
     _check(weight, "AWQ", (4,))
 
     def packed(codes: Tensor) -> Tensor:
-        return pack_words(codes.t().reshape(codes.shape[1], -1, 8)[:, :, list(_AWQ_ORDER)].flatten(1), 4, 1)
+        return pack_awq(codes.t())
 
     return {"qweight": packed(weight.codes), "qzeros": packed(_zeros(weight)), "scales": weight.scale.t().to(torch.float16).contiguous()}
 
@@ -62,8 +54,8 @@ def gptq_tensors(weight: GroupedWeight) -> dict[str, Tensor]:
     if int(zeros.min()) < 1:
         raise ValueError("GPTQ's first layout cannot hold a zero point of 0: write AWQ, or keep zero points at 1 or more")
     return {
-        "qweight": pack_words(weight.codes.t(), weight.bits, 0),
-        "qzeros": pack_words((zeros - 1).t(), weight.bits, 1),
+        "qweight": pack(weight.codes.t(), weight.bits, 0),
+        "qzeros": pack((zeros - 1).t(), weight.bits, 1),
         "scales": weight.scale.t().to(torch.float16).contiguous(),
         "g_idx": (torch.arange(weight.in_features) // weight.group_size).to(torch.int32),
     }
@@ -88,12 +80,12 @@ def compressed_tensors(weight: GroupedWeight, *, scale_dtype: torch.dtype = torc
         return {"weight": weight.codes, "weight_scale": weight.scale.to(scale_dtype)}
     _check(weight, "pack-quantized", (4, 8))
     tensors = {
-        "weight_packed": pack_words(weight.codes, weight.bits, 1),
+        "weight_packed": pack(weight.codes, weight.bits, 1),
         "weight_scale": weight.scale.to(scale_dtype),
         "weight_shape": torch.tensor(list(weight.codes.shape), dtype=torch.int64),
     }
     if weight.zeros is not None:
-        tensors["weight_zero_point"] = pack_words(weight.zeros, weight.bits, 0)
+        tensors["weight_zero_point"] = pack(weight.zeros, weight.bits, 0)
     return tensors
 
 

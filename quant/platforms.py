@@ -7,26 +7,34 @@ from importlib.metadata import entry_points
 
 import torch
 
+from ..kernels.gpu.device import device_of
 from .cpu_kernels import GroupedPanels, Int8Panels, WidePanels
 from .dense_kernels import PackedPanels, TorchMatmul
+from .gpu_kernels import TritonFp8, TritonInt8, TritonW4A8, TritonWeightOnly
+from .gpu_peer_kernels import AwqExtension, TorchInt4Pack, TorchScaledMM
 from .linear import LinearKernel
 from .reference_kernel import FloatReference
 
 ENTRY_POINTS = "octavo.quant"  # packages outside the tree: an entry point names a function that takes no argument and registers
 
-# By platform; a GPU takes the list of its own architecture, or the newest one below it. GPU kernels for quantized weights come later:
-# until then the float reference computes them, and says so.
+# By platform; a GPU takes the list of its own architecture, or the newest one below it. Behind the kernels that are taken by themselves
+# stand those to be chosen by name: other people's, and TritonW4A8, which quantizes inputs though the format does not.
+_WEIGHT_ONLY: tuple[type[LinearKernel], ...] = (TorchMatmul, TritonInt8, TritonWeightOnly)
+_FP8: tuple[type[LinearKernel], ...] = (TorchMatmul, TritonFp8, TritonInt8, TritonWeightOnly, TritonW4A8, TorchScaledMM)
+_INT4: tuple[type[LinearKernel], ...] = (TorchInt4Pack, AwqExtension, FloatReference)
 _KERNELS: dict[str, tuple[type[LinearKernel], ...]] = {
     "cpu": (PackedPanels, Int8Panels, WidePanels, GroupedPanels, TorchMatmul, FloatReference),
-    "sm_80": (TorchMatmul, FloatReference),
-    "sm_89": (TorchMatmul, FloatReference),
-    "sm_90": (TorchMatmul, FloatReference),
-    "sm_100": (TorchMatmul, FloatReference),
+    "sm_80": _WEIGHT_ONLY + _INT4,
+    "sm_89": _FP8 + _INT4,
+    "sm_90": _FP8 + _INT4,
+    "sm_100": _FP8 + _INT4,
 }
 
 
 def platform_of(device: torch.device) -> str:
-    """ "cpu", or a CUDA device's architecture such as "sm_90"."""
+    """ "cpu", or a CUDA device's architecture such as "sm_90". Meta tensors lie on the GPU that kernels are compiled ahead for."""
+    if device.type == "meta":
+        return f"sm_{device_of(device).arch}"
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
@@ -35,8 +43,12 @@ def platform_of(device: torch.device) -> str:
 
 def kernels_for(device: torch.device) -> tuple[type[LinearKernel], ...]:
     """The ordered list of a device's platform. Raises ValueError for a device without one."""
+    return kernels_for_platform(platform_of(device))
+
+
+def kernels_for_platform(platform: str) -> tuple[type[LinearKernel], ...]:
+    """The ordered list of "cpu" or an architecture such as "sm_90", at hand or not. Raises ValueError for one that has none."""
     load_plugins()
-    platform = platform_of(device)
     if platform in _KERNELS:
         return _KERNELS[platform]
     known = sorted((name for name in _KERNELS if name.startswith("sm_")), key=_architecture)

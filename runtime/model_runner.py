@@ -40,7 +40,7 @@ class ModelRunner:
             torch.set_num_threads(config.num_threads or 1)
         self.model_config = model = ModelConfig.from_hf(read_config(files))
         self.context_length = model.context_length(config.context_length)
-        self.dtype = _weight_dtype(config, files, model)
+        self.dtype = weight_dtype(config, files, model)
         self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.dtype)
         activation_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         with torch.inference_mode():
@@ -160,7 +160,8 @@ def _kv_scales_made_for(formats: ModuleFormats) -> str:
     return kv_cache.dtype if kv_cache is not None else "fp8_e4m3"
 
 
-def _weight_dtype(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> torch.dtype:
+def weight_dtype(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> torch.dtype:
+    """What dense weights are held in: `--dtype`, or the checkpoint's own."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     if files.kind == "gguf":

@@ -152,6 +152,18 @@ class WeightSource:
         self._reader.close()
 
 
+class HeaderSource(WeightSource):
+    """Reads no matrix: gives meta tensors of their form in their place. Scalars and vectors are read, because they decide on forms."""
+
+    def _read_rows(self, name: str, info: TensorInfo, cut: tuple[int, int] | None, *, is_raw: bool) -> torch.Tensor:
+        if len(info.shape) < 2:
+            return super()._read_rows(name, info, cut, is_raw=is_raw)
+        rows = info.shape[0] if cut is None else cut[1] - cut[0]
+        if is_raw:
+            return torch.empty(rows, info.nbytes // info.shape[0], dtype=torch.uint8, device="meta")
+        return torch.empty(rows, *info.shape[1:], dtype=info.dtype, device="meta")
+
+
 def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
     if info.shape != shape:
         raise CheckpointError(

@@ -59,7 +59,7 @@ def _in_our_words(error: argparse.ArgumentError) -> str:
     return f"{flag} {error.message}"
 
 
-def _whole_number(text: str) -> int:
+def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
@@ -87,7 +87,7 @@ def _explanation(text: str) -> str:
     return text
 
 
-def _choices(annotation: Any) -> str:
+def choices_of(annotation: Any) -> str:
     """The values of a Literal, for help; the option objects check them."""
     return "{" + ",".join(get_args(annotation)) + "}"
 
@@ -135,18 +135,18 @@ def _add_model(parser: Parser) -> None:
     group.add_argument("--tokenizer-path", metavar="PATH", help=_engine("where the tokenizer is, if not with the model", "tokenizer_path"))
     group.add_argument("--revision", help=_engine("branch, tag or commit on the hub", "revision"))
     group.add_argument("--chat-template", metavar="FILE", help=_engine("a Jinja file in place of the model's template", "chat_template"))
-    group.add_argument("--device", metavar=_choices(Device), help=_engine("where to run", "device"))
-    group.add_argument("--dtype", metavar=_choices(Dtype), help=_engine("of weights", "dtype"))
+    group.add_argument("--device", metavar=choices_of(Device), help=_engine("where to run", "device"))
+    group.add_argument("--dtype", metavar=choices_of(Dtype), help=_engine("of weights", "dtype"))
     group.add_argument(
-        "--kv-cache-dtype", metavar=_choices(KVCacheDtype), help=_engine("of the KV cache; auto: that of --dtype", "kv_cache_dtype")
+        "--kv-cache-dtype", metavar=choices_of(KVCacheDtype), help=_engine("of the KV cache; auto: that of --dtype", "kv_cache_dtype")
     )
     group.add_argument(
-        "--context-length", type=_whole_number, metavar="N", help=_engine("tokens of prompt and answer together", "context_length")
+        "--context-length", type=whole_number, metavar="N", help=_engine("tokens of prompt and answer together", "context_length")
     )
     group.add_argument(
-        "--random-seed", "--seed", type=_whole_number, metavar="N", help=_engine("for requests without a seed", "random_seed")
+        "--random-seed", "--seed", type=whole_number, metavar="N", help=_engine("for requests without a seed", "random_seed")
     )
-    group.add_argument("--num-threads", type=_whole_number, metavar="N", help=_engine("compute threads on the CPU", "num_threads"))
+    group.add_argument("--num-threads", type=whole_number, metavar="N", help=_engine("compute threads on the CPU", "num_threads"))
 
 
 def _add_quantization(parser: Parser) -> None:
@@ -183,7 +183,7 @@ def _add_quantization(parser: Parser) -> None:
 def _add_server(parser: Parser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", help=_server("address to listen on; 0.0.0.0 for every interface", "host"))
-    group.add_argument("--port", type=_whole_number, metavar="N", help=_server("port to listen on; 0 for any free one", "port"))
+    group.add_argument("--port", type=whole_number, metavar="N", help=_server("port to listen on; 0 for any free one", "port"))
     group.add_argument(
         "--api-key",
         action="append",
@@ -193,7 +193,7 @@ def _add_server(parser: Parser) -> None:
     )
     group.add_argument("--served-model-name", metavar="NAME", help=_server("the model's name in the API", "served_model_name"))
     group.add_argument("--strict-model-names", action="store_true", help="answer 404 to other model names (default: accept any)")
-    group.add_argument("--log-level", metavar=_choices(LogLevel), help=_server("how much to log", "log_level"))
+    group.add_argument("--log-level", metavar=choices_of(LogLevel), help=_server("how much to log", "log_level"))
     group.add_argument(
         "--shutdown-timeout",
         type=_number,
@@ -213,15 +213,15 @@ def _add_memory(parser: Parser) -> None:
     )
     group.add_argument(
         "--max-total-tokens",
-        type=_whole_number,
+        type=whole_number,
         metavar="N",
         help=_engine("tokens that the KV cache holds; with --mem-fraction-static the smaller of both", "max_total_tokens"),
     )
-    group.add_argument("--page-size", type=_whole_number, metavar="N", help=_engine("tokens in one page of the KV cache", "page_size"))
+    group.add_argument("--page-size", type=whole_number, metavar="N", help=_engine("tokens in one page of the KV cache", "page_size"))
     group.add_argument("--disable-radix-cache", action="store_true", help="do not reuse the prefixes of earlier requests")
     group.add_argument(
         "--max-radix-cache-len",
-        type=_whole_number,
+        type=whole_number,
         metavar="N",
         help=_engine("most tokens kept for reuse by later requests", "max_radix_cache_len"),
     )
@@ -230,23 +230,23 @@ def _add_memory(parser: Parser) -> None:
 def _add_scheduling(parser: Parser) -> None:
     group = parser.add_argument_group("scheduling")
     group.add_argument(
-        "--max-running-requests", type=_whole_number, metavar="N", help=_engine("most requests computed together", "max_running_requests")
+        "--max-running-requests", type=whole_number, metavar="N", help=_engine("most requests computed together", "max_running_requests")
     )
     group.add_argument(
         "--max-queued-requests",
-        type=_whole_number,
+        type=whole_number,
         metavar="N",
         help=_engine("most requests that wait; more get 503", "max_queued_requests"),
     )
     group.add_argument(
         "--chunked-prefill-size",
-        type=_whole_number,
+        type=whole_number,
         metavar="N",
         help=_engine("most prompt tokens computed in one step", "chunked_prefill_size"),
     )
     group.add_argument(
         "--schedule-policy",
-        metavar=_choices(Policy),
+        metavar=choices_of(Policy),
         help=_engine("first come first served, or longest cached prefix first", "schedule_policy"),
     )
 

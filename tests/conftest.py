@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported, so before any test module is
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported: GPU kernels run under its interpreter
 
 import pytest
 from hypothesis import settings

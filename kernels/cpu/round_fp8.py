@@ -1,4 +1,4 @@
-"""Rounding rows of float32 to the fp8 (e4m3) grid of their scales, kept as floats. The contract stands in kernels/quantize_activations.py."""
+"""Rounding rows of float32 to the fp8 (e4m3) grid of their scales, kept as floats. The contract: kernels/quantize_activations.py."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels.grouped_linear import from_group_of_column
 from ..linear import Axis, LinearWeights, WeightForm, WeightSpec
 from .base import Module, Slice, bias_spec, check_scales
-from .words import unpack
+from .words import pack, unpack
 
 # Nibble i of a word is column ORDER[i] of eight; reading takes the inverse.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -20,6 +20,11 @@ _INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 def unpack_awq(words: Tensor) -> Tensor:
     """int32 [R, C] to uint8 codes [R, 8 * C] in the order of the columns."""
     return unpack(words, 4, 1).view(words.shape[0], -1, 8)[:, :, list(_INVERSE)].reshape(words.shape[0], -1)
+
+
+def pack_awq(codes: Tensor) -> Tensor:
+    """Codes below 16 [R, 8 * C] to int32 words [R, C]."""
+    return pack(codes.reshape(codes.shape[0], -1, 8)[:, :, list(ORDER)].flatten(1), 4, 1)
 
 
 class AwqScheme:

@@ -62,7 +62,10 @@ class QuantScheme(Protocol):
         ...
 
     def to_canonical(self, tensors: Mapping[str, torch.Tensor], module: Module, part: Slice) -> LinearWeights:
-        """The canonical form of a slice, from tensors cut to it. Raises ValueError naming the tensor for values that cannot be right."""
+        """The canonical form of a slice, from tensors cut to it. Raises ValueError naming the tensor for values that cannot be right.
+
+        Matrices may be meta tensors, where no more than the form is wanted: then the config is taken at its word.
+        """
         ...
 
 
@@ -72,7 +75,9 @@ def bias_spec(module: Module) -> tuple[WeightSpec, ...]:
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` itself. Raises ValueError when it holds a NaN or an infinity."""
+    """`tensor` itself. Raises ValueError when it holds a NaN or an infinity; of a meta tensor nothing is known."""
+    if tensor.is_meta:
+        return tensor
     bad = int((~torch.isfinite(tensor.float())).sum())
     if bad:
         raise ValueError(
@@ -83,7 +88,8 @@ def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def check_scales(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself. Raises ValueError as check_finite does, and when every scale is 0, which makes every weight 0. One group may be."""
-    if not bool((check_finite(name, tensor) != 0).any()):
+    check_finite(name, tensor)
+    if not tensor.is_meta and not bool((tensor != 0).any()):
         raise ValueError(f"{name} is 0 in all of its {tensor.numel()} values: the checkpoint is damaged, download it again")
     return tensor
 
@@ -97,6 +103,8 @@ def contradicted_symmetry(weights: LinearWeights, stored: LinearFormat) -> str |
     if not stored.symmetric or "symmetric" not in stored.said or not isinstance(weight, GroupedWeight):
         return None
     middle = 1 << (stored.bits - 1)
+    if weight.zeros is not None and weight.zeros.is_meta:
+        return None
     low, high = (weight.zero, weight.zero) if weight.zeros is None else (int(weight.zeros.min()), int(weight.zeros.max()))
     if low == high == middle:
         return None

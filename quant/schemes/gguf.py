@@ -65,7 +65,7 @@ def _nibbles(raw: Tensor) -> Tensor:
 
 def _bit(raw: Tensor, shifts: Tensor) -> Tensor:
     """Bits of [..., n] bytes: [..., len(shifts), n]."""
-    return (raw[..., None, :] >> shifts[:, None]) & 1
+    return (raw[..., None, :] >> shifts[:, None].to(raw.device)) & 1
 
 
 def _cut(raw: Tensor, *sizes: int) -> Tensor:
@@ -87,7 +87,7 @@ def _q4_1(blocks: Tensor) -> GroupedWeight:
 
 def _fifth_bits(raw: Tensor) -> Tensor:
     """The 32 bits of 4 bytes, as the fifth bits of codes."""
-    return ((raw[..., :, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2) << 4
+    return ((raw[..., :, None] >> torch.arange(8, dtype=torch.uint8, device=raw.device)) & 1).flatten(-2) << 4
 
 
 def _q5_0(blocks: Tensor) -> GroupedWeight:
@@ -107,7 +107,7 @@ def _q8_0(blocks: Tensor) -> GroupedWeight:
 def _two_bits(raw: Tensor) -> Tensor:
     """64 bytes to 256 codes: in each half, four runs of 32 from rising bit pairs of the same 32 bytes."""
     halves = _cut(raw, 2, 1, 32)
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=raw.device)[:, None]
     return ((halves >> shifts) & 3).flatten(-3)
 
 
@@ -128,7 +128,7 @@ def _q3_k(blocks: Tensor) -> GroupedWeight:
     high = _bit(blocks[..., :32], torch.arange(8, dtype=torch.uint8)).flatten(-2)
     codes = _two_bits(blocks[..., 32:96]) | (high << 2)
     low = _nibbles(blocks[..., 96:104])
-    top = (blocks[..., None, 104:108] >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]) & 3
+    top = (blocks[..., None, 104:108] >> torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)[:, None]) & 3
     scales = (low | (top.flatten(-2) << 4)).to(torch.int16) - 32
     return GroupedWeight(_rows(codes), 3, 16, _rows(scales.to(torch.int8)), zero=4, super_scale=_halves(blocks, 108, "d"))
 
@@ -161,7 +161,7 @@ def _q6_k(blocks: Tensor) -> GroupedWeight:
     low = _cut(blocks[..., :128], 2, 64)
     low = torch.cat([low & 15, low >> 4], dim=-1)
     pairs = _cut(blocks[..., None, 128:192], 2, 32).movedim(-2, -3)
-    high = ((pairs >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]) & 3).flatten(-2)
+    high = ((pairs >> torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)[:, None]) & 3).flatten(-2)
     scales = blocks[..., 192:208].contiguous().view(torch.int8)
     return GroupedWeight(_rows(low | (high << 4)), 6, 16, _rows(scales), zero=32, super_scale=_halves(blocks, 208, "d"))
 

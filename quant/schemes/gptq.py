@@ -51,8 +51,11 @@ class GptqScheme:
         zeros = unpack(tensors["qzeros"], stored.bits, 1)[:, : part.out_features]
         zeros = (zeros + stored.zero_offset) & ((1 << stored.bits) - 1)
         codes = unpack(tensors["qweight"], stored.bits, 0)[: part.in_features]
-        constant = int(zeros.flatten()[0]) if zeros.numel() else 0
-        is_constant = stored.symmetric and bool((zeros == constant).all())
+        if zeros.is_meta:
+            constant, is_constant = 1 << (stored.bits - 1), stored.symmetric
+        else:
+            constant = int(zeros.flatten()[0]) if zeros.numel() else 0
+            is_constant = stored.symmetric and bool((zeros == constant).all())
         if is_constant and constant == (1 << (stored.bits - 1)) - 1 + 2 * stored.zero_offset:
             raise ValueError(
                 f"every zero point is {constant}, next to the {1 << (stored.bits - 1)} of a symmetric model: checkpoint_format in "

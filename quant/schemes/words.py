@@ -25,7 +25,7 @@ def unpack(words: Tensor, bits: int, dim: int, *, padded: bool = False) -> Tenso
     if 32 % bits and not padded:
         codes = _unpack_stream(torch.nn.functional.pad(words, (0, -words.shape[-1] % bits)), bits)
     else:
-        shifts = torch.arange(0, 32 - bits + 1, bits)
+        shifts = torch.arange(0, 32 - bits + 1, bits, device=words.device)
         codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
     return codes.flatten(-2).to(torch.uint8).movedim(-1, dim).contiguous()
 
@@ -33,9 +33,17 @@ def unpack(words: Tensor, bits: int, dim: int, *, padded: bool = False) -> Tenso
 def _unpack_stream(words: Tensor, bits: int) -> Tensor:
     """[..., 3n] words to [..., n, 32] codes that may straddle words."""
     units = words.reshape(*words.shape[:-1], -1, bits)
-    starts = torch.arange(0, 32 * bits, bits)
+    starts = torch.arange(0, 32 * bits, bits, device=words.device)
     first, shift = starts // 32, starts % 32
     low = units[..., first] >> shift
     after = units[..., (first + 1).clamp(max=bits - 1)] << (32 - shift)
     straddles = shift + bits > 32
     return torch.where(straddles, low | after, low) & ((1 << bits) - 1)
+
+
+def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """Codes below 2**bits, 32 / bits to a word along `dim`, lowest bits first: int32. `bits` is 2, 4 or 8."""
+    values = codes.movedim(dim, -1).to(torch.int64)
+    values = values.reshape(*values.shape[:-1], -1, 32 // bits)
+    words = (values << torch.arange(0, 32, bits, device=codes.device)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).movedim(-1, dim).contiguous()

@@ -16,6 +16,7 @@ from octavo.quant.linear import LinearKernel, LinearSpec, LinearWeights
 from octavo.quant.linear_format import ActivationFormat, LinearFormat
 from octavo.quant.platforms import kernels_for
 from octavo.quant.schemes.base import Module, Slice
+from octavo.quant.schemes.gguf import BLOCKS, GgufScheme
 from octavo.quant.schemes.load_time import load_time_format
 from octavo.quant.schemes.registry import scheme_of
 
@@ -289,3 +290,37 @@ def test_a_module_of_a_layout_that_nobody_registered() -> None:
     module = Module(LinearFormat("awq", 4, "group", 32), 64, 16, False, torch.float32)
     with pytest.raises(ValueError, match="no scheme reads layout 'marlin'"):
         scheme_of(replace(module.format, layout="marlin"))  # type: ignore[arg-type]
+
+
+# Without matrices
+
+
+def form_of(weights: LinearWeights) -> dict[str, object]:
+    """Shapes, dtypes and numbers, but for the one zero point of all groups, which is a value."""
+    parts = {"bias": weights.bias, "input_scale": weights.input_scale}
+    parts |= {"weight": weights.weight} if isinstance(weights.weight, Tensor) else vars(weights.weight)
+    parts.pop("zero", None)
+    return {name: (tuple(part.shape), part.dtype) if isinstance(part, Tensor) else part for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_form_is_known_without_matrices(name: str) -> None:
+    written = CASES[name]()
+    tensors = {key: tensor.to("meta") if tensor.ndim > 1 else tensor for key, tensor in written.tensors.items()}
+    assert form_of(canonical(replace(written, tensors=tensors))) == form_of(canonical(written))
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8", "int4"])
+def test_the_form_of_what_is_quantized_while_loading_is_known_without_matrices(method: str) -> None:
+    written = replace(writers.dense(37, 96), format=load_time_format(method, 96))
+    tensors = {key: tensor.to("meta") for key, tensor in written.tensors.items()}
+    assert form_of(canonical(replace(written, tensors=tensors))) == form_of(canonical(written))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_the_form_of_gguf_blocks_is_known_without_matrices(kind: str) -> None:
+    size, per_block, bits, group = BLOCKS[kind]
+    blocks = torch.zeros(5, 2 * size, dtype=torch.uint8)
+    module = Module(LinearFormat("gguf", bits, "group", group_size=group, gguf_type=kind), 2 * per_block, 5, False, torch.float32)
+    real, meta = (GgufScheme().to_canonical({"weight": weight}, module, Slice.whole(module)) for weight in (blocks, blocks.to("meta")))
+    assert form_of(meta) == form_of(real)

@@ -1,0 +1,77 @@
+"""Facts of NVIDIA architectures that kernels are planned by. Asks no device unless told to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """`arch` is 90 for sm_90; `num_sms` streaming multiprocessors, `shared_bytes` at most in one block."""
+
+    arch: int
+    num_sms: int
+    shared_bytes: int
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether tensor cores multiply fp8."""
+        return self.arch >= 89
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether tiles can be copied by descriptor."""
+        return self.arch >= 90
+
+
+# The largest part of each architecture: A100, RTX 3090, L40S, H100 SXM, B200, RTX 5090.
+DEVICES: Final[dict[int, Device]] = {
+    80: Device(80, 108, 166_912),
+    86: Device(86, 82, 101_376),
+    89: Device(89, 142, 101_376),
+    90: Device(90, 132, 232_448),
+    100: Device(100, 148, 232_448),
+    120: Device(120, 170, 101_376),
+}
+
+
+def nearest(arch: int) -> Device:
+    """The facts of an architecture, or of the newest known below it. Raises ValueError below sm_80."""
+    known = [other for other in DEVICES if other <= arch]
+    if not known:
+        raise ValueError(f"sm_{arch} is older than sm_80, the first architecture that Octavo's kernels are written for")
+    facts = DEVICES[max(known)]
+    return Device(arch, facts.num_sms, facts.shared_bytes)
+
+
+_pretended: list[int] = []
+
+
+@contextmanager
+def pretend(arch: int) -> Iterator[None]:
+    """Within it, any device is the largest part of an architecture: for compiling ahead, and for the interpreter."""
+    _pretended.append(arch)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
+def device_of(device: torch.device) -> Device:
+    """The facts of a CUDA device at hand, or of the pretended one."""
+    if _pretended:
+        return nearest(_pretended[-1])
+    return _properties(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _properties(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    arch = 10 * properties.major + properties.minor
+    return Device(arch, properties.multi_processor_count, nearest(arch).shared_bytes)

@@ -1,0 +1,223 @@
+"""Compiles the GPU kernels of a model's linears, or of all tables of tiles, on a machine without a GPU. Prints nothing but progress.
+
+The model is built on meta tensors, from its configs and the headers of its files, and each kind of linear is called with every number
+of rows up to a greatest one, as serving would call it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from ..kernels.gpu.ahead import CannotCompile, Compiled, Compiler, target
+from ..kernels.gpu.config import operations, table_architectures
+from ..kernels.gpu.device import DEVICES
+from ..kernels.gpu.inspection import Expected, KernelReport, faults, inspect
+from ..kernels.gpu.launchers import CannotBuild, build_launchers
+from ..quant.build import KernelOptions
+from ..quant.checkpoint.hf_config import read_config
+from ..quant.checkpoint.open_reader import open_reader
+from ..quant.checkpoint.resolve import ModelFiles, resolve_model
+from ..quant.module_formats import ModuleFormats
+from .config import EngineConfig
+from .layers.linear import ParallelLinear
+from .layers.parallel import TensorParallelGroup
+from .linear_report import LinearReport
+from .model_runner import weight_dtype
+from .models.config import ModelConfig
+from .models.llama import LlamaModel
+from .weights import HeaderSource
+
+__all__ = ["CannotCompile", "architecture", "compile_model", "report_model", "report_tables", "run_apart", "table_architectures"]
+
+_META = torch.device("meta")
+Stored = Mapping[str, frozenset[str]]  # by module: "weight F8_E4M3"
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """What was compiled of a model: Triton kernels by name and tile, with how many variants there are of each.
+
+    `num_launchers` is None where they cannot be built, and `launcher_fault` the reason.
+    """
+
+    arch: int
+    max_rows: int
+    linears: LinearReport
+    kernels: Counter[tuple[str, str]]
+    num_launchers: int | None
+    launcher_fault: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class ReportRow:
+    """One kernel, and what is wrong with it. `op` and `max_m` are the table's; None for a model's."""
+
+    report: KernelReport
+    faults: tuple[str, ...]
+    op: str | None = None
+    max_m: int | None = None
+
+
+def architecture(name: str) -> int:
+    """90 for "sm_90". Raises ValueError for one that no kernels are written for."""
+    known = {f"sm_{arch}": arch for arch in DEVICES}
+    if name not in known:
+        raise ValueError(f"--arch {name!r} is not valid: give one of {', '.join(known)}")
+    return known[name]
+
+
+def run_apart(cache_dir: Path, function: Callable[_Given, _Result], *args: _Given.args, **options: _Given.kwargs) -> _Result:
+    """Call `function` in a process of its own, where Triton's cache is `cache_dir`: one process compiles for one architecture."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (str(cache_dir),)) as pool:
+        try:
+            return pool.submit(function, *args, **options).result()
+        except BrokenProcessPool as error:
+            raise CannotCompile("the compiler's process was killed; is there memory left?") from error
+
+
+def _begin(cache_dir: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache_dir
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to both processes: this one ends without a word
+
+
+def compile_model(config: EngineConfig, arch: int, *, max_rows: int | None, tp_size: int = 1) -> CompiledModel:
+    """Fill Triton's cache with what serving `config` on `arch` launches for 1 to `max_rows` rows, on any of `tp_size` ranks.
+
+    `max_rows` None: the most that a step has with the config. Raises ValueError and its kin for a model that cannot be served there,
+    CannotCompile.
+    """
+    started = time.perf_counter()
+    rows = max_rows or most_rows(config)
+    with target(arch) as compiler:
+        linears = _compile_linears(config, compiler, rows, tp_size)
+        num_launchers, fault = _launchers(compiler.compiled.values())
+    kernels = Counter((compiled.name, compiled.tile) for compiled in compiler.compiled.values())
+    return CompiledModel(arch, rows, linears, kernels, num_launchers, fault, time.perf_counter() - started)
+
+
+def report_model(config: EngineConfig, arch: int, *, max_rows: int | None, tp_size: int = 1) -> tuple[ReportRow, ...]:
+    """What the kernels are made of that compile_model compiles."""
+    with target(arch) as compiler:
+        _compile_linears(config, compiler, max_rows or most_rows(config), tp_size)
+        bar = _bar(compiler.compiled.values(), "Inspecting", arch)
+        reports = [inspect(compiled) for compiled in bar]
+    return tuple(ReportRow(report, faults(report, Expected())) for report in reports)
+
+
+def report_tables(arch: int, *, ops: tuple[str, ...] = ()) -> tuple[ReportRow, ...]:
+    """What the kernels are made of that the table for `arch` has entries for; of some operations, or of all.
+
+    Raises ValueError for an operation that it does not have.
+    """
+    unknown = sorted(set(ops) - set(operations(arch)))
+    if unknown:
+        raise ValueError(f"--op {unknown[0]!r} is not valid: the table for sm_{arch} has {', '.join(operations(arch))}")
+    rows = []
+    with target(arch) as compiler:
+        from ..kernels.gpu.catalogue import table_entries  # imports Triton, which target has looked for
+
+        for entry in _bar(list(table_entries(arch, ops)), "Compiling", arch):
+            seen = set(compiler.compiled)
+            for launch in entry.launches(compiler.device):
+                launch()
+            for compiled in (compiler.compiled[key] for key in compiler.compiled if key not in seen):
+                report = replace(inspect(compiled), tile=entry.tile.describe())
+                rows.append(ReportRow(report, faults(report, entry.expected(arch)), entry.op, entry.max_m))
+    return tuple(rows)
+
+
+def most_rows(config: EngineConfig) -> int:
+    """Tokens of the greatest step on a GPU: a chunk of a prompt and one token of every running request."""
+    chunk = config.resolve(device="cuda").chunked_prefill_size
+    assert chunk is not None
+    return chunk + config.max_running_requests
+
+
+def _launchers(kernels: Iterable[Compiled]) -> tuple[int | None, str | None]:
+    try:
+        return build_launchers(kernels), None
+    except CannotBuild as error:
+        return None, str(error)
+
+
+def _bar(items: Iterable[Any], what: str, arch: int) -> Any:
+    return tqdm(items, desc=f"{what} for sm_{arch}", unit="kernel", disable=None, file=sys.stderr)
+
+
+@torch.inference_mode()
+def _compile_linears(config: EngineConfig, compiler: Compiler, max_rows: int, tp_size: int) -> LinearReport:
+    """Every kind of linear, of every rank; gives the report of the first rank's."""
+    files = resolve_model(config.model_path, revision=config.revision)
+    done: set[tuple[Any, ...]] = set()
+    reports = []
+    for rank in range(tp_size):
+        model, formats, stored = _model(config, files, TensorParallelGroup(tp_size, rank))
+        reports.append(LinearReport.of(model.linears, formats.method))
+        kinds: dict[tuple[Any, ...], ParallelLinear] = {}
+        for linear in model.linears:
+            kinds.setdefault((linear is model.embedding, *_kind(linear, stored)), linear)
+        new = [linear for kind, linear in kinds.items() if kind not in done]
+        done.update(kinds)
+        what = f"Compiling for sm_{compiler.device.arch}"
+        with tqdm(total=len(new) * max_rows, desc=what, unit="call", disable=None, file=sys.stderr) as bar:
+            for linear in new:
+                _call(linear, max_rows, bar, rows_too=linear is model.embedding)
+    return reports[0]
+
+
+def _model(config: EngineConfig, files: ModelFiles, group: TensorParallelGroup) -> tuple[LlamaModel, ModuleFormats, Stored]:
+    """The model on meta tensors, with kernels of the target; how it is stored, and by module in which types."""
+    described = read_config(files)
+    model_config = ModelConfig.from_hf(described)
+    dtype = weight_dtype(config, files, model_config)
+    reader = open_reader(files)
+    stored: dict[str, set[str]] = {}
+    for name, info in reader.tensors().items():
+        module, _, last = name.rpartition(".")
+        stored.setdefault(module, set()).add(f"{last} {info.stored}")
+    formats = ModuleFormats(files, described, reader.tensors(), quantization=config.quantization)
+    options = KernelOptions(config.linear_backend, allow_reference=True)
+    source = HeaderSource(
+        reader, formats, weight_dtype=dtype, activation_dtype=dtype, device=_META, kernel_options=options, show_progress=False
+    )
+    with source:
+        model = LlamaModel(model_config, source, max_position=1, group=group)
+    return model, formats, {module: frozenset(types) for module, types in stored.items()}
+
+
+def _kind(linear: ParallelLinear, stored: Stored) -> tuple[Any, ...]:
+    """Equal for linears that launch the same kernels."""
+    kernels = tuple((type(built.kernel), replace(built.spec, name=""), built.start, built.kernel.weight_bytes) for built in linear.kernels)
+    return (kernels, tuple(stored.get(module) for module in linear.shape.sources))
+
+
+def _call(linear: ParallelLinear, max_rows: int, bar: Any, *, rows_too: bool) -> None:
+    """Call a linear with every number of rows; an embedding is asked for its rows too."""
+    kernels = [built for built in linear.kernels if not built.kernel.is_reference]
+    dtype = linear.kernels[0].spec.activation_dtype
+    x = torch.empty(max_rows, linear.in_features, dtype=dtype, device=_META)
+    out = torch.empty(max_rows, linear.out_features, dtype=dtype, device=_META)
+    indices = torch.empty(max_rows, dtype=torch.int64, device=_META)
+    for rows in range(1, max_rows + 1):
+        for built in kernels:
+            built.kernel(x[:rows], out=out[:rows, built.start : built.stop])
+        if rows_too and kernels:
+            linear.rows(indices[:rows])
+        bar.update()
