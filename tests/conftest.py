@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported, so before any test module is
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported: GPU kernels run under its interpreter
@@ -15,6 +16,8 @@ from octavo.quant.checkpoint.errors import CheckpointError
 from octavo.quant.checkpoint.resolve import find_embedded_model
 from octavo.runtime.start import prepare_environment
 
+# Where the tests run in the background of a shell, Ctrl-C is ignored, and by every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 prepare_environment()  # the engine processes that tests start then share compiled kernels with this one
 
 # Time limits are off because shared machines stall; print_blob gives the line that replays a failure.

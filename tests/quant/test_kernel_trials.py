@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from octavo.kernels.gpu.device import pretend
 from octavo.quant import kernel_trials as trials
 from octavo.quant import platforms
 from octavo.quant.cpu_kernels import GroupedPanels
@@ -70,6 +71,7 @@ def test_weights_that_no_kernel_takes_have_every_reason(monkeypatch: pytest.Monk
 
 def test_a_gpu_is_told_what_it_would_get(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platforms, "platform_of", lambda device: "sm_90")
-    choices = {choice.weights: choice for choice in trials.kernel_choices(torch.device("cuda"))}
+    with pretend(90):
+        choices = {choice.weights: choice for choice in trials.kernel_choices(torch.device("cuda"))}
     assert choices["dense bfloat16"].kernel == "torch_matmul"
     assert all(choice.kernel is not None for choice in choices.values())
