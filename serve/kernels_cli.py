@@ -70,7 +70,7 @@ def _compile(argv: list[str], prog: str) -> int:
         "the kernels where its version, the folder's path, Octavo's sources and TRITON_ variables are the same.",
     )
     parser.add_argument("--arch", action="append", metavar="sm_NN", help="sm_80, sm_90, ...; repeat it for several; required")
-    _add_model(parser)
+    _add_model(parser, "; none: the embedded model")
     _add_cache_dir(parser, "the folder to fill (default: TRITON_CACHE_DIR, else ~/.triton/cache)")
     given = vars(parser.parse_all(argv))
     if not given.get("arch"):
@@ -94,7 +94,7 @@ def _told(done: CompiledModel, folder: Path) -> Iterator[str]:
         return
     launchers = f"no launchers ({done.launcher_fault}; Triton will want it where it serves)"
     if done.num_launchers is not None:
-        launchers = f"{done.num_launchers} launchers"
+        launchers = f"{done.num_launchers} launcher{'s' if done.num_launchers != 1 else ''}"
     yield f"Compiled for sm_{done.arch}, 1 to {done.max_rows} rows: {number} kernels, {launchers}, in {done.seconds:.0f} s, in {folder}"
     for name in dict.fromkeys(name for name, _ in done.kernels):
         tiles = {tile: count for (other, tile), count in done.kernels.items() if other == name}
@@ -114,12 +114,15 @@ def _report(argv: list[str], prog: str) -> int:
     parser.add_argument("--arch", action="append", metavar="sm_NN", help="repeat it for several (default: those with a table)")
     parser.add_argument("--table", action="store_true", help="every entry of the tables of tiles; the default without --model")
     parser.add_argument("--op", action="append", metavar="NAME", help="these operations of the tables alone, such as fp8; repeat it")
-    _add_model(parser)
+    _add_model(parser, "; none: the tables")
     _add_cache_dir(parser, "where compiled kernels are looked for and kept (default: a folder that is deleted)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = vars(parser.parse_all(argv))
     if "model_path" in given and ("table" in given or "op" in given):
         raise ValueError(f"--model and --{'table' if 'table' in given else 'op'} contradict each other: leave one out")
+    for name in (*_MODEL_FLAGS, "tp_size", "max_rows"):
+        if name in given and "model_path" not in given:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to a model, and the tables have none: give --model too, or leave it out")
     prepare_environment()
     from ..runtime.kernels_ahead import architecture, report_model, report_tables, run_apart, table_architectures
 
@@ -182,13 +185,13 @@ def _parser(prog: str, description: str, epilog: str) -> Parser:
     )
 
 
-def _add_model(parser: Parser) -> None:
+def _add_model(parser: Parser, default: str) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model-path",
         "--model",
         metavar="PATH",
-        help="a folder, a hub id or a .gguf file; none: the embedded model. Its configs and the headers of its files are read",
+        help=f"a folder, a hub id or a .gguf file{default}. Its configs and the headers of its files are read",
     )
     for name, meaning in _MODEL_FLAGS.items():
         metavar = choices_of(Dtype) if name == "dtype" else "NAME"

@@ -193,10 +193,10 @@ def test_import_octavo_is_light(tmp_path: Path) -> None:
     assert loaded_by("import octavo", {"torch", "numpy", "transformers", "numba", "octavo.runtime", "octavo.serve"}, tmp_path) == []
 
 
-@pytest.mark.parametrize("module", ["serve.cli", "benchmarks.cli", "calibration.eval_cli"])
+@pytest.mark.parametrize("module", ["serve.cli", "serve.kernels_cli", "benchmarks.cli", "calibration.eval_cli"])
 def test_commands_answer_help_without_loading_torch(tmp_path: Path, module: str) -> None:
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
-    assert loaded_by(f"import octavo.{module}", {"torch", "transformers", "numba"}, tmp_path) == []
+    assert loaded_by(f"import octavo.{module}", {"torch", "transformers", "numba", "triton"}, tmp_path) == []
 
 
 def test_a_heavy_import_is_found(tmp_path: Path) -> None:

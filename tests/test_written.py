@@ -115,7 +115,7 @@ def wrong_commands(root: Path) -> list[str]:
                 faults += _wrong_flags(path.relative_to(root), ("serve",), serve_options[1].split())
         else:
             words = command.split()[1:] if command.startswith("octavo") else command.split()
-            subcommand = tuple(words[: 2 if words[0] == "bench" else 1])
+            subcommand = tuple(words[: 2 if words[0] in ("bench", "kernels") else 1])
             faults += _wrong_flags(path.relative_to(root), subcommand, words[len(subcommand) :])
     return faults
 

@@ -45,6 +45,17 @@ def inverse_rms(sum_of_squares, k, eps):
 
 
 @triton.jit
+def _reciprocal(value):
+    """1 / value rounded once, by two of Newton's steps: without the call for rare operands that tl.div_rn is.
+
+    Where all bits of the mantissa are ones, the last bit may be wrong; of the quotients only that of the value by itself is then.
+    """
+    near = 1.0 / value
+    near = tl.fma(tl.fma(near, -value, 1.0), near, near)
+    return tl.fma(tl.fma(near, -value, 1.0), near, near)
+
+
+@triton.jit
 def _divide(value, divisor, reciprocal):
     """value / divisor rounded once, given the correctly rounded reciprocal. Zeros as divisor and reciprocal give zero."""
     quotient = value * reciprocal
@@ -66,8 +77,7 @@ def _scales(most, static_scale, LIMIT: tl.constexpr, STATIC: tl.constexpr):
     else:
         greatest = tl.where(is_finite, most, 0).to(tl.float32, bitcast=True)
         scale = tl.where(greatest < _SMALLEST, 0.0, _divide(greatest, LIMIT, 1.0 / LIMIT))
-    safe = tl.where(scale == 0.0, 1.0, scale)
-    reciprocal = tl.where(scale == 0.0, 0.0, tl.div_rn(tl.full((), 1.0, tl.float32), safe))
+    reciprocal = tl.where(scale == 0.0, 0.0, _reciprocal(tl.where(scale == 0.0, 1.0, scale)))
     return tl.where(is_finite, scale, float("nan")), scale, reciprocal
 
 

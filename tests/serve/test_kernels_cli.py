@@ -100,7 +100,7 @@ def test_a_model_is_compiled_for_all_rows_and_found_again(tmp_path, run):
     assert o_proj[1:5] == ["2", "128", "x", "64"], "the first of two ranks has half of the inputs"
     assert "fake_fp8" in o_proj
     (told,) = (line for line in lines if line.startswith("Compiled for sm_90, 1 to 3 rows: "))
-    assert "launchers" in told
+    assert " launcher" in told
     assert told.endswith(str(cache))
     assert any("split: " in line and "of 16x128x128" in line for line in lines)
     number = int(told.split(": ")[1].split()[0])
@@ -138,6 +138,7 @@ def test_what_no_kernel_takes_is_left_to_the_reference_and_said(tmp_path, run):
         (["compile", "--arch", "sm_90", "--dtype", "int8"], "--dtype 'int8' is not valid: give auto,"),
         (["compile", "--arhc", "sm_90"], "unknown flag --arhc; did you mean --arch?"),
         (["report", "--arch", "sm_90", "--table", "--model", "m"], "--model and --table contradict each other"),
+        (["report", "--arch", "sm_90", "--max-rows", "8"], "--max-rows belongs to a model, and the tables have none: give --model too"),
         (["report", "--arch", "sm_90", "--op", "fp8", "--model", "m"], "--model and --op contradict each other"),
     ],
 )

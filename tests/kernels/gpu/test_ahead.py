@@ -24,13 +24,14 @@ import torch
 from octavo.kernels.gpu import ahead
 from octavo.kernels.gpu.ahead import CannotCompile, target
 from octavo.kernels.gpu.config import entries, operations, table_architectures
+from octavo.kernels.gpu.device import DEVICES
 from octavo.kernels.gpu.inspection import Expected, KernelReport, faults
 from octavo.kernels.gpu.launch import Launch, collecting
 
 HAS_C_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
-# Architectures with a table, and one that the nearest table below serves.
-ARCHITECTURES = sorted({*table_architectures(), 100})
-# What the short run compiles of them. All of it takes ten minutes on two cores.
+# Architectures with a table, and those that the nearest table below serves.
+ARCHITECTURES = sorted({*table_architectures(), *DEVICES})
+# What the short run compiles of them. All of it takes a quarter of an hour on two cores.
 SHORT = {
     80: ("int8", "w4a16", "w8a16_fp8"),
     89: ("fp8",),
