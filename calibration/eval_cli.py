@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "octavo eval") -> int
     from octavo import Engine
 
     options = Engine.options()
-    args = _parser(prog, options).parse_args(argv)
+    args = _parser(prog, options).parse(argv)
     try:
         _check_output(args.output_json)
         result = evaluate(
@@ -86,7 +86,8 @@ def _fail(prog: str, text: str, code: int) -> int:
 class _Parser(argparse.ArgumentParser):
     """Tells what is wrong in one line, an unknown flag before one that is missing."""
 
-    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The flags in `argv` (None: the process's own); ends the process where they are wrong."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]

@@ -91,7 +91,7 @@ def reference(x: Tensor, out: QuantizedRows, *, static_scale: Tensor | None = No
     check_rows("x", x, (out.codes.shape[0], k))
     check_static_scale(static_scale, out)
     limit, group = LIMITS[out.codes.dtype], min(out.group, k)
-    cells = pad(x.float(), (0, -k % group)).unflatten(1, (-1, group))  # type: ignore[no-untyped-call]
+    cells = pad(x.float(), (0, -k % group)).reshape(x.shape[0], -1, group)
     most = cells.abs().amax(2, keepdim=True)
     if static_scale is None:
         scale = torch.where(most < SMALLEST, 0.0, most / most.new_tensor(limit))

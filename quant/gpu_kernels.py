@@ -49,9 +49,6 @@ def _rows_in(workspace: Workspace, m: int, k: int, group: int, dtype: torch.dtyp
 class _Scaled(LinearKernel):
     """8-bit weights and inputs on tensor cores (kernels/gpu/scaled_linear.py); inputs are quantized before, in one pass."""
 
-    codes: ClassVar[torch.dtype]
-    inputs: ClassVar[str]
-
     def __init__(self, spec: LinearSpec, weights: LinearWeights) -> None:
         from ..kernels.gpu import quantize_rows, scaled_linear
         from ..kernels.gpu.device import device_of
@@ -149,7 +146,7 @@ def _refuses_groups(spec: LinearSpec) -> str | None:
 
 
 class TritonWeightOnly(LinearKernel):
-    """Weights of 2, 3, 4 and 8 bits or fp8, and inputs as they are (kernels/gpu/grouped_linear.py).
+    """Weights of 2 to 6 bits, 8 bits or fp8, and inputs as they are (kernels/gpu/grouped_linear.py).
 
     fp8 formats that quantize inputs too run here on GPUs that multiply no fp8: their inputs are left unrounded.
     """

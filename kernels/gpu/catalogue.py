@@ -103,7 +103,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "w8a16_fp8": Operation(_grouped(8, added=None, is_fp8=True), HALF_UNITS),
     **{f"w{bits}a16": Operation(_grouped(bits), HALF_UNITS) for bits in _BITS},
     **{f"w{bits}a16_fine": Operation(_grouped(bits, group=group, added=added), HALF_UNITS) for bits, group, added in _FINE},
-    **{f"w{bits}a8": Operation(_grouped(bits, x_dtype=torch.float8_e4m3fn), FP8_UNITS, never=_HALVES) for bits in _BITS},
+    **{f"w{bits}a8": Operation(_grouped(bits, x_dtype=torch.float8_e4m3fn), FP8_UNITS, never=_HALVES) for bits in _BITS if bits <= 4},
 }
 
 

@@ -24,11 +24,6 @@ class Device:
         """Whether tensor cores multiply fp8."""
         return self.arch >= 89
 
-    @property
-    def has_tma(self) -> bool:
-        """Whether tiles can be copied by descriptor."""
-        return self.arch >= 90
-
 
 # The largest part of each architecture: A100, RTX 3090, L40S, H100 SXM, B200, RTX 5090.
 DEVICES: Final[dict[int, Device]] = {

@@ -65,9 +65,7 @@ class Packed:
         """What shares a scale: all inputs of a channel, some whole slots, or columns wherever a group ends."""
         if self.scale.shape[0] == 1 and self.offset is None:
             return "channel"
-        return (
-            "slots" if self.group_size % self.step == 0 or (self.group_size % self.depth == 0 and self.slots % self.run == 0) else "column"
-        )
+        return "slots" if self.group_size % self.depth == 0 else "column"
 
     @property
     def run(self) -> int:

@@ -1,4 +1,4 @@
-"""x @ W.T of grouped quantized weights and 16-bit inputs on tensor cores: 2, 3, 4 and 8 bits, and fp8 for GPUs that multiply none.
+"""x @ W.T of grouped quantized weights and 16-bit inputs on tensor cores: 2 to 6 bits, 8, and fp8 for GPUs that multiply none.
 
 The contract stands in kernels/grouped_linear.py, the layout in grouped_format.py. Codes become exact small numbers of the inputs' dtype
 in registers, zero points taken away; products are summed in float32 and each group's sum is scaled. Weights are on the side of the
