@@ -21,7 +21,7 @@ from ..grouped_linear import GroupedWeight
 
 ROWS: Final = 64
 _DEPTHS: Final = (32, 16)  # products of matrix units are at least 16 deep
-_LOWER: Final = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}  # bits of a code in the first words; the others are in the last
+LOWER_BITS: Final = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}  # bits of a code in the first words; the others are in the last
 
 CodeKind = Literal["integer", "fp8"]
 ScaleRule = Literal["channel", "slots", "column"]
@@ -80,8 +80,8 @@ class Packed:
 
 def refuses(*, bits: int, in_features: int) -> str | None:
     """Why weights cannot be packed; None when they can."""
-    if bits not in _LOWER:
-        return f"takes {', '.join(map(str, _LOWER))} bits, not {bits}"
+    if bits not in LOWER_BITS:
+        return f"takes {', '.join(map(str, LOWER_BITS))} bits, not {bits}"
     return "needs at least 16 inputs" if in_features < 16 else None
 
 
@@ -127,7 +127,7 @@ def _depth(group_size: int, in_features: int, slots: int) -> int:
 
 def _slots(bits: int) -> int:
     """Codes that a word has bits of, in the words that have bits of most."""
-    lower = _LOWER[bits]
+    lower = LOWER_BITS[bits]
     return 16 // (bits - lower or lower)
 
 
@@ -139,7 +139,7 @@ def _one_level(small: Tensor, over: Tensor | None) -> Tensor:
 
 def _parts(bits: int) -> list[tuple[int, int, int, int]]:
     """Words of a row: (bits of each code in it, shift of those bits, first slot, last slot)."""
-    lower, slots = _LOWER[bits], _slots(bits)
+    lower, slots = LOWER_BITS[bits], _slots(bits)
     per_word = 16 // lower
     parts = [(lower, 0, first, first + per_word) for first in range(0, slots, per_word)]
     return parts if lower == bits else [*parts, (bits - lower, lower, 0, slots)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import Tile, tile_for
 from .device import Device
-from .grouped_format import ROWS, Packed
+from .grouped_format import LOWER_BITS, ROWS, Packed
 from .launch import Launch
 from .split_k import add_parts, workspace_bytes
 from .workspace import MAX_TILES, Workspace
@@ -26,7 +26,7 @@ from .workspace import MAX_TILES, Workspace
 @triton.constexpr_function
 def _lower_bits(bits: int) -> int:
     """Bits of a code in the first words of a row (grouped_format.py)."""
-    return {3: 2, 5: 4, 6: 4}.get(bits, bits)
+    return LOWER_BITS[bits]
 
 
 @triton.constexpr_function
