@@ -3,7 +3,7 @@
 bfloat16 and fp8 lie in numpy arrays as bits. Left alone, arithmetic and `tl.dot` work on those bits, and narrowing conversions
 truncate where the GPU rounds to the nearest even and saturates: wrong, and silently so. Here such operands are widened to float32
 through torch first, and results narrowed through torch. Also mended: scalars under numpy 2.4 and later (3.6.0), bfloat16 constants,
-inline PTX (see ptx.py). TRITON_INTERPRET=1 must be set before triton is imported.
+inline PTX (see ptx.py), and float32 fma, which rounds twice (3.6.0). TRITON_INTERPRET=1 must be set before triton is imported.
 """
 
 from __future__ import annotations
@@ -107,6 +107,16 @@ def _mended_dot(original: Callable[..., Any]) -> Callable[..., Any]:
     return dot
 
 
+def _fma_rounded_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if x.dtype.scalar != tl.float32:
+            return original(self, x, y, z)
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return Handle(exact.astype(np.float32), tl.float32)
+
+    return fma
+
+
 def _inline_asm(self: Any, text: str, constraints: str, values: list[Any], kinds: Any, is_pure: bool, pack: int) -> Any:
     wanted = [kind.scalar for kind in kinds]
     found = ptx.run(text, constraints, [np.asarray(value.data) for value in values], [kind.primitive_bitwidth for kind in wanted], pack)
@@ -129,6 +139,7 @@ class _Results:
 def mend() -> None:
     """Mend the interpreter, once in a process."""
     builder = interpreter.InterpreterBuilder
+    builder.create_fma = _fma_rounded_once(builder.create_fma)
     for name in _ARITHMETIC:
         if hasattr(builder, f"create_{name}"):
             setattr(builder, f"create_{name}", _on_floats(getattr(builder, f"create_{name}")))

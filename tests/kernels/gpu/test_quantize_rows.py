@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
+from octavo.benchmarks.gpu.guarded import Guarded
 from octavo.kernels import silu_mul
 from octavo.kernels.gpu import quantize_rows as gpu
 from octavo.kernels.gpu import scaled_linear
@@ -18,8 +17,6 @@ from octavo.kernels.gpu.workspace import Workspace
 from octavo.kernels.quantize_rows import ALIGNMENT, SMALLEST, QuantizedRows, reference
 from octavo.kernels.rms_norm import rms_norm_reference
 from octavo.kernels.scaled_linear import ScaledWeight
-
-from .guarded import Guarded
 
 H100 = DEVICES[90]
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -32,17 +29,6 @@ SOURCES = ("norm", "add_norm", "silu")
 codes_dtypes = pytest.mark.parametrize("codes", [FP8, INT8], ids=["fp8", "int8"])
 row_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 widths = pytest.mark.parametrize(("m", "k"), [(2, 1), (1, 15), (1, 31), (2, 33), (1, 100), (2, 577), (1, 1040)])
-
-
-def fma_once(self: object, x: interpreter.TensorHandle, y: interpreter.TensorHandle, z: interpreter.TensorHandle) -> object:
-    exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-    return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
-
-
-@pytest.fixture(autouse=True)
-def fma(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tl.fma of float32 rounds once, as on a GPU: in the interpreter of Triton 3.6 it rounds twice."""
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma_once)
 
 
 @pytest.fixture

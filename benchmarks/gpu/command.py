@@ -1,0 +1,156 @@
+"""What run.py does: which parts, for how long, and where results go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from octavo.kernels.gpu.config import operations, table_architectures
+from octavo.kernels.gpu.device import device_of
+
+from . import correctness, report, timings
+from .cases import quick_cases
+from .checks import Place
+from .contenders import FORMATS, ROWS, SHAPES, Shape
+from .peers import Peer, load_peers
+from .record import ROOT, Budget, Record, folder_name, machine_facts
+from .sweep import SWEPT_SHAPES, sweep, told
+
+PARTS = ("correctness", "sanitizer", "timings", "report", "sweep", "quick")
+_USUAL = PARTS[:4]
+_WRONG, _NO_GPU, _BAD_INPUT = 1, 3, 2
+_EPILOG = """parts, in this order where none is named:
+  correctness  every kernel with every entry of its table of tiles, against float64
+  sanitizer    the small cases under compute-sanitizer: memcheck, racecheck, synccheck
+  timings      linears of Llama-3 8B and 70B by rows, beside torch's and the peers'
+  report       README.md and pictures out of what has been found; needs no GPU
+and by name alone:
+  sweep        tiles for the operations of --op, and the entries that were fastest
+  quick        the small cases once, kept nowhere
+
+A run stops where its minutes end, and the same command goes on from there. It ends with 1 when a result is wrong."""
+
+
+def main(argv: Sequence[str], *, place: Place | None = None, shapes: Sequence[Shape] = SHAPES, rows: Sequence[int] = ROWS) -> int:
+    """Run the parts: 0, 1 when a result is wrong, 2 for bad arguments, 3 without a GPU. `place` and the sizes are for tests."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+    parts = options.parts or list(_USUAL)
+    if (reason := _reason_against(parts, options)) is not None:
+        print(f"run.py: {reason}", file=sys.stderr)
+        return _BAD_INPUT
+    if parts == ["report"] and options.out is not None:
+        return _report(Record.read(options.out), options.out)
+    if place is None and not torch.cuda.is_available():
+        print("run.py: torch sees no CUDA device here. `report --out FOLDER` alone needs none.", file=sys.stderr)
+        return _NO_GPU
+    return _run(parts, options, place or _place_at_hand(), shapes, rows)
+
+
+def _reason_against(parts: Sequence[str], options: argparse.Namespace) -> str | None:
+    """Why the arguments do not go; None when they do."""
+    known = sorted({op for arch in table_architectures() for op in operations(arch)})
+    if odd := [part for part in parts if part not in PARTS]:
+        return f"{', '.join(odd)}: the parts are {', '.join(PARTS)}"
+    if parts == ["report"] and options.out is not None and not (options.out / "results.json").is_file():
+        return f"--out {options.out} has no results.json: run the other parts with the same --out first"
+    if options.peers is not None and not options.peers.is_dir():
+        return f"--peers {options.peers} is no folder"
+    if odd := [op for op in options.op if op not in known]:
+        return f"no tiles for {', '.join(odd)}: the tables have {', '.join(known)}"
+    if ("sweep" in parts) != bool(options.op):
+        return "the part sweep and --op go together, such as sweep --op w4a16"
+    return None
+
+
+def _place_at_hand() -> Place:
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Place(device, device_of(device))
+
+
+@torch.inference_mode()
+def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, shapes: Sequence[Shape], rows: Sequence[int]) -> int:
+    budget, machine = Budget(options.minutes), machine_facts(place.device)
+    folder: Path = options.out or ROOT / "benchmarks" / "results" / folder_name(machine)
+    if "quick" in parts:
+        return _quick(place)
+    print(f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}: results in {folder}", flush=True)
+    record = Record.load(folder, machine, fresh=options.fresh)
+    save = partial(record.save, folder)
+    if "correctness" in parts:
+        correctness.run(record, place, budget, jobs=options.jobs if place.is_gpu else 1, save=save, quick=not place.is_gpu)
+    if "sanitizer" in parts:
+        correctness.sanitize(record, place, budget, command=Path(__file__).with_name("run.py"), save=save)
+    if "timings" in parts:
+        _time(record, place, budget, options, save, shapes, rows)
+    if "sweep" in parts:
+        for op in options.op:
+            found = list(sweep(op, place, budget, jobs=options.jobs, shapes=SWEPT_SHAPES if shapes is SHAPES else shapes))
+            print(told(op, found))
+            record.sweeps[op] = [
+                {"max_m": most, "tiles": [{**vars(one.tile), "us": one.us, "fault": one.fault} for one in tried]} for most, tried in found
+            ]
+    save()
+    if "report" in parts:
+        _report(record, folder)
+    faults = [*record.correctness.values(), *record.sanitizer.values()]
+    is_wrong = any(result["fault"] for result in faults) or any(timing["faults"] for timing in record.timings.values())
+    return _WRONG if is_wrong else 0
+
+
+def _time(
+    record: Record, place: Place, budget: Budget, options: argparse.Namespace, save: partial[None], shapes: Sequence[Shape],
+    rows: Sequence[int],
+) -> None:  # fmt: skip
+    peers: tuple[Peer, ...] = ()
+    if options.peers is not None:
+        peers, record.peers = load_peers(options.peers)
+        for name, reason in record.peers.items():
+            print(f"  {name} is not compared: {reason}")
+    timings.run(record, place, budget, save=save, peers=peers, formats=options.formats, shapes=shapes, rows=rows)
+
+
+def _quick(place: Place) -> int:
+    results = correctness.check_all(quick_cases(place.facts.arch), place)
+    wrong = {name: result["fault"] for name, result in results.items() if result["fault"]}
+    for name, fault in wrong.items():
+        print(f"WRONG {name}: {fault}")
+    print(f"quick: {len(results) - len(wrong)} of {len(results)} cases right or refused")
+    return _WRONG if wrong else 0
+
+
+def _report(record: Record, folder: Path) -> int:
+    try:
+        written = report.write(record, folder)
+    except ModuleNotFoundError as error:
+        print(f"no pictures: {error}. `run.py report --out {folder}` draws them where matplotlib is installed")
+        written = [folder / "README.md"]
+    print("\n".join(report.goal_lines(record)))
+    print("wrote " + ", ".join(str(path) for path in written))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run.py", description="Kernels on the GPU at hand.", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("parts", nargs="*", metavar="PART", help="see below")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing new is begun (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="where results go and are found again (default benchmarks/results/<gpu>)")
+    parser.add_argument("--fresh", action="store_true", help="forget what was found before")
+    parser.add_argument(
+        "--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that check and compile (default %(default)s)"
+    )
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="a folder with marlin, conch and gemlite; see benchmarks/README.md")
+    parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=[], help="that are timed (default all)")
+    parser.add_argument("--op", nargs="+", default=[], help="operations of the tables of tiles, for sweep: fp8, w4a16, ...")
+    return parser

@@ -1,0 +1,106 @@
+"""What the kernels are to reach on an H100, and whether a record shows that they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .contenders import DENSE
+from .timings import floor_us
+
+DATASHEET_FP8_FLOPS = 1979e12  # H100 SXM, dense
+_LARGE, _PACKED = 50_000_000, 30_000_000
+
+Timings = dict[str, dict[str, Any]]
+Ceilings = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`values` gives (where, value) pairs of a record; the least of them must be at least `least`."""
+
+    text: str
+    least: float
+    values: Callable[[Timings, Ceilings], Iterable[tuple[str, float]]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`worst` None: nothing of it was timed."""
+
+    goal: Goal
+    where: str
+    worst: float | None
+    num_values: int
+
+    @property
+    def word(self) -> str:
+        if self.worst is None:
+            return "untimed"
+        return "met" if self.worst >= self.goal.least else "missed"
+
+
+def verdicts(timings: Timings, ceilings: Ceilings | None) -> list[Verdict]:
+    """Each goal with the worst value that was found for it."""
+    found = []
+    for goal in GOALS:
+        values = list(goal.values(timings, ceilings)) if ceilings is not None else []
+        where, worst = min(values, key=lambda pair: pair[1]) if values else ("", None)
+        found.append(Verdict(goal, where, worst, len(values)))
+    return found
+
+
+def _us(timing: dict[str, Any], m: str, contender: str) -> float | None:
+    found = timing["rows"][m].get(contender)
+    return None if found is None else float(found["us"])
+
+
+def _against(kind: str, ours: str, theirs: str, least_m: int, most_m: int) -> Callable[[Timings, Ceilings], Iterable[tuple[str, float]]]:
+    """How many times faster we are."""
+
+    def values(timings: Timings, ceilings: Ceilings) -> Iterable[tuple[str, float]]:
+        for timing in timings.values():
+            for m in timing["rows"]:
+                mine, other = _us(timing, m, ours), _us(timing, m, theirs)
+                if timing["format"] == kind and least_m <= int(m) <= most_m and mine and other:
+                    yield f"{timing['shape']}, {m} rows", other / mine
+
+    return values
+
+
+def _of_floor(kind: str, ours: str, most_m: int, *, least_bytes: int = 0) -> Callable[[Timings, Ceilings], Iterable[tuple[str, float]]]:
+    """The floor over the time, of matrices of so many bytes or more."""
+
+    def values(timings: Timings, ceilings: Ceilings) -> Iterable[tuple[str, float]]:
+        for timing in timings.values():
+            if timing["format"] != kind or timing["weight_bytes"].get(ours, 0) < max(least_bytes, 1):
+                continue
+            for m in timing["rows"]:
+                mine = _us(timing, m, ours)
+                if int(m) <= most_m and mine:
+                    yield f"{timing['shape']}, {m} rows", floor_us(timing, ours, int(m), ceilings) / mine
+
+    return values
+
+
+def _of_datasheet(timings: Timings, ceilings: Ceilings) -> Iterable[tuple[str, float]]:
+    for timing in timings.values():
+        mine = _us(timing, "4096", "octavo") if timing["format"] == "fp8" and "4096" in timing["rows"] else None
+        if mine:
+            yield f"{timing['shape']}, 4096 rows", 2 * 4096 * timing["n"] * timing["k"] / (mine * 1e-6) / DATASHEET_FP8_FLOPS
+
+
+GOALS = (
+    Goal("fp8, 4096 rows, quantization of inputs included: times as fast as _scaled_mm with the same quantization", 1.0,
+         _against("fp8", "octavo", "_scaled_mm", 4096, 4096)),
+    Goal("fp8, 4096 rows, quantization of inputs included: of 1,979 TFLOP/s", 0.65, _of_datasheet),
+    Goal("fp8, up to 64 rows, matrices of 50 MB and more, quantization of inputs included: of the floor", 0.85,
+         _of_floor("fp8", "octavo", 64, least_bytes=_LARGE)),
+    Goal("W4A16, up to 16 rows, 30 MB packed and more: of the floor", 0.65, _of_floor("w4a16", "octavo", 16, least_bytes=_PACKED)),
+    Goal("W4A16 in float16: times as fast as Marlin", 1.0, _against("w4a16", "octavo fp16", "marlin", 1, 1 << 20)),
+    Goal("W4A16, up to 256 rows: times as fast as bf16", 1.0, _against("w4a16", "octavo", DENSE, 1, 256)),
+    Goal("W4A16, above 256 rows: times as fast as bf16", 0.92, _against("w4a16", "octavo", DENSE, 257, 1 << 20)),
+    Goal("W4A8-fp8, above 256 rows: times as fast as bf16", 1.0, _against("w4a16", "octavo w4a8", DENSE, 257, 1 << 20)),
+    Goal("W8A16 fp8, up to 16 rows: of the floor", 0.8, _of_floor("w8a16_fp8", "octavo", 16)),
+)  # fmt: skip

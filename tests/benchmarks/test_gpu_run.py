@@ -1,0 +1,291 @@
+"""benchmarks/gpu/run.py under the interpreter: the whole command on the CPU, what it finds, and that a bare checkout is enough."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.benchmarks.gpu import checks, clock, correctness, sweep, timings
+from octavo.benchmarks.gpu.cases import DequantizeCase, GroupedCase, LinearCase, RowsCase, ScaledCase, all_cases
+from octavo.benchmarks.gpu.checks import Place, check
+from octavo.benchmarks.gpu.command import main
+from octavo.benchmarks.gpu.contenders import Shape
+from octavo.benchmarks.gpu.goals import verdicts
+from octavo.benchmarks.gpu.guarded import Guarded
+from octavo.kernels.gpu import grouped_linear, scaled_linear
+from octavo.kernels.gpu.config import Tile, entries, operations
+from octavo.kernels.gpu.device import DEVICES
+from octavo.kernels.gpu.launch import Launch
+
+from ..kernels.gpu.interpreter import mend
+
+mend()
+H100 = Place(torch.device("cpu"), DEVICES[90])
+TINY = Shape("tiny", 64, 256)
+RUN = Path(timings.__file__).with_name("run.py")
+FEW = (
+    ScaledCase("fp8", 3, 40, 200),
+    GroupedCase("w4a16", 3, 40, 256, 64),
+    DequantizeCase(4, 40, 256, 64),
+    RowsCase("norm", "fp8", 2, 100),
+    LinearCase("triton_fp8", "fp8", 8, 3, 40, 200, inputs="token"),
+    LinearCase("torch_int4pack", "integer", 4, 3, 40, 256, 64),
+)
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "quick_cases", lambda arch: FEW)
+
+
+def run(*arguments: str, out: Path) -> int:
+    return main([*arguments, "--out", str(out)], place=H100, shapes=(TINY,), rows=(1,))
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_the_whole_command_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--formats", "fp8", "w4a16", out=tmp_path) == 0, capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "5 right, 0 wrong, 1 refused, 0 not run yet" in told
+    assert (tmp_path / "fp8.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "README.md").read_text()
+    assert "| tiny 64x256 | 1 |" in page
+    assert "octavo w4a8" in page
+    assert "untimed" in page
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["timings"]) == {"fp8 tiny 64x256", "w4a16 tiny 64x256"}
+    assert not any(timing["faults"] for timing in results["timings"].values())
+    for module, name in ((correctness, "check"), (timings, "time_shape"), (clock, "ceilings")):
+        monkeypatch.setattr(module, name, None)  # nothing is done twice
+    assert run("--formats", "fp8", "w4a16", out=tmp_path) == 0
+    assert main(["report", "--out", str(tmp_path)]) == 0
+    results["sources"] = "others"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(TypeError):
+        run("--formats", "fp8", out=tmp_path)
+    assert "beginning anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.long), 90])
+def test_small_cases_are_right(arch: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quick"], place=Place(torch.device("cpu"), DEVICES[arch])) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_every_entry_of_every_table_has_a_case(arch: int) -> None:
+    cases = all_cases(arch)
+    for op in operations(arch):
+        least = 1
+        for most, tile in entries(arch, op):
+            found = [case for case in cases if getattr(case, "op", None) == op and least <= case.m <= (most or case.m)]
+            assert found or tile.route == "dense", (op, most)
+            least = (most or 0) + 1
+
+
+def _forgets_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = scaled_linear.pack
+
+    def wrong(weight: Any) -> Any:
+        packed = pack(weight)
+        packed.codes.view(torch.uint8)[1, 7] ^= 0x80
+        return packed
+
+    monkeypatch.setattr(scaled_linear, "pack", wrong)
+
+
+def _leaves_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = scaled_linear._launch
+
+    def short(tile: Tile, x: Any, x_scale: Any, x_group: int, weight: Any, bias: Any, out: Any, **options: Any) -> Launch:
+        return launch(tile, x[:-1], x_scale[:-1], x_group, weight, bias, out[:-1], **options)
+
+    monkeypatch.setattr(scaled_linear, "_launch", short)
+
+
+def _stores_one_row_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = scaled_linear._launch
+
+    def long(*args: Any, **options: Any) -> Launch:
+        made = launch(*args, **options)
+        changed = list(made.args)
+        changed[9] += 1  # n
+        return Launch(made.kernel, made.grid, tuple(changed), made.options)
+
+    monkeypatch.setattr(scaled_linear, "_launch", long)
+
+
+def _forgets_the_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = scaled_linear._launch
+
+    def counted(*args: Any, **options: Any) -> Launch:
+        options["workspace"].arrived[3] = 1
+        return launch(*args, **options)
+
+    monkeypatch.setattr(scaled_linear, "_launch", counted)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (_forgets_a_code, "times what is allowed"),
+        (_leaves_the_last_row, "times what is allowed"),
+        (_stores_one_row_too_many, "between the rows"),
+        (_forgets_the_counters, "counters"),
+    ],
+)
+def test_faults_are_found(fault: Callable[[pytest.MonkeyPatch], None], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match=says):
+        check(FEW[0], H100)
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_a_wrong_kernel_ends_with_1_and_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _forgets_a_code(monkeypatch)
+    monkeypatch.setattr(timings, "_BOUNDS", {True: 6e-2, False: 2e-2})
+    assert run("correctness", out=tmp_path) == 1
+    assert "WRONG scaled fp8 m=3 n=40 k=200" in capsys.readouterr().out
+    multiply = grouped_linear.launch
+    monkeypatch.setattr(grouped_linear, "launch", lambda x, *args, **options: multiply(2 * x, *args, **options))
+    assert run("timings", "--formats", "w8a16_fp8", out=tmp_path) == 1
+    timing = json.loads((tmp_path / "results.json").read_text())["timings"]["w8a16_fp8 tiny 64x256"]
+    assert set(timing["faults"]) == {"octavo"}
+    assert set(timing["rows"]["1"]) == {"bf16"}
+
+
+def test_errors_are_measured_in_what_is_allowed() -> None:
+    exact = torch.ones(1, 2, dtype=torch.float64)
+    halfway = torch.tensor([[1.0, 1.0 + 2.0**-8]], dtype=torch.float64)
+    assert checks._judge(halfway.bfloat16(), halfway, halfway, (0.0, 1.0)) == pytest.approx(1 / 1.01, rel=1e-2)
+    with pytest.raises(AssertionError, match=r"\[0, 1\] is 1.02"):
+        checks._judge(torch.tensor([[1.0, 1.02]]).bfloat16(), exact, exact, (0.0, 1.0))
+    with pytest.raises(AssertionError, match="nan"):
+        checks._judge(torch.tensor([[1.0, float("nan")]]), exact, exact, (1.0, 1.0))
+
+
+def test_guards() -> None:
+    inside = Guarded((2, 4), torch.bfloat16, stride=6)
+    inside.tensor.zero_()
+    inside.check()
+    for index in (-1, 4):
+        outside = Guarded((2, 4), torch.bfloat16, stride=6)
+        torch.as_strided(outside.tensor, (1,), (1,), outside.tensor.storage_offset() + index).fill_(0)
+        with pytest.raises(AssertionError, match="fell"):
+            outside.check()
+
+
+def _timing(kind: str, us: dict[str, float], m: int = 16) -> dict[str, Any]:
+    rows = {str(m): {name: {"us": value} for name, value in us.items()}}
+    weights = dict.fromkeys(us, 100_000_000)
+    return {"format": kind, "shape": "some", "n": 10_000, "k": 10_000, "rows": rows, "faults": {}, "weight_bytes": weights}
+
+
+def test_goals() -> None:
+    """100 MB at 2 TB/s are 50 us, and the rows 0.32."""
+    ceilings = {"read_bytes": 2e12, "copy_bytes": 2e12, "bf16_flops": 8e14, "fp8_flops": 1.6e15, "int8_flops": None}
+    found = {
+        "a": _timing("fp8", {"octavo": 55.0, "bf16": 110.0}),
+        "b": _timing("fp8", {"octavo": 70.0, "bf16": 110.0}, m=64),
+        "c": _timing("w4a16", {"octavo": 60.0, "octavo fp16": 50.0, "marlin": 60.0, "bf16": 110.0}),
+        "d": _timing("fp8", {"octavo": 400.0, "_scaled_mm": 440.0}, m=4096),
+    }
+    by_text = {verdict.goal.text: verdict for verdict in verdicts(found, ceilings)}
+    fp8 = next(verdict for text, verdict in by_text.items() if "50 MB" in text)
+    assert (fp8.word, fp8.where, fp8.num_values) == ("missed", "some, 64 rows", 2)
+    assert fp8.worst == pytest.approx((1e8 + 2 * 64 * 20_000) / 2e12 * 1e6 / 70)
+    marlin = next(verdict for text, verdict in by_text.items() if "Marlin" in text)
+    assert (marlin.word, marlin.worst) == ("met", pytest.approx(1.2))
+    datasheet = next(verdict for text, verdict in by_text.items() if "1,979" in text)
+    assert datasheet.worst == pytest.approx(2 * 4096 * 1e8 / 400e-6 / 1979e12)
+    assert next(verdict for text, verdict in by_text.items() if text.startswith("W8A16")).word == "untimed"
+    assert {verdict.word for verdict in verdicts({}, None)} == {"untimed"}
+
+
+def test_a_sweep_names_the_fastest_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tiles = (Tile("split", 16, 64, 128, 8, 2), Tile("split", 16, 64, 128, 8, 3))
+    monkeypatch.setattr(sweep, "candidates", lambda op, present, m: tiles)
+    started: list[int] = []
+
+    def in_turn(calls: dict[str, list[Any]], device: torch.device, *, rounds: int) -> dict[str, clock.Timing]:
+        started.append(len(calls))
+        return {name: clock.Timing(10.0 if index == 1 else 20.0, 10.0, 0.0) for index, name in enumerate(calls)}
+
+    monkeypatch.setattr(clock, "time_in_turn", in_turn)
+    assert run("sweep", "--op", "w4a16", out=tmp_path) == 0
+    told = capsys.readouterr().out
+    assert '{"max_m": 16, "route": "split", "block_m": 16, "block_n": 64, "block_k": 128, "num_warps": 8, "num_stages": 2' in told
+    assert started == [3] * 4
+    swept = json.loads((tmp_path / "results.json").read_text())["sweeps"]["w4a16"]
+    assert [one["max_m"] for one in swept] == [16, 32, 64, 512]
+
+
+def test_candidates_hold_what_compiles_and_what_does_not() -> None:
+    """Compiled ahead in a process of its own, as the sweep does it on the machine with the GPU."""
+    script = (
+        "import runpy, sys; sys.argv=['run.py', '--help']\n"
+        f"runpy.run_path({str(RUN)!r}, run_name='loaded')\n"
+        "from octavo.benchmarks.gpu.sweep import compile_fault\n"
+        "from octavo.kernels.gpu.config import Tile\n"
+        "print(compile_fault('fp8', 16, 90, Tile('split', 16, 128, 128, 4, 6)))\n"
+        "print(compile_fault('fp8', 16, 90, Tile('split', 16, 128, 256, 4, 12)))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "None"
+    assert "bytes of shared memory" in done.stdout.splitlines()[1]
+
+
+_BARE = """
+import runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"fastapi", "pydantic", "zmq", "msgspec", "gguf", "uvicorn", "httptools"}:
+            raise ModuleNotFoundError(name)
+        if name == "octavo":
+            raise ModuleNotFoundError("not installed here")
+sys.meta_path.insert(0, Missing())
+sys.argv = ["run.py", *sys.argv[1:]]
+runpy.run_path(RUN, run_name="__main__")
+"""
+
+
+def bare(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """As on a machine with torch, triton and numpy, and without the package and what only its server needs."""
+    script = _BARE.replace("RUN", repr(str(RUN)))
+    return subprocess.run([sys.executable, "-c", script, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
+def test_a_bare_checkout_is_enough(tmp_path: Path) -> None:
+    done = bare(cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "torch sees no CUDA device" in done.stderr
+    done = bare("report", "--out", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nowhere has no results.json" in done.stderr
+    assert "compute-sanitizer" in bare("--help", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sweep"], "--op go together"),
+        (["timings", "--op", "fp8"], "--op go together"),
+        (["sweep", "--op", "w9a9"], "no tiles for w9a9: the tables have fp8,"),
+        (["timings", "--peers", "/no/such"], "/no/such is no folder"),
+        (["timing"], "timing: the parts are correctness,"),
+    ],
+)
+def test_what_cannot_be_done_is_named(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments, place=H100) == 2
+    assert says in capsys.readouterr().err
