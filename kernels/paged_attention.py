@@ -21,18 +21,21 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .pages import CODE_RANGE, check_pages, decode
+from .gpu.device import is_gpu
+from .pages import CODE_RANGE, PLAIN_DTYPES, check_pages, split_rows
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """Which queries read which pages in one step; made by `plan_attention`.
 
-    `work` is the CPU kernel's task list (empty on other devices), `threads` the size of the team that runs it.
+    `work` is the CPU kernel's task list (empty on other devices), `threads` the size of the team that runs it; `on_gpu` the GPU
+    kernel's StepPlan.
     """
 
     query_start: Tensor  # int32 [B + 1], cumulative
@@ -45,15 +48,25 @@ class AttentionPlan:
     work: Tensor
     partial_rows: int
     threads: int
+    on_gpu: Any = None
 
 
 def plan_attention(
-    query_start: Tensor, context_len: Tensor, page_table: Tensor, *, num_heads: int, num_kv_heads: int, head_dim: int
+    query_start: Tensor,
+    context_len: Tensor,
+    page_table: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_dtype: torch.dtype = torch.bfloat16,
+    num_tokens: int | None = None,
 ) -> AttentionPlan:
     """Cut one step's attention into tasks. Cost: some tens of microseconds, once a step.
 
     query_start int32 [B + 1] from 0, context_len int32 [B] >= each query count, page_table int32 [B, max_pages]; contiguous, on the
-    device where attention will run. num_heads is a multiple of num_kv_heads, head_dim a multiple of 8 from 16 to 256.
+    device where attention will run. num_heads is a multiple of num_kv_heads, head_dim a multiple of 8 from 16 to 256. GPUs want to know
+    what pages hold, `kv_dtype`, and the last of query_start, `num_tokens`: reading it would make the host wait.
     """
     for name, value, ndim in (("query_start", query_start, 1), ("context_len", context_len, 1), ("page_table", page_table, 2)):
         if value.dtype != torch.int32 or value.ndim != ndim or not value.is_contiguous():
@@ -65,14 +78,25 @@ def plan_attention(
         raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
     if head_dim % 8 or not 16 <= head_dim <= 256:
         raise ValueError(f"head_dim must be a multiple of 8 from 16 to 256, not {head_dim}")
-    work, partial_rows, threads = torch.empty(0, 0, dtype=torch.int64), 0, 1
-    if query_start.device.type == "cpu":
+    work, partial_rows, threads, on_gpu = torch.empty(0, 0, dtype=torch.int64), 0, 1, None
+    num_tokens = int(query_start[-1]) if num_tokens is None else num_tokens
+    if is_gpu(query_start.device):
+        on_gpu = _gpu_kernels().plan_step(
+            query_start,
+            context_len,
+            num_tokens=num_tokens,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            kv_dtype=kv_dtype,
+        )
+    elif query_start.device.type == "cpu":
         from .cpu.attention_work import divide
 
         divided = divide(query_start.numpy(), context_len.numpy(), num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         work, partial_rows, threads = torch.from_numpy(divided.items), divided.partial_rows, divided.threads
     return AttentionPlan(
-        query_start, context_len, page_table, int(query_start[-1]), num_heads, num_kv_heads, head_dim, work, partial_rows, threads
+        query_start, context_len, page_table, num_tokens, num_heads, num_kv_heads, head_dim, work, partial_rows, threads, on_gpu
     )
 
 
@@ -82,6 +106,14 @@ def _on_cpu() -> Callable[..., None]:
     from .cpu.paged_attention import paged_attention as on_cpu
 
     return on_cpu
+
+
+@functools.cache
+def _gpu_kernels() -> Any:
+    """The kernels for NVIDIA GPUs, imported at the first call."""
+    from .gpu import paged_attention as on_gpu
+
+    return on_gpu
 
 
 def paged_attention(
@@ -106,12 +138,29 @@ def paged_attention(
     check_pages(k_pages, v_pages, num_kv_heads=plan.num_kv_heads, head_dim=plan.head_dim, kv_dtype=kv_dtype)
     if plan.num_tokens == 0:
         return out
-    if q.device.type == "cpu":
+    kind = kv_dtype or k_pages.dtype
+    if plan.on_gpu is not None and q.dtype in PLAIN_DTYPES[1:] and out.dtype == q.dtype and kind != torch.float32:
+        _gpu_kernels().attend(
+            q,
+            k_pages,
+            v_pages,
+            kind,
+            plan.on_gpu,
+            plan.query_start,
+            plan.context_len,
+            plan.page_table,
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            out=out,
+        )
+        return out
+    if q.device.type == "cpu" and not is_gpu(q.device):
         _on_cpu()(
             q,
             k_pages,
             v_pages,
-            kv_dtype or k_pages.dtype,
+            kind,
             plan.page_table,
             plan.work,
             plan.partial_rows,
@@ -140,7 +189,7 @@ def _check(
         raise ValueError(f"out is {tuple(out.shape)} for a q of {tuple(q.shape)}")
     if q.stride()[1:] != (dim, 1) or out.stride()[1:] != (dim, 1):
         raise ValueError(f"the heads of q and out must be contiguous within a row; strides are {q.stride()} and {out.stride()}")
-    if q.is_cpu and (q.dtype != torch.float32 or out.dtype != torch.float32):
+    if q.is_cpu and not is_gpu(q.device) and (q.dtype != torch.float32 or out.dtype != torch.float32):
         raise ValueError(f"on the CPU q and out are float32, not {q.dtype} and {out.dtype}")
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}")
@@ -171,10 +220,7 @@ def reference(
             continue
         pages = plan.page_table[b, : -(-context // page_size)].long()
         k, v = (
-            (decode(x[pages], kind) if kind in CODE_RANGE else x[pages].float())
-            .transpose(0, 1)
-            .flatten(1, 2)[:, :context]
-            .repeat_interleave(plan.num_heads // plan.num_kv_heads, dim=0)
+            _rows(x, pages, kind).transpose(0, 1).flatten(1, 2)[:, :context].repeat_interleave(plan.num_heads // plan.num_kv_heads, dim=0)
             for x in (k_pages, v_pages)
         )
         scores = q[first:last].float().transpose(0, 1) @ k.transpose(1, 2) * scale
@@ -188,3 +234,11 @@ def reference(
         weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
         out[first:last] = (weights @ v).transpose(0, 1).to(out.dtype)
     return out
+
+
+def _rows(pages: Tensor, wanted: Tensor, kind: torch.dtype) -> Tensor:
+    """Some pages as float32 numbers."""
+    if kind not in CODE_RANGE:
+        return pages[wanted].float()
+    codes, scales = split_rows(pages, kind)
+    return codes[wanted].view(kind).float() * scales[wanted].unsqueeze(-1)

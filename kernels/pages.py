@@ -7,6 +7,9 @@ Quantized pages are uint8 [num_pages, num_kv_heads, page_size, head_dim + 4]. A 
 of a page may have different scales. The dtype of the pages does not tell the kind of code: callers pass it as `kv_dtype`, one of
 CODE_RANGE's. Static and dynamic scales are read the same way.
 
+GPUs want codes at multiples of 16 bytes: there the bytes of a page's head hold all codes first, [page_size, head_dim], and then
+all scales. `split_rows` gives both, however they lie; tensors of either kind have the same shape.
+
 A row in which something is not a number has a NaN scale (and NaN codes at those places where the code has one): all of it reads
 as NaN, and kernels need not look for NaN among the codes.
 """
@@ -19,6 +22,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from .gpu.device import is_gpu
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The least and the greatest number a code stands for; beyond them storing saturates. Dynamic scales map a row's greatest
@@ -40,6 +45,16 @@ def row_width(head_dim: int, kv_dtype: torch.dtype) -> int:
 def storage_dtype(kv_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the page tensors that hold `kv_dtype`."""
     return torch.uint8 if kv_dtype in CODE_RANGE else kv_dtype
+
+
+def split_rows(pages: Tensor, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Views of quantized pages: codes uint8 [num_pages, num_kv_heads, page_size, head_dim], scales float32 [..., page_size]."""
+    page_size, head_dim = pages.shape[2], pages.shape[3] - SCALE_BYTES
+    if not is_gpu(pages.device):
+        return pages[..., :head_dim], pages[..., head_dim:].view(torch.float32)[..., 0]
+    flat = pages.flatten(2)
+    codes = flat[..., : page_size * head_dim].view(*pages.shape[:3], head_dim)
+    return codes, flat[..., page_size * head_dim :].view(torch.float32)
 
 
 def check_pages(k_pages: Tensor, v_pages: Tensor, *, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype | None) -> None:
@@ -69,6 +84,12 @@ def encode(x: Tensor, kv_dtype: torch.dtype, scale: Tensor | None = None) -> Ten
     `scale` float32, broadcastable to [..., 1] and above 0; numbers beyond the code's range saturate. None: each row's own,
     its greatest magnitude over the code's greatest number; 1 for a row of zeros. A row with an infinity then reads as NaN.
     """
+    codes, scales = quantize(x, kv_dtype, scale)
+    return torch.cat([codes, scales.unsqueeze(-1).view(torch.uint8)], dim=-1)
+
+
+def quantize(x: Tensor, kv_dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `encode`, codes uint8 [..., D] and scales float32 [...] apart."""
     low, high = CODE_RANGE[kv_dtype]
     x = x.float()
     if scale is None:
@@ -80,7 +101,7 @@ def encode(x: Tensor, kv_dtype: torch.dtype, scale: Tensor | None = None) -> Ten
     if kv_dtype == torch.int8:
         codes = codes.round().nan_to_num(nan=0.0)
     scales = scale.expand(*x.shape[:-1], 1).masked_fill(lost.any(-1, keepdim=True), math.nan)
-    return torch.cat([codes.to(kv_dtype).view(torch.uint8), scales.contiguous().view(torch.uint8)], dim=-1)
+    return codes.to(kv_dtype).view(torch.uint8), scales.squeeze(-1).contiguous()
 
 
 def decode(rows: Tensor, kv_dtype: torch.dtype) -> Tensor:

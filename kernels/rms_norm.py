@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .gpu.device import is_gpu
+
 
 @functools.cache
 def _on_cpu() -> Callable[..., None]:
@@ -17,12 +19,24 @@ def _on_cpu() -> Callable[..., None]:
     return on_cpu
 
 
+@functools.cache
+def _on_gpu() -> Callable[..., Callable[[], None]]:
+    """The kernel for NVIDIA GPUs, imported at the first call."""
+    from .gpu.elementwise import launch_rms_norm as on_gpu
+
+    return on_gpu
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
     """out = x / sqrt(mean(x ** 2) + eps) * weight, by rows; returns out, which may be x.
 
     x and out [T, H] of one dtype, rows may be strided; weight [H], float32 where x is float32 on the CPU.
     """
     _check(x, weight, out)
+    if is_gpu(x.device):
+        if x.shape[0]:
+            _on_gpu()(x, weight, eps, out)()
+        return out
     if x.is_cpu and x.dtype == torch.float32:
         _on_cpu()(x, None, weight, eps, out)
         return out
@@ -34,6 +48,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out
     _check(x, weight, out)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.stride()[1] != 1:
         raise ValueError(f"residual must be like x, {x.dtype} {tuple(x.shape)}, not {residual.dtype} {tuple(residual.shape)}")
+    if is_gpu(x.device):
+        if x.shape[0]:
+            _on_gpu()(x, weight, eps, out, residual=residual)()
+        return out
     if x.is_cpu and x.dtype == torch.float32:
         _on_cpu()(x, residual, weight, eps, out)
         return out

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .pages import CODE_RANGE, check_pages, encode, static_scales
+from .gpu.device import is_gpu
+from .pages import CODE_RANGE, check_pages, quantize, split_rows, static_scales
 
 
 @functools.cache
@@ -21,6 +22,14 @@ def _on_cpu() -> Callable[..., None]:
     from .cpu.rope import rope_and_store as on_cpu
 
     return on_cpu
+
+
+@functools.cache
+def _on_gpu() -> Callable[..., None]:
+    """The kernel for NVIDIA GPUs, imported at the first call."""
+    from .gpu.rope_store import rope_and_store as on_gpu
+
+    return on_gpu
 
 
 def rope_and_store(
@@ -75,7 +84,10 @@ def rope_and_store(
             raise ValueError(f"q_norm and k_norm must be contiguous float32 [{head_dim}], not {norm.dtype} {tuple(norm.shape)}")
     if rows == 0:
         return
-    if qkv.is_cpu and qkv.dtype == torch.float32:
+    if is_gpu(qkv.device) and (k_scales is None) == (v_scales is None):
+        _on_gpu()(qkv, positions, slots, cos_sin, k_pages, v_pages, kind, num_heads, q_norm, k_norm, norm_eps, k_scales, v_scales)
+        return
+    if qkv.is_cpu and qkv.dtype == torch.float32 and not is_gpu(qkv.device):
         _on_cpu()(qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads, head_dim, q_norm, k_norm, norm_eps, kind, k_scales, v_scales)
         return
     reference(
@@ -128,6 +140,7 @@ def reference(
     keys, values = heads[kept, num_heads : num_heads + num_kv_heads], heads[kept, num_heads + num_kv_heads :]
     for pages, rows, scale in ((k_pages, keys, k_scale), (v_pages, values, v_scale)):
         if kind in CODE_RANGE:
-            pages[page, :, offset] = encode(rows, kind, None if scale is None else scale[:, None])
+            codes, scales = split_rows(pages, kind)
+            codes[page, :, offset], scales[page, :, offset] = quantize(rows, kind, None if scale is None else scale[:, None])
         else:
             pages[page, :, offset] = rows.to(pages.dtype)

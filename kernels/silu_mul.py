@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .gpu.device import is_gpu
+
 
 @functools.cache
 def _on_cpu() -> Callable[..., None]:
@@ -15,6 +17,14 @@ def _on_cpu() -> Callable[..., None]:
     from .cpu.elementwise import silu_mul as on_cpu
 
     return on_cpu
+
+
+@functools.cache
+def _on_gpu() -> Callable[..., Callable[[], None]]:
+    """The kernel for NVIDIA GPUs, imported at the first call."""
+    from .gpu.elementwise import launch_silu_mul as on_gpu
+
+    return on_gpu
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor) -> Tensor:
@@ -25,6 +35,10 @@ def silu_mul(gate_up: Tensor, *, out: Tensor) -> Tensor:
         raise ValueError(f"gate_up [T, 2 * I] and out [T, I] must be of one dtype, not {got}")
     if gate_up.stride()[1] != 1 or out.stride()[1] != 1:
         raise ValueError(f"rows must be contiguous, strides are {gate_up.stride()} and {out.stride()}")
+    if is_gpu(gate_up.device):
+        if rows:
+            _on_gpu()(gate_up, out)()
+        return out
     if gate_up.is_cpu and gate_up.dtype == torch.float32:
         _on_cpu()(gate_up, out)
         return out

@@ -24,9 +24,9 @@ _HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 def refuses_gpu(spec: LinearSpec, *, least: int = 80) -> str | None:
     """Why a kernel for 16-bit activations on sm_`least` and newer cannot run; None when it can."""
-    from ..kernels.gpu.device import device_of
+    from ..kernels.gpu.device import device_of, is_gpu
 
-    if spec.device.type not in ("cuda", "meta"):  # meta tensors stand for the GPU that kernels are compiled ahead for
+    if spec.device.type != "meta" and not is_gpu(spec.device):  # meta tensors stand for the GPU that kernels are compiled ahead for
         return f"runs on NVIDIA GPUs, not on {spec.device.type}"
     if spec.activation_dtype not in _HALF_DTYPES:
         return f"takes bfloat16 and float16 activations, not {spec.activation_dtype}"
@@ -216,14 +216,17 @@ class TritonW4A8(TritonWeightOnly):
 
     @staticmethod
     def refuses(spec: LinearSpec) -> str | None:
+        from ..kernels.gpu import grouped_format
+
         reason = refuses_gpu(spec, least=89)
         if reason is not None:
             return reason
         form = spec.form
         if not TritonW4A8.takes(form) or form.act_order:
             return f"takes weights of 2 to 4 bits without act-order and without quantized inputs, not {form.describe()}"
-        if (form.group_size or spec.in_features) % 32:
-            return f"takes groups of whole 32 inputs, not {form.group_size or spec.in_features}"
+        k, group = spec.in_features, form.group_size or spec.in_features
+        if group % 32 or grouped_format.depth_of(group, k, grouped_format.slots_of(form.bits)) < 32:
+            return f"takes groups of whole 32 inputs, or multiples of {32 * grouped_format.slots_of(form.bits)} inputs, not {group} of {k}"
         return _refuses_codes(spec)
 
     def __init__(self, spec: LinearSpec, weights: LinearWeights) -> None:

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 import torch
 
-from ..kernels.gpu.device import device_of
+from ..kernels.gpu.device import device_of, is_gpu
 from .cpu_kernels import GroupedPanels, Int8Panels, WidePanels
 from .dense_kernels import PackedPanels, TorchMatmul
 from .gpu_kernels import TritonFp8, TritonInt8, TritonW4A8, TritonWeightOnly
@@ -33,7 +33,7 @@ _KERNELS: dict[str, tuple[type[LinearKernel], ...]] = {
 
 def platform_of(device: torch.device) -> str:
     """ "cpu", or a CUDA device's architecture such as "sm_90". Meta tensors lie on the GPU that kernels are compiled ahead for."""
-    if device.type == "meta":
+    if device.type == "meta" or (device.type != "cuda" and is_gpu(device)):
         return f"sm_{device_of(device).arch}"
     if device.type != "cuda":
         return device.type

@@ -35,7 +35,7 @@ def _tokens_of(row: BatchRow) -> list[int]:
 
 
 def make_forward_batch(
-    batch: Batch, *, page_size: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    batch: Batch, *, page_size: int, num_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype, device: torch.device
 ) -> ForwardBatch:
     """Lay a batch out as tensors on `device`."""
     rows = batch.rows
@@ -69,5 +69,7 @@ def make_forward_batch(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        kv_dtype=kv_dtype,
+        num_tokens=total,
     )
     return ForwardBatch(tensor(ids), tensor(positions), tensor(slots), plan, tensor(np.array(wanted, dtype=np.int64)))

@@ -1,7 +1,7 @@
-"""Compiles the GPU kernels of a model's linears, or of all tables of tiles, on a machine without a GPU. Prints nothing but progress.
+"""Compiles the GPU kernels of a model, or of all tables of tiles, on a machine without a GPU. Prints nothing but progress.
 
-The model is built on meta tensors, from its configs and the headers of its files, and each kind of linear is called with every number
-of rows up to a greatest one, as serving would call it.
+The model is built on meta tensors, from its configs and the headers of its files. Each kind of linear is called with every number
+of rows up to a greatest one, as serving would call it; and whole steps are computed, for attention and what lies between.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from ..kernels.gpu.config import operations, table_architectures
 from ..kernels.gpu.device import DEVICES
 from ..kernels.gpu.inspection import Expected, KernelReport, faults, inspect
 from ..kernels.gpu.launchers import CannotBuild, build_launchers
+from ..kernels.paged_attention import plan_attention
 from ..quant.build import KernelOptions
 from ..quant.checkpoint.hf_config import read_config
 from ..quant.checkpoint.open_reader import open_reader
 from ..quant.checkpoint.resolve import ModelFiles, resolve_model
 from ..quant.module_formats import ModuleFormats
 from .config import EngineConfig
+from .forward_batch import ForwardBatch
+from .kv_pool import KV_DTYPES, KVPool
 from .layers.linear import ParallelLinear
 from .layers.parallel import TensorParallelGroup
 from .linear_report import LinearReport
@@ -106,7 +109,7 @@ def compile_model(config: EngineConfig, arch: int, *, max_rows: int | None, tp_s
     started = time.perf_counter()
     rows = max_rows or most_rows(config)
     with target(arch) as compiler:
-        linears = _compile_linears(config, compiler, rows, tp_size)
+        linears = _compile_model(config, compiler, rows, tp_size)
         num_launchers, fault = _launchers(compiler.compiled.values())
     kernels = Counter((compiled.name, compiled.tile) for compiled in compiler.compiled.values())
     return CompiledModel(arch, rows, linears, kernels, num_launchers, fault, time.perf_counter() - started)
@@ -115,7 +118,7 @@ def compile_model(config: EngineConfig, arch: int, *, max_rows: int | None, tp_s
 def report_model(config: EngineConfig, arch: int, *, max_rows: int | None, tp_size: int = 1) -> tuple[ReportRow, ...]:
     """What the kernels are made of that compile_model compiles."""
     with target(arch) as compiler:
-        _compile_linears(config, compiler, max_rows or most_rows(config), tp_size)
+        _compile_model(config, compiler, max_rows or most_rows(config), tp_size)
         bar = _bar(compiler.compiled.values(), "Inspecting", arch)
         reports = [inspect(compiled) for compiled in bar]
     return tuple(ReportRow(report, faults(report, Expected())) for report in reports)
@@ -162,8 +165,8 @@ def _bar(items: Iterable[Any], what: str, arch: int) -> Any:
 
 
 @torch.inference_mode()
-def _compile_linears(config: EngineConfig, compiler: Compiler, max_rows: int, tp_size: int) -> LinearReport:
-    """Every kind of linear, of every rank; gives the report of the first rank's."""
+def _compile_model(config: EngineConfig, compiler: Compiler, max_rows: int, tp_size: int) -> LinearReport:
+    """Every kind of linear, of every rank, and steps of every kind; gives the report of the first rank's linears."""
     files = resolve_model(config.model_path, revision=config.revision)
     done: set[tuple[Any, ...]] = set()
     reports = []
@@ -179,6 +182,8 @@ def _compile_linears(config: EngineConfig, compiler: Compiler, max_rows: int, tp
         with tqdm(total=len(new) * max_rows, desc=what, unit="call", disable=None, file=sys.stderr) as bar:
             for linear in new:
                 _call(linear, max_rows, bar, rows_too=linear is model.embedding)
+        if rank == 0:  # the others' heads are as many
+            _compute_steps(config, model, max_rows)
     return reports[0]
 
 
@@ -221,3 +226,31 @@ def _call(linear: ParallelLinear, max_rows: int, bar: Any, *, rows_too: bool) ->
         if rows_too and kernels:
             linear.rows(indices[:rows])
         bar.update()
+
+
+def _compute_steps(config: EngineConfig, model: LlamaModel, max_rows: int) -> None:
+    """Steps of as many sequences as make a difference, one of them with a second token: so decoding and prompts are both there."""
+    if any(built.kernel.is_reference for linear in model.linears for built in linear.kernels):
+        return  # it cannot be computed without data; serving it is refused anyway
+    page_size, dtype = config.resolve(device="cuda").page_size, model.activation_dtype
+    kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
+    layer = model.layers[0]
+    pool = KVPool(
+        num_pages=2, page_size=page_size, num_layers=len(model.layers), num_kv_heads=layer.kv_heads, head_dim=model.config.head_dim,
+        dtype=kv_dtype, device=_META,
+    )  # fmt: skip
+
+    def whole(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=_META)
+
+    num_sequences = 1
+    while num_sequences < min(2 * config.max_running_requests, max_rows):
+        tokens = min(num_sequences + 1, max_rows)
+        plan = plan_attention(
+            whole(num_sequences + 1, dtype=torch.int32), whole(num_sequences, dtype=torch.int32),
+            whole(num_sequences, 8, dtype=torch.int32), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
+            head_dim=model.config.head_dim, kv_dtype=kv_dtype, num_tokens=tokens,
+        )  # fmt: skip
+        batch = ForwardBatch(whole(tokens), whole(tokens), whole(tokens), plan, whole(num_sequences))
+        model.forward(batch, pool, model.make_workspace(tokens))
+        num_sequences *= 2

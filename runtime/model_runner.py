@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from ..kernels.gpu.device import is_gpu
 from ..kernels.pages import CODE_RANGE
 from ..quant.build import KernelOptions
 from ..quant.checkpoint.errors import CheckpointError
@@ -42,7 +43,7 @@ class ModelRunner:
         self.context_length = model.context_length(config.context_length)
         self.dtype = weight_dtype(config, files, model)
         self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.dtype)
-        activation_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        activation_dtype = self.dtype if is_gpu(self.device) else torch.float32
         with torch.inference_mode():
             reader = open_reader(files)
             formats = ModuleFormats(files, read_config(files), reader.tensors(), quantization=config.quantization)
@@ -97,6 +98,7 @@ class ModelRunner:
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
+            kv_dtype=self.kv_dtype,
             device=self.device,
         )
         return self.model.forward(forward_batch, self.pool, self._workspace)

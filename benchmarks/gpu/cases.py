@@ -22,7 +22,7 @@ ROWS = (1, 15, 16, 17, 33, 100, 257, 1000)
 
 
 @dataclass(frozen=True)
-class _Named:
+class Named:
     @property
     def name(self) -> str:
         """Its kind and its fields, but for those at their defaults; one of a kind."""
@@ -35,7 +35,7 @@ class _Named:
 
 
 @dataclass(frozen=True)
-class ScaledCase(_Named):
+class ScaledCase(Named):
     """kernels/gpu/scaled_linear.py through `launch`. `w_rows` None: one scale for all rows; a group of None: for all inputs."""
 
     op: str
@@ -48,10 +48,11 @@ class ScaledCase(_Named):
     static: bool = False
     bias: bool = True
     out: Dtype = "bf16"
+    sms: int = 0  # multiprocessors that the launch is planned for; 0: the card's
 
 
 @dataclass(frozen=True)
-class GroupedCase(_Named):
+class GroupedCase(Named):
     """kernels/gpu/grouped_linear.py through `launch`; inputs are fp8 where the operation's name ends in a8."""
 
     op: str
@@ -79,7 +80,7 @@ class GroupedCase(_Named):
 
 
 @dataclass(frozen=True)
-class DequantizeCase(_Named):
+class DequantizeCase(Named):
     """A packed weight [N, K] taken apart."""
 
     bits: int
@@ -93,7 +94,7 @@ class DequantizeCase(_Named):
 
 
 @dataclass(frozen=True)
-class RowsCase(_Named):
+class RowsCase(Named):
     """kernels/gpu/quantize_rows.py: rows as they are, or after a norm or a gate."""
 
     source: Source
@@ -106,7 +107,7 @@ class RowsCase(_Named):
 
 
 @dataclass(frozen=True)
-class LinearCase(_Named):
+class LinearCase(Named):
     """A LinearKernel class by its name, from a weight's canonical form to the product."""
 
     kernel: str
@@ -128,7 +129,7 @@ Case = ScaledCase | GroupedCase | DequantizeCase | RowsCase | LinearCase
 
 def all_cases(arch: int) -> tuple[Case, ...]:
     """Everything, for a machine with the GPU."""
-    found = [*_scaled(arch), *_grouped(arch), *_dequantized(), *_rows(arch, small=False), *_linears(arch)]
+    found = [*quick_cases(arch), *_scaled(arch), *_grouped(arch), *_dequantized(), *_rows(arch, small=False), *_linears(arch)]
     return tuple(dict.fromkeys(found))
 
 
@@ -207,6 +208,8 @@ def _scaled(arch: int) -> Iterator[ScaledCase]:
                 yield ScaledCase(op, m, n, k, **next(forms))
             for form in _SCALED_GROUPS if is_grouped else _INPUT_GROUPS:
                 yield ScaledCase(op, m, 200, 1072, **form)
+        for m in (2200, 4096):  # blocks that walk over many tiles
+            yield ScaledCase(op, m, 1000, 1072, **next(forms), sms=8)
 
 
 # Group, inputs. The second of a group ends off the tile.
@@ -215,7 +218,7 @@ _FINE_SHAPES: Sequence[tuple[int | None, int, Added]] = (
     (32, 1056, "zeros"), (32, 4096, "offset"), (128, 1152, "offset"), (32, 1024, "two-level"), (24, 1080, "zeros"), (16, 1040, "symmetric"),
 )  # fmt: skip
 _FP8_SHAPES: Sequence[tuple[int | None, int]] = ((None, 4096), (128, 1152), (None, 1103), (64, 1088), (8, 1048))
-_A8_SHAPES: Sequence[tuple[int | None, int]] = ((128, 4096), (64, 1088), (32, 1056), (None, 1104))
+_A8_SHAPES: Sequence[tuple[int | None, int]] = ((128, 4096), (64, 1088), (32, 1056), (None, 1536))
 
 
 def _grouped(arch: int) -> Iterator[Case]:

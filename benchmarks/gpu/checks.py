@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from octavo.quant.platforms import kernels_for_platform
 from octavo.quant.reference_kernel import FloatReference
 
 from . import data
-from .cases import Case, DequantizeCase, GroupedCase, LinearCase, RowsCase, ScaledCase
+from .cases import DequantizeCase, GroupedCase, LinearCase, Named, RowsCase, ScaledCase
 from .data import DTYPES, FP8, generator
 from .guarded import Guarded
 
@@ -62,24 +62,24 @@ class Place:
     @contextlib.contextmanager
     def pretended(self) -> Iterator[None]:
         """Within it the CPU is the GPU whose facts these are."""
-        with contextlib.nullcontext() if self.is_gpu else pretend(self.facts.arch):
+        with contextlib.nullcontext() if self.is_gpu else pretend(self.facts):
             yield
 
 
-def check(case: Case, place: Place, *, tile: Tile | None = None) -> float:
+def check(case: Named, place: Place, *, tile: Tile | None = None) -> float:
     """The greatest error as a part of what is allowed; `tile` in place of the table's.
 
     Raises AssertionError with what is wrong; Refused where the case's kernel does not run here.
     """
-    return _check(case, place, tile)
+    return check_case(case, place, tile)
 
 
 @singledispatch
-def _check(case: Case, place: Place, tile: Tile | None) -> float:
+def check_case(case: Named, place: Place, tile: Tile | None) -> float:
     raise TypeError(f"no check for {type(case).__name__}")
 
 
-@_check.register
+@check_case.register
 def _(case: ScaledCase, place: Place, tile: Tile | None) -> float:
     m, n, k, group, x_group = case.m, case.n, case.k, case.group or case.k, case.x_group or case.k
     dtype = torch.int8 if case.op.startswith("int8") else FP8
@@ -88,10 +88,11 @@ def _(case: ScaledCase, place: Place, tile: Tile | None) -> float:
     x = data.codes8(m, k, dtype, 2)
     x_scale = data.scales(*((1, 1) if case.static else (m, -(-k // x_group))), seed=m + n).to(place.device)
     bias = data.bias(n, DTYPES[case.out], place.device) if case.bias else None
-    out, workspace = Guarded((m, n), DTYPES[case.out], stride=n + 8, device=place.device), Workspace(place.device)
+    out, workspace = Guarded((m, n), DTYPES[case.out], stride=n + 16, device=place.device), Workspace(place.device)
     padded = data.padded(x, scaled_linear.padded_inputs(k)).to(place.device)
+    facts = replace(place.facts, num_sms=case.sms) if case.sms else place.facts
     launched = scaled_linear._launch(
-        tile or tile_for(place.facts, packed.op, m), padded, x_scale, x_group, packed, bias, out.tensor, device=place.facts,
+        tile or tile_for(facts, packed.op, m), padded, x_scale, x_group, packed, bias, out.tensor, device=facts,
         workspace=workspace,
     )  # fmt: skip
     _run_twice(launched, [out], place)
@@ -103,7 +104,7 @@ def _(case: ScaledCase, place: Place, tile: Tile | None) -> float:
     return _judge(out.tensor, exact, size, _sums(place, is_fp8=dtype == FP8))
 
 
-@_check.register
+@check_case.register
 def _(case: GroupedCase, place: Place, tile: Tile | None) -> float:
     m, n, k = case.m, case.n, case.k
     weight = grouped_weight_of(case)
@@ -115,7 +116,7 @@ def _(case: GroupedCase, place: Place, tile: Tile | None) -> float:
     else:
         x = data.among_nan(x, out_dtype, place.device)
     bias = data.bias(n, out_dtype, place.device) if case.bias else None
-    out, workspace = Guarded((m, n), out_dtype, stride=n + 8, device=place.device), Workspace(place.device)
+    out, workspace = Guarded((m, n), out_dtype, stride=n + 16, device=place.device), Workspace(place.device)
     packed = grouped_format.pack(weight.to(place.device))
     ordered = x if packed.permutation is None else x.index_select(1, packed.permutation)
     tile = tile or tile_for(place.facts, grouped_linear.op_of(packed, x.dtype), m)
@@ -131,7 +132,7 @@ def _(case: GroupedCase, place: Place, tile: Tile | None) -> float:
     return _judge(out.tensor, exact, inputs.abs() @ dense.abs().T + exact.abs(), sums)
 
 
-@_check.register
+@check_case.register
 def _(case: DequantizeCase, place: Place, tile: Tile | None) -> float:
     weight = data.fp8_weight(case.n, case.k, case.group or case.k) if case.is_fp8 else grouped_weight_of(case)
     out = Guarded((case.n, case.k), DTYPES[case.dtype], stride=case.k + 8, device=place.device)
@@ -152,7 +153,7 @@ def grouped_weight_of(case: GroupedCase | DequantizeCase) -> GroupedWeight:
     return data.grouped_weight(case.n, case.k, case.bits, group, case.added, act_order=case.act_order, scale_dtype=scale_dtype)
 
 
-@_check.register
+@check_case.register
 def _(case: RowsCase, place: Place, tile: Tile | None) -> float:
     """Codes and scales are bit for bit what torch makes of the values; these are right, and need not be stored to be rounded."""
     m, k, dtype = case.m, case.k, DTYPES[case.dtype]
@@ -179,7 +180,7 @@ def _(case: RowsCase, place: Place, tile: Tile | None) -> float:
     if case.source == "plain":
         return 0.0
     allowed = 1.001 * _ROW_ROUNDING[dtype] * exact.abs() + _ROW_ROUNDING[dtype] * torch.finfo(dtype).smallest_normal
-    return _worst(kept.tensor.double(), exact, allowed)
+    return worst_of(kept.tensor.double(), exact, allowed)
 
 
 class _Rows:
@@ -222,7 +223,7 @@ def exact_rows(source: str, x: Tensor, residual: Tensor, weight: Tensor) -> tupl
     return wide / (wide.square().mean(1, keepdim=True) + EPS).sqrt() * weight.double(), residual
 
 
-@_check.register
+@check_case.register
 def _(case: LinearCase, place: Place, tile: Tile | None) -> float:
     if not place.is_gpu and not case.kernel.startswith("triton"):
         raise Refused("runs on a GPU alone")
@@ -280,7 +281,7 @@ def _run_twice(launched: Launch, outputs: list[Guarded], place: Place) -> None:
     found = []
     runs: list[Callable[[], None]] = [launched, launched]
     if place.is_gpu:
-        runs.append(_captured(launched))
+        runs.append(partial(_replay, launched))
     for run in runs:
         for out in outputs:
             out.poison()
@@ -293,16 +294,13 @@ def _run_twice(launched: Launch, outputs: list[Guarded], place: Place) -> None:
             assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)), f"{name} gives other bits"
 
 
-def _captured(launched: Launch) -> Callable[[], None]:
+def _replay(launched: Launch) -> None:
+    """Capture and replay a launch that has run before: its first call loads it, which no capture allows."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launched()
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay
+    graph.replay()
+    torch.cuda.synchronize()
 
 
 def _sums(place: Place, *, is_fp8: bool) -> tuple[float, float]:
@@ -314,14 +312,15 @@ def _sums(place: Place, *, is_fp8: bool) -> tuple[float, float]:
 def _judge(found: Tensor, exact: Tensor, size: Tensor, sums: tuple[float, float]) -> float:
     """One rounding of the result and the error of sums: element by element, and by the norm, which averages those away."""
     rounding = ROUNDING[found.dtype]
-    worst = _worst(found.double(), exact, 1.01 * rounding * exact.abs() + sums[0] * size + 1e-30)
+    worst = worst_of(found.double(), exact, 1.01 * rounding * exact.abs() + sums[0] * size + 1e-30)
     norm = float(exact.norm())
     off = float((found.double() - exact).norm()) / norm if norm else 0.0
     assert off <= rounding + sums[1], f"off by {off:.2g} of the result's norm, allowed {rounding + sums[1]:.2g}"
     return worst
 
 
-def _worst(found: Tensor, exact: Tensor, allowed: Tensor) -> float:
+def worst_of(found: Tensor, exact: Tensor, allowed: Tensor) -> float:
+    """The greatest error as a part of what is allowed; raises AssertionError above 1 and for NaN."""
     ratio = (found - exact).abs() / allowed
     at = int(ratio.nan_to_num(float("inf")).argmax())
     worst = float(ratio.flatten()[at])

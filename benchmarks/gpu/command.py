@@ -15,7 +15,6 @@ from octavo.kernels.gpu.config import operations, table_architectures
 from octavo.kernels.gpu.device import device_of
 
 from . import correctness, report, timings
-from .cases import quick_cases
 from .checks import Place
 from .contenders import FORMATS, ROWS, SHAPES, Shape
 from .peers import Peer, load_peers
@@ -119,7 +118,7 @@ def _time(
 
 
 def _quick(place: Place) -> int:
-    results = correctness.check_all(quick_cases(place.facts.arch), place)
+    results = correctness.check_all(correctness.cases_of(place.facts.arch, quick=True), place)
     wrong = {name: result["fault"] for name, result in results.items() if result["fault"]}
     for name, fault in wrong.items():
         print(f"WRONG {name}: {fault}")
@@ -144,11 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("parts", nargs="*", metavar="PART", help="see below")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing new is begun (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing new is begun (default %(default)s)")
     parser.add_argument("--out", type=Path, help="where results go and are found again (default benchmarks/results/<gpu>)")
     parser.add_argument("--fresh", action="store_true", help="forget what was found before")
     parser.add_argument(
-        "--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that check and compile (default %(default)s)"
+        "--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that check and compile (default %(default)s)"
     )
     parser.add_argument("--peers", type=Path, metavar="DIR", help="a folder with marlin, conch and gemlite; see benchmarks/README.md")
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=[], help="that are timed (default all)")

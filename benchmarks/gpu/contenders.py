@@ -186,8 +186,7 @@ def w4a16(field: Field) -> Iterator[Contender]:
     yield from _registered(field, "octavo fp16", "triton_weight_only", form, weights, dtype=FP16)
     yield from _registered(field, "autoawq", "autoawq_kernels", form, weights, dtype=FP16)
     for peer in field.peers:
-        built = [peer.linear(weight) for weight in weights]
-        yield Contender(peer.name, FP16, packed_bytes, partial(dequantize, weights[0]), tuple(built))
+        yield Contender(peer.name, FP16, packed_bytes, partial(dequantize, weights[0]), tuple(peer.linears(weights)))
     yield from dense(field, FP16)
 
 

@@ -57,8 +57,8 @@ def padded(x: Tensor, columns: int) -> Tensor:
 def among_nan(values: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values in rows that lie among NaN, which a load outside of them would bring in."""
     m, k = values.shape
-    wide = torch.full((m + 2, k + 24), torch.nan, dtype=dtype, device=device)
-    inner = wide[1:-1, 8 : 8 + k]
+    wide = torch.full((m + 2, k + 32), torch.nan, dtype=dtype, device=device)  # multiples of 16, as a model's rows are
+    inner = wide[1:-1, 16 : 16 + k]
     inner.copy_(values)
     return inner
 

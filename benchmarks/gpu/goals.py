@@ -51,6 +51,11 @@ def verdicts(timings: Timings, ceilings: Ceilings | None) -> list[Verdict]:
     return found
 
 
+def _is_wrong(timing: dict[str, Any], contender: str) -> bool:
+    """Ours was to be timed, and was wrong."""
+    return contender in timing["faults"]
+
+
 def _us(timing: dict[str, Any], m: str, contender: str) -> float | None:
     found = timing["rows"][m].get(contender)
     return None if found is None else float(found["us"])
@@ -61,6 +66,8 @@ def _against(kind: str, ours: str, theirs: str, least_m: int, most_m: int) -> Ca
 
     def values(timings: Timings, ceilings: Ceilings) -> Iterable[tuple[str, float]]:
         for timing in timings.values():
+            if timing["format"] == kind and _is_wrong(timing, ours):
+                yield timing["shape"], 0.0
             for m in timing["rows"]:
                 mine, other = _us(timing, m, ours), _us(timing, m, theirs)
                 if timing["format"] == kind and least_m <= int(m) <= most_m and mine and other:
@@ -74,6 +81,8 @@ def _of_floor(kind: str, ours: str, most_m: int, *, least_bytes: int = 0) -> Cal
 
     def values(timings: Timings, ceilings: Ceilings) -> Iterable[tuple[str, float]]:
         for timing in timings.values():
+            if timing["format"] == kind and _is_wrong(timing, ours):
+                yield timing["shape"], 0.0
             if timing["format"] != kind or timing["weight_bytes"].get(ours, 0) < max(least_bytes, 1):
                 continue
             for m in timing["rows"]:
@@ -86,6 +95,8 @@ def _of_floor(kind: str, ours: str, most_m: int, *, least_bytes: int = 0) -> Cal
 
 def _of_datasheet(timings: Timings, ceilings: Ceilings) -> Iterable[tuple[str, float]]:
     for timing in timings.values():
+        if timing["format"] == "fp8" and _is_wrong(timing, "octavo"):
+            yield timing["shape"], 0.0
         mine = _us(timing, "4096", "octavo") if timing["format"] == "fp8" and "4096" in timing["rows"] else None
         if mine:
             yield f"{timing['shape']}, 4096 rows", 2 * 4096 * timing["n"] * timing["k"] / (mine * 1e-6) / DATASHEET_FP8_FLOPS

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +30,8 @@ class Peer(Protocol):
 
     name: str
 
-    def linear(self, weight: GroupedWeight) -> PeerLinear:
-        """Pack codes [N, K] of a symmetric weight in groups of 128, scales float16, as the peer wants them."""
+    def linears(self, weights: Sequence[GroupedWeight]) -> list[PeerLinear]:
+        """Pack symmetric weights in groups of 128, codes [N, K], scales float16, as the peer wants them."""
 
 
 class Marlin:
@@ -47,18 +48,20 @@ class Marlin:
         sys.modules["marlin_cuda"] = load("marlin_cuda", sources, extra_cuda_cflags=["-O3"])
         self._module = _imported("marlin", folder)
 
-    def linear(self, weight: GroupedWeight) -> PeerLinear:
+    def linears(self, weights: Sequence[GroupedWeight]) -> list[PeerLinear]:
+        """All with the first one's numbers: packing is slow, and takes place on the host."""
+        weight = weights[0]
         n, k = weight.codes.shape
         layer = self._module.Layer(k, n, groupsize=weight.group_size).to(weight.codes.device)
         linear = torch.nn.Linear(k, n, bias=False, dtype=torch.float16, device="meta")
         linear.weight = torch.nn.Parameter(dequantize(weight).half(), requires_grad=False)
         layer.pack(linear, weight.scale.half())
-        mul, packed, scales, workspace = self._module.mul, layer.B, layer.s, layer.workspace
+        mul, scales, workspace = self._module.mul, layer.s, layer.workspace
 
-        def call(x: Tensor, out: Tensor) -> None:
+        def call(packed: Tensor, x: Tensor, out: Tensor) -> None:
             mul(x, packed, out, scales, workspace)
 
-        return call
+        return [partial(call, layer.B.clone()) for _ in weights]
 
 
 class Conch:
@@ -70,7 +73,10 @@ class Conch:
         _imported("conch", folder)
         self._gemm: Any = importlib.import_module("conch.ops.quantization.gemm").mixed_precision_gemm
 
-    def linear(self, weight: GroupedWeight) -> PeerLinear:
+    def linears(self, weights: Sequence[GroupedWeight]) -> list[PeerLinear]:
+        return [self._linear(weight) for weight in weights]
+
+    def _linear(self, weight: GroupedWeight) -> PeerLinear:
         words = _words(weight.codes)
         scales, gemm, size = weight.scale.half().t().contiguous(), self._gemm, weight.group_size
 
@@ -90,7 +96,10 @@ class GemLite:
         _imported("gemlite", folder)
         self._helper: Any = importlib.import_module("gemlite.helper").A16Wn
 
-    def linear(self, weight: GroupedWeight) -> PeerLinear:
+    def linears(self, weights: Sequence[GroupedWeight]) -> list[PeerLinear]:
+        return [self._linear(weight) for weight in weights]
+
+    def _linear(self, weight: GroupedWeight) -> PeerLinear:
         scales = weight.scale.half()
         helper = self._helper(device=str(weight.codes.device), dtype=torch.float16)
         layer: Any = helper.from_weights(weight.codes, scales, torch.full_like(scales, 8), 4, weight.group_size)

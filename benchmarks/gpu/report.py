@@ -34,13 +34,13 @@ def write(record: Record, folder: Path) -> list[Path]:
 
 def goal_lines(record: Record) -> list[str]:
     """The goals and what became of them, as rows of a table in markdown."""
-    lines = ["| goal | least | worst found | where | |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| goal | least | worst found | where | values | |", "| --- | --- | --- | --- | --- | --- |"]
     return lines + [_goal_line(verdict) for verdict in verdicts(record.timings, record.ceilings)]
 
 
 def _goal_line(verdict: Verdict) -> str:
     worst = "-" if verdict.worst is None else f"{verdict.worst:.2f}"
-    return f"| {verdict.goal.text} | {verdict.goal.least:.2f} | {worst} | {verdict.where or '-'} | {verdict.word} |"
+    return f"| {verdict.goal.text} | {verdict.goal.least:.2f} | {worst} | {verdict.where or '-'} | {verdict.num_values} | {verdict.word} |"
 
 
 def _formats(record: Record) -> list[str]:

@@ -1,6 +1,7 @@
 """Tries tiles for one operation and writes the entries that were fastest, for kernels/gpu/configs. The geometric mean over shapes decides.
 
-Candidates are compiled ahead in other processes, and those that spill or do not fit are never started.
+Candidates are compiled ahead in other processes, and those that spill or do not fit are never started. Results are not looked at: new
+entries are to be put into the table, and the part correctness run.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def sweep(
         if present.route == "dense":
             continue
         tiles = list(dict.fromkeys([present, *candidates(op, present, m)]))
-        faults = _faults(op, tiles, m, place, jobs)
+        faults = _faults(op, tiles, m, shapes, place, jobs)
         tried = {tile: Tried(tile, {}, fault) for tile, fault in zip(tiles, faults, strict=True)}
         for shape in shapes:
             if not budget.has(30):
@@ -89,19 +90,24 @@ def candidates(op: str, present: Tile, m: int) -> Iterator[Tile]:
         yield Tile(present.route, m_block, n_block, k_block, warps, stages, blocks)
 
 
-def _faults(op: str, tiles: Sequence[Tile], m: int, place: Place, jobs: int) -> list[str | None]:
-    """Why each tile must not be started, by compiling it."""
+def _faults(op: str, tiles: Sequence[Tile], m: int, shapes: Sequence[Shape], place: Place, jobs: int) -> list[str | None]:
+    """Why each tile must not be started, by compiling it for each shape; what compiles is then found in Triton's cache."""
     if not place.is_gpu:
         return [None] * len(tiles)
+    work = [(tile, shape) for tile in tiles for shape in shapes]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(functools.partial(compile_fault, op, m, place.facts.arch), tiles, chunksize=6))
+        found = list(pool.map(functools.partial(compile_fault, op, m, place.facts.arch), *zip(*work, strict=True), chunksize=6))
+    by_tile: dict[Tile, str | None] = {}
+    for (tile, _), fault in zip(work, found, strict=True):
+        by_tile[tile] = by_tile.get(tile) or fault
+    return [by_tile[tile] for tile in tiles]
 
 
-def compile_fault(op: str, m: int, arch: int, tile: Tile) -> str | None:
+def compile_fault(op: str, m: int, arch: int, tile: Tile, shape: Shape) -> str | None:
     """Compiles a tile's kernel into Triton's cache. What is wrong with it; nothing where it may run."""
     with target(arch) as compiler:
         try:
-            catalogue.OPERATIONS[op].build(tile, m, catalogue.OUT_FEATURES, catalogue.IN_FEATURES, nearest(arch))()
+            catalogue.OPERATIONS[op].build(tile, m, shape.n, shape.k, nearest(arch))()
         except (CannotCompile, ValueError) as error:
             return str(error)[:300]
     expected = catalogue.OPERATIONS[op].expected(arch, tile.route)
@@ -122,7 +128,7 @@ def _timed(op: str, tiles: Sequence[Tile], m: int, shape: Shape, place: Place) -
             continue
         calls[tile] = made
     names = {str(index): tile for index, tile in enumerate(calls)}
-    timed = clock.time_in_turn({name: calls[tile] for name, tile in names.items()}, place.device, rounds=_ROUNDS)
+    timed, _ = clock.time_in_turn({name: calls[tile] for name, tile in names.items()}, place.device, rounds=_ROUNDS)
     return {names[name]: timing.us for name, timing in timed.items()}
 
 
@@ -130,14 +136,14 @@ def _launches(op: str, m: int, shape: Shape, place: Place) -> Any:
     """A function from a tile to its launches, one for each copy of the weights."""
     n, k, device = shape.n, shape.k, place.device
     field, workspace = Field(shape, place), workspace_of(device)
-    out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+    out, bias = (torch.zeros(*size, dtype=torch.bfloat16, device=device) for size in ((m, n), (n,)))
     if op.startswith(("fp8", "int8")):
         scaled = [_scaled(op, field) for _ in range(field.num_copies(n * k))]
         group = scaled[0].group
         x = _codes(op, m, k, device)
         x_scale = torch.rand(m, -(-k // group), device=device)
         return lambda tile: [
-            scaled_linear._launch(tile, x, x_scale, group, weight, None, out, device=place.facts, workspace=workspace) for weight in scaled
+            scaled_linear._launch(tile, x, x_scale, group, weight, bias, out, device=place.facts, workspace=workspace) for weight in scaled
         ]
     grouped = [_grouped(op, field) for _ in range(field.num_copies(n * k * int(op[1]) // 8))]
     is_a8 = op.endswith("a8")
@@ -146,7 +152,7 @@ def _launches(op: str, m: int, shape: Shape, place: Place) -> Any:
 
     def launches(tile: Tile) -> list[Launch]:
         return [
-            grouped_linear._launch(tile, inputs, weight, None, out, device=place.facts, workspace=workspace, x_scale=input_scale)
+            grouped_linear._launch(tile, inputs, weight, bias, out, device=place.facts, workspace=workspace, x_scale=input_scale)
             for weight in grouped
         ]
 

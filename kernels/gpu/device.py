@@ -45,23 +45,28 @@ def nearest(arch: int) -> Device:
     return Device(arch, facts.num_sms, facts.shared_bytes)
 
 
-_pretended: list[int] = []
+_pretended: list[Device] = []
 
 
 @contextmanager
-def pretend(arch: int) -> Iterator[None]:
-    """Within it, any device is the largest part of an architecture: for compiling ahead, and for the interpreter."""
-    _pretended.append(arch)
+def pretend(device: int | Device) -> Iterator[None]:
+    """Within it, any device is this one, or the largest part of an architecture: for compiling ahead, and for the interpreter."""
+    _pretended.append(nearest(device) if isinstance(device, int) else device)
     try:
         yield
     finally:
         _pretended.pop()
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether kernels for NVIDIA GPUs run there: on CUDA devices, and anywhere while one is pretended."""
+    return device.type == "cuda" or bool(_pretended)
+
+
 def device_of(device: torch.device) -> Device:
     """The facts of a CUDA device at hand, or of the pretended one."""
     if _pretended:
-        return nearest(_pretended[-1])
+        return _pretended[-1]
     return _properties(device.index if device.index is not None else torch.cuda.current_device())
 
 

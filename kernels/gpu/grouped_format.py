@@ -49,7 +49,7 @@ class Packed:
 
     @property
     def slots(self) -> int:
-        return _slots(self.bits)
+        return slots_of(self.bits)
 
     @property
     def step(self) -> int:
@@ -89,7 +89,7 @@ def pack(weight: GroupedWeight) -> Packed:
     """Pack once, at load."""
     n, k = weight.codes.shape
     bits, size = weight.bits, weight.group_size
-    slots, depth = _slots(bits), _depth(size, k, _slots(bits))
+    slots, depth = slots_of(bits), depth_of(size, k, slots_of(bits))
     bands, steps = -(-n // ROWS), -(-k // (slots * depth))
     kind: CodeKind = "fp8" if weight.codes.dtype == torch.float8_e4m3fn else "integer"
     codes = weight.codes.view(torch.uint8)
@@ -116,7 +116,7 @@ def pack(weight: GroupedWeight) -> Packed:
     )
 
 
-def _depth(group_size: int, in_features: int, slots: int) -> int:
+def depth_of(group_size: int, in_features: int, slots: int) -> int:
     """The deepest product that stays within a group; where none does, the deepest that K is not padded for."""
     sizes = [group_size] if group_size < in_features else []
     for depth in _DEPTHS:
@@ -125,7 +125,7 @@ def _depth(group_size: int, in_features: int, slots: int) -> int:
     return _DEPTHS[-1]
 
 
-def _slots(bits: int) -> int:
+def slots_of(bits: int) -> int:
     """Codes that a word has bits of, in the words that have bits of most."""
     lower = LOWER_BITS[bits]
     return 16 // (bits - lower or lower)
@@ -139,7 +139,7 @@ def _one_level(small: Tensor, over: Tensor | None) -> Tensor:
 
 def _parts(bits: int) -> list[tuple[int, int, int, int]]:
     """Words of a row: (bits of each code in it, shift of those bits, first slot, last slot)."""
-    lower, slots = LOWER_BITS[bits], _slots(bits)
+    lower, slots = LOWER_BITS[bits], slots_of(bits)
     per_word = 16 // lower
     parts = [(lower, 0, first, first + per_word) for first in range(0, slots, per_word)]
     return parts if lower == bits else [*parts, (bits - lower, lower, 0, slots)]

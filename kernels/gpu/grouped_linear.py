@@ -271,6 +271,8 @@ def _launch(
         "FP8_INPUTS": x.dtype == torch.float8_e4m3fn, "SPLIT": num_parts > 1, "EVEN_K": k % weight.step == 0,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
+    if weight.scale_rule == "channel":
+        options["GROUP"] = 0  # the kernel is the same for any K
     return Launch(_multiply, (-(-m // tile.block_m), -(-n // tile.block_n), num_parts), args, options)
 
 

@@ -191,7 +191,8 @@ def _launch(
     if grouped:
         block_k = _step_within(block_k, x_group, weight)
     options: dict[str, Any] = {
-        "X_GROUP": x_group, "W_GROUP": weight.group, "W_ROWS": weight.rows, "GROUPED": grouped, "HAS_BIAS": bias is not None,
+        "X_GROUP": x_group if grouped else 0, "W_GROUP": weight.group if grouped else 0, "W_ROWS": weight.rows, "GROUPED": grouped,
+        "HAS_BIAS": bias is not None,
         "IS_INT": weight.codes.dtype == torch.int8, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": block_k,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip

@@ -29,7 +29,7 @@ class TensorParallelGroup:
         return tensor.narrow(dim, self.rank * part, part)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place."""
-        if self.size > 1:
+        """Sum over the ranks, in place. On meta tensors, which kernels are compiled ahead with, nothing is there to be summed."""
+        if self.size > 1 and not tensor.is_meta:
             torch.distributed.all_reduce(tensor)
         return tensor

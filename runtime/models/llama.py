@@ -43,8 +43,8 @@ class _Layer:
     def __init__(self, config: ModelConfig, index: int, source: WeightSource, group: TensorParallelGroup, *, has_kv_scales: bool) -> None:
         self._config = config
         self._window = config.sliding_windows[index]
-        self._heads = group.share("attention heads", config.num_heads)
-        self._kv_heads = group.share("key-value heads", config.num_kv_heads)
+        self.heads = group.share("attention heads", config.num_heads)
+        self.kv_heads = group.share("key-value heads", config.num_kv_heads)
         hidden, dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
         prefix = f"model.layers.{index}"
@@ -91,7 +91,7 @@ class _Layer:
         is_first: bool,
     ) -> None:
         """Reads and writes `space`: `residual` and, except into the first layer, `hidden` that is still to be added to it."""
-        eps, heads, kv_heads, dim = self._config.norm_eps, self._heads, self._kv_heads, self._config.head_dim
+        eps, heads, kv_heads, dim = self._config.norm_eps, self.heads, self.kv_heads, self._config.head_dim
         if is_first:
             rms_norm(space.residual, self._input_norm, eps, out=space.normed)
         else:

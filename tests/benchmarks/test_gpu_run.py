@@ -43,7 +43,7 @@ FEW = (
 
 @pytest.fixture
 def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correctness, "quick_cases", lambda arch: FEW)
+    monkeypatch.setattr(correctness, "cases_of", lambda arch, *, quick: list(FEW))
 
 
 def run(*arguments: str, out: Path) -> int:
@@ -216,9 +216,9 @@ def test_a_sweep_names_the_fastest_tiles(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sweep, "candidates", lambda op, present, m: tiles)
     started: list[int] = []
 
-    def in_turn(calls: dict[str, list[Any]], device: torch.device, *, rounds: int) -> dict[str, clock.Timing]:
+    def in_turn(calls: dict[str, list[Any]], device: torch.device, *, rounds: int) -> tuple[dict[str, clock.Timing], dict[str, str]]:
         started.append(len(calls))
-        return {name: clock.Timing(10.0 if index == 1 else 20.0, 10.0, 0.0) for index, name in enumerate(calls)}
+        return {name: clock.Timing(10.0 if index == 1 else 20.0, 10.0, 0.0) for index, name in enumerate(calls)}, {}
 
     monkeypatch.setattr(clock, "time_in_turn", in_turn)
     assert run("sweep", "--op", "w4a16", out=tmp_path) == 0
@@ -235,9 +235,10 @@ def test_candidates_hold_what_compiles_and_what_does_not() -> None:
         "import runpy, sys; sys.argv=['run.py', '--help']\n"
         f"runpy.run_path({str(RUN)!r}, run_name='loaded')\n"
         "from octavo.benchmarks.gpu.sweep import compile_fault\n"
+        "from octavo.benchmarks.gpu.contenders import Shape\n"
         "from octavo.kernels.gpu.config import Tile\n"
-        "print(compile_fault('fp8', 16, 90, Tile('split', 16, 128, 128, 4, 6)))\n"
-        "print(compile_fault('fp8', 16, 90, Tile('split', 16, 128, 256, 4, 12)))\n"
+        "print(compile_fault('fp8', 16, 90, Tile('split', 16, 128, 128, 4, 6), Shape('some', 4096, 4096)))\n"
+        "print(compile_fault('fp8', 16, 90, Tile('split', 16, 128, 256, 4, 12), Shape('some', 4096, 4096)))\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

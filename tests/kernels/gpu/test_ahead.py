@@ -110,6 +110,69 @@ def test_every_entry_of_the_tables_is_sound(reports: Reports, arch: int, is_long
     assert [fault for row in rows for fault in row["faults"]] == []
 
 
+ATTENTION = """
+    import json
+    import torch
+    from octavo.kernels.gpu import attention_plan, inspection, paged_attention, rope_store
+    from octavo.kernels.gpu.ahead import target
+    from octavo.kernels.gpu.device import nearest
+    from octavo.kernels.gpu.workspace import Workspace
+    from octavo.kernels.pages import row_width, split_rows, storage_dtype
+
+    meta, device = torch.device("meta"), nearest(ARCH)
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device=meta)
+    found = {}
+    for dim, heads in SIZES:
+        for kind in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
+            with target(ARCH) as compiler:
+                pages = empty(100, 8, 16, row_width(dim, kind), dtype=storage_dtype(kind))
+                pages = paged_attention.pages_of(pages, pages, kind)
+                starts, contexts, table = (empty(*shape, dtype=torch.int32) for shape in ((65,), (64,), (64, 99)))
+                plan = paged_attention.plan_step(
+                    starts, contexts, num_tokens=80, num_heads=8 * heads, num_kv_heads=8, head_dim=dim, kv_dtype=kind
+                )
+                q = empty(80, 8 * heads, dim)
+                for items, shape in ((plan.splits, plan.split_shape), (plan.tiles, plan.tile_shape)):
+                    paged_attention.launch(
+                        q, pages, starts, contexts, table, items, shape, scale=0.1, out=q, device=device, workspace=Workspace(meta)
+                    )()
+                qkv, ids = empty(80, (8 * heads + 16) * dim), empty(80, dtype=torch.int64)
+                rope_store.launch(qkv, ids, ids, empty(999, 2, dim // 2, dtype=torch.float32), pages, num_heads=8 * heads)()
+            for compiled in compiler.compiled.values():
+                report = inspection.inspect(compiled)
+                expected = inspection.Expected(wide_loads=report.name != "plan")
+                told = list(inspection.faults(report, expected))
+                units = [name.partition(".")[0] for name in report.matrix_instructions]
+                found[f"{dim} {heads} {kind} {report.name} {report.tile}"] = (told, units)
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes"),
+    [
+        (80, ((128, 4),)),
+        (90, ((64, 3), (128, 8))),
+        pytest.param(80, ((64, 3), (96, 1), (256, 2)), marks=pytest.mark.long),
+        pytest.param(89, ((64, 1), (128, 4), (256, 2)), marks=pytest.mark.long),
+        pytest.param(90, ((80, 4), (96, 1), (256, 2)), marks=pytest.mark.long),
+        pytest.param(100, ((64, 1), (128, 4), (256, 2)), marks=pytest.mark.long),
+    ],
+)
+def test_attention_is_sound(arch: int, sizes: tuple[tuple[int, int], ...]) -> None:
+    """No spills, 16-byte loads, and for prompts the units of warp groups where there are some."""
+    found = run_python(ATTENTION.replace("ARCH", str(arch)).replace("SIZES", repr(sizes)))
+    assert {name: faults for name, (faults, _) in found.items() if faults} == {}
+    attends = {name: units for name, (_, units) in found.items() if " attend " in name}
+    assert len(attends) == 2 * 3 * len(sizes)
+    for name, units in attends.items():
+        is_prompt = int(name.split()[-1].partition("x")[0]) >= 64
+        assert units, name
+        if arch == 90:
+            assert units[0] == ("HGMMA" if is_prompt else "HMMA"), (name, units)
+
+
 # What is wrong with a kernel is found
 
 

@@ -1,0 +1,109 @@
+"""A whole model on a GPU that is not there, kernels interpreted, weights and pages as a GPU holds them, against the CPU's backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from octavo.kernels.gpu import paged_attention
+from octavo.kernels.gpu.device import DEVICES, Device, pretend
+from octavo.kernels.paged_attention import AttentionPlan, reference
+from octavo.quant.checkpoint.resolve import resolve_model
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.core import EngineCore
+from octavo.runtime.model_runner import ModelRunner
+from octavo.runtime.sampling_params import SamplingParams
+
+from ..kernels.gpu.interpreter import mend
+
+mend()
+H100 = Device(90, 4, DEVICES[90].shared_bytes)
+A100 = Device(80, 4, DEVICES[80].shared_bytes)
+VOCAB = 131
+TIE = 0.08  # log-probabilities nearer than that may change places, where one side computes in 16 bits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
+    path = tmp_path_factory.mktemp("tiny")
+    transformers.LlamaForCausalLM(config).eval().half().save_pretrained(path)
+    return path
+
+
+def generate(folder: Path, **options: Any) -> tuple[dict[str, list[Any]], dict[str, int]]:
+    """Greedy tokens with the best of each place, by request; and which kernels the linears run on."""
+    sizes = {"max_total_tokens": 1024, "max_running_requests": 8, "chunked_prefill_size": 64, "page_size": 16, "random_seed": 0}
+    config = EngineConfig(device="cpu", **{**sizes, **options}).resolve(device="cpu")
+    runner = ModelRunner(config, resolve_model(str(folder)), show_progress=False)
+    core = EngineCore(config, runner)
+    source = torch.Generator().manual_seed(1)
+    for name, length in (("short", 3), ("prompt", 40), ("chunks", 100)):
+        prompt = torch.randint(0, VOCAB, (length,), generator=source).tolist()
+        core.add(name, prompt, SamplingParams(max_tokens=5, temperature=0.0, logprobs=6))
+    found: dict[str, list[Any]] = {}
+    while core.has_work:
+        for output in core.step():
+            found.setdefault(output.request_id, []).extend(zip(output.token_ids, output.logprobs, strict=True))
+    return found, runner.kernels_in_use()
+
+
+def assert_alike(found: dict[str, list[Any]], wanted: dict[str, list[Any]], tolerance: float) -> None:
+    """The same tokens up to a numerical tie, and log-probabilities within the tolerance until then."""
+    assert found.keys() == wanted.keys()
+    for name, answer in wanted.items():
+        for (token, logprob), (wanted_token, wanted_logprob) in zip(found[name], answer, strict=True):
+            if token != wanted_token:
+                near = dict(wanted_logprob.top).get(token, -1e9)
+                assert wanted_logprob.logprob - near < TIE + tolerance, (name, token, wanted_token, wanted_logprob)
+                break
+            assert abs(logprob.logprob - wanted_logprob.logprob) <= tolerance, (name, logprob, wanted_logprob)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "kernel", "tolerance"),
+    [
+        (H100, {}, "torch_matmul", 0.05),
+        (A100, {"quantization": "int4"}, "triton_weight_only", 0.05),
+        (H100, {"quantization": "fp8"}, "triton_fp8", 0.8),  # inputs to the nearest of few codes: one that flips changes much
+    ],
+    ids=["plain", "int4", "fp8"],
+)
+def test_greedy_answers_are_the_cpus(folder: Path, device: Device, options: dict[str, Any], kernel: str, tolerance: float) -> None:
+    wanted, _ = generate(folder, **options)
+    with pretend(device):
+        found, kernels = generate(folder, **options)
+    assert kernels[kernel] >= 8
+    assert_alike(found, wanted, tolerance)
+
+
+@pytest.mark.parametrize(("device", "kv"), [(H100, "fp8_e4m3"), (A100, "int8")])
+def test_quantized_pages(folder: Path, device: Device, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the float reference over the same pages: rounding keys that were rounded to 16 bits before gives other codes than the CPU's."""
+    with pretend(device):
+        found, _ = generate(folder, kv_cache_dtype=kv)
+        calls: list[torch.Tensor] = []
+
+        def in_floats(q: Any, k: Any, v: Any, kind: Any, plan: Any, starts: Any, contexts: Any, table: Any, **options: Any) -> None:
+            calls.append(q)
+            step = AttentionPlan(starts, contexts, table, len(q), q.shape[1], k.shape[1], q.shape[2], table, 0, 1)
+            reference(q, k, v, step, kv_dtype=kind, **options)
+
+        monkeypatch.setattr(paged_attention, "attend", in_floats)
+        wanted, _ = generate(folder, kv_cache_dtype=kv)
+    assert calls
+    assert_alike(found, wanted, 0.05)
