@@ -93,7 +93,7 @@ def test_greedy_answers_are_the_cpus(folder: Path, device: Device, options: dict
 
 @pytest.mark.parametrize(("device", "kv"), [(H100, "fp8_e4m3"), (A100, "int8")])
 def test_quantized_pages(folder: Path, device: Device, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the float reference over the same pages: rounding keys that were rounded to 16 bits before gives other codes than the CPU's."""
+    """Against the float reference over the same pages: the CPU rounds keys of 32 bits, and gets other codes."""
     with pretend(device):
         found, _ = generate(folder, kv_cache_dtype=kv)
         calls: list[torch.Tensor] = []
