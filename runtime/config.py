@@ -11,6 +11,7 @@ from ..quant.checkpoint.method_names import canonical_method
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
 KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_e5m2", "int8", "fp8"]
 Policy = Literal["fcfs", "lpm"]
 
@@ -18,6 +19,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "kv_cache_dtype": get_args(KVCacheDtype),
+    "load_format": get_args(LoadFormat),
     "schedule_policy": ("fcfs", "lpm"),
 }
 _AT_LEAST_ONE = (
@@ -39,6 +41,7 @@ class EngineConfig:
     tokenizer_path: str | None = None
     revision: str | None = None
     chat_template: str | None = None
+    load_format: LoadFormat = "auto"  # dummy: random weights of the config, whose files need not be there
     device: Device = "auto"
     dtype: Dtype = "auto"  # auto: the checkpoint's, bfloat16 for GGUF
     kv_cache_dtype: KVCacheDtype = "auto"  # auto: the model's dtype; fp8: fp8_e4m3
@@ -72,6 +75,8 @@ class EngineConfig:
         fraction = self.mem_fraction_static
         if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
             raise ValueError(f"--mem-fraction-static {fraction!r} is not valid: give a number between 0 and 1, such as 0.85")
+        if self.load_format == "dummy" and self.model_path is None:
+            raise ValueError("--load-format dummy makes weights out of a config.json: name its folder or hub id with --model-path")
         cached = self.max_radix_cache_len
         if cached is not None and (not isinstance(cached, int) or isinstance(cached, bool) or cached < 0):
             raise ValueError(f"--max-radix-cache-len {cached!r} is not valid: give 0 or more tokens")

@@ -49,7 +49,7 @@ class Engine:
         from ..quant.checkpoint.resolve import resolve_model
 
         config = _config_of(model_path, options)
-        files = resolve_model(config.model_path, revision=config.revision)
+        files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.load_format != "dummy")
         self.tokenizer: Tokenizer = load_tokenizer(files, tokenizer_path=config.tokenizer_path, chat_template=config.chat_template)
         self._core = load_core(config, show_progress=show_progress)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -76,7 +76,9 @@ class Engine:
         from .models.config import ModelConfig
 
         config = _config_of(model_path, options)
-        model = ModelConfig.from_hf(read_config(resolve_model(config.model_path, revision=config.revision)))
+        model = ModelConfig.from_hf(
+            read_config(resolve_model(config.model_path, revision=config.revision, needs_weights=config.load_format != "dummy"))
+        )
         limits = {"context_length": model.context_length(config.context_length), "vocab_size": model.vocab_size}
         if config.linear_backend is not None:
             from .linear_report import check_backend_name

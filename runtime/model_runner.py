@@ -18,6 +18,7 @@ from ..quant.module_formats import ModuleFormats
 from ..quant.self_check import SelfCheck
 from .batch import Batch
 from .config import EngineConfig
+from .dummy_weights import DummySource
 from .forward_batch import make_forward_batch
 from .kv_pool import KV_DTYPES, KVPool, kv_bytes_per_token, kv_dtype_name
 from .linear_report import LinearReport, check_backend
@@ -45,19 +46,8 @@ class ModelRunner:
         self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.dtype)
         activation_dtype = self.dtype if is_gpu(self.device) else torch.float32
         with torch.inference_mode():
-            reader = open_reader(files)
-            formats = ModuleFormats(files, read_config(files), reader.tensors(), quantization=config.quantization)
-            source = WeightSource(
-                reader,
-                formats,
-                weight_dtype=self.dtype,
-                activation_dtype=activation_dtype,
-                device=self.device,
-                kernel_options=KernelOptions(
-                    config.linear_backend, config.allow_reference, None if config.skip_kernel_check else SelfCheck()
-                ),
-                show_progress=show_progress,
-            )
+            source = self._source(config, files, activation_dtype, show_progress=show_progress)
+            formats = source.formats
             with source:
                 scales_for = _kv_scales_made_for(formats) if self.kv_dtype in CODE_RANGE else None
                 reads_scales = scales_for is not None and (self.kv_dtype == torch.int8) == (scales_for == "int8")
@@ -87,6 +77,30 @@ class ModelRunner:
         advice = self.linear_report.advice(self.device.type)
         if advice:
             logger.info("%s", advice)
+
+    def _source(self, config: EngineConfig, files: ModelFiles, activation_dtype: torch.dtype, *, show_progress: bool) -> WeightSource:
+        """Where weights come from: the files, or nowhere."""
+        options = KernelOptions(config.linear_backend, config.allow_reference, None if config.skip_kernel_check else SelfCheck())
+        described = read_config(files)
+        if config.load_format == "dummy":
+            return DummySource(
+                ModuleFormats(files, described, {}, quantization=config.quantization),
+                weight_dtype=self.dtype,
+                activation_dtype=activation_dtype,
+                device=self.device,
+                kernel_options=options,
+                has_head=not self.model_config.tie_word_embeddings,
+            )
+        reader = open_reader(files)
+        return WeightSource(
+            reader,
+            ModuleFormats(files, described, reader.tensors(), quantization=config.quantization),
+            weight_dtype=self.dtype,
+            activation_dtype=activation_dtype,
+            device=self.device,
+            kernel_options=options,
+            show_progress=show_progress,
+        )
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:

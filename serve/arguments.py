@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, get_args
 
-from ..runtime.config import Device, Dtype, EngineConfig, KVCacheDtype, Policy
+from ..runtime.config import Device, Dtype, EngineConfig, KVCacheDtype, LoadFormat, Policy
 from .options import LogLevel, ServerOptions
 
 _NEAR = 0.7  # how alike an unknown flag and the one it is taken for are, of 1
@@ -135,6 +135,11 @@ def _add_model(parser: Parser) -> None:
     group.add_argument("--tokenizer-path", metavar="PATH", help=_engine("where the tokenizer is, if not with the model", "tokenizer_path"))
     group.add_argument("--revision", help=_engine("branch, tag or commit on the hub", "revision"))
     group.add_argument("--chat-template", metavar="FILE", help=_engine("a Jinja file in place of the model's template", "chat_template"))
+    group.add_argument(
+        "--load-format",
+        metavar=choices_of(LoadFormat),
+        help=_engine("dummy: random weights of the model's config, whose own need not be there, to measure speed with", "load_format"),
+    )
     group.add_argument("--device", metavar=choices_of(Device), help=_engine("where to run", "device"))
     group.add_argument("--dtype", metavar=choices_of(Dtype), help=_engine("of weights", "dtype"))
     group.add_argument(

@@ -27,7 +27,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of one model. `weight_files` is never empty and each exists; `config_path` is None for GGUF alone."""
+    """The files of one model. `weight_files` exist, and are empty only where none are needed; `config_path` is None for GGUF alone."""
 
     kind: Literal["hf", "gguf"]
     root: Path
@@ -38,8 +38,8 @@ class ModelFiles:
     config_path: Path | None
 
 
-def resolve_model(model_path: str | None, *, revision: str | None = None) -> ModelFiles:
-    """Find the files of a model.
+def resolve_model(model_path: str | None, *, revision: str | None = None, needs_weights: bool = True) -> ModelFiles:
+    """Find the files of a model; without `needs_weights` its config alone, in a folder or on the hub.
 
     `model_path` is a Hugging Face folder, a .gguf file, a folder with one .gguf, a Hugging Face hub id, or None for the
     embedded default model. `revision` is a hub branch, tag or commit. Raises CheckpointError with what was tried.
@@ -49,6 +49,8 @@ def resolve_model(model_path: str | None, *, revision: str | None = None) -> Mod
     if not model_path.strip():
         raise CheckpointError("the name of the model is empty: name a folder, a .gguf file or a hub id, or none for the embedded default")
     path = Path(model_path).expanduser()
+    if not needs_weights:
+        return _config_alone(path, model_path, revision)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path} is a file but not a .gguf: give the folder that holds the model's config.json, or a .gguf file")
@@ -60,6 +62,22 @@ def resolve_model(model_path: str | None, *, revision: str | None = None) -> Mod
             f"model {model_path!r}: no such file or folder, and it does not have the form of a hub id (organisation/name)"
         )
     return _from_hub(model_path, revision)
+
+
+def _config_alone(path: Path, name: str, revision: str | None) -> ModelFiles:
+    """A model without weights. Raises CheckpointError where there is no config.json."""
+    folder: Path | None = path
+    reason = ""
+    if not path.exists() and _HUB_ID.fullmatch(name):
+        for local_only in (True, False):
+            folder, reason = _snapshot(name, revision, local_only=local_only, patterns=TOKENIZER_PATTERNS)
+            if folder is not None and (folder / "config.json").is_file():
+                break
+    if folder is None or not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"model {name!r} has no config.json, which weights could be made of: name a folder or hub id with one. {reason}".strip()
+        )
+    return ModelFiles("hf", folder, None, (), None, name, folder / "config.json")
 
 
 def resolve_tokenizer(tokenizer_path: str) -> Path:
