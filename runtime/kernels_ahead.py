@@ -38,13 +38,23 @@ from .forward_batch import ForwardBatch
 from .kv_pool import KV_DTYPES, KVPool
 from .layers.linear import ParallelLinear
 from .layers.parallel import TensorParallelGroup
-from .linear_report import LinearReport
+from .linear_report import LinearReport, check_backend
 from .model_runner import weight_dtype
 from .models.config import ModelConfig
 from .models.llama import LlamaModel
+from .start import die_with_parent
 from .weights import HeaderSource
 
-__all__ = ["CannotCompile", "architecture", "compile_model", "report_model", "report_tables", "run_apart", "table_architectures"]
+__all__ = [
+    "CannotCompile",
+    "architecture",
+    "architectures_with",
+    "check_operations",
+    "compile_model",
+    "report_model",
+    "report_tables",
+    "run_apart",
+]
 
 _META = torch.device("meta")
 Stored = Mapping[str, frozenset[str]]  # by module: "weight F8_E4M3"
@@ -96,6 +106,7 @@ def run_apart(cache_dir: Path, function: Callable[_Given, _Result], *args: _Give
 
 
 def _begin(cache_dir: str) -> None:
+    die_with_parent()
     os.environ["TRITON_CACHE_DIR"] = cache_dir
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to both processes: this one ends without a word
 
@@ -129,9 +140,7 @@ def report_tables(arch: int, *, ops: tuple[str, ...] = ()) -> tuple[ReportRow, .
 
     Raises ValueError for an operation that it does not have.
     """
-    unknown = sorted(set(ops) - set(operations(arch)))
-    if unknown:
-        raise ValueError(f"--op {unknown[0]!r} is not valid: the table for sm_{arch} has {', '.join(operations(arch))}")
+    check_operations(arch, ops)
     rows = []
     with target(arch) as compiler:
         from ..kernels.gpu.catalogue import table_entries  # imports Triton, which target has looked for
@@ -144,6 +153,18 @@ def report_tables(arch: int, *, ops: tuple[str, ...] = ()) -> tuple[ReportRow, .
                 report = replace(inspect(compiled), tile=entry.tile.describe())
                 rows.append(ReportRow(report, faults(report, entry.expected(arch)), entry.op, entry.max_m))
     return tuple(rows)
+
+
+def check_operations(arch: int, ops: tuple[str, ...]) -> None:
+    """Raises ValueError for an operation that the table for an architecture does not have."""
+    unknown = sorted(set(ops) - set(operations(arch)))
+    if unknown:
+        raise ValueError(f"--op {unknown[0]!r} is not valid: the table for sm_{arch} has {', '.join(operations(arch))}")
+
+
+def architectures_with(ops: tuple[str, ...]) -> tuple[int, ...]:
+    """Those whose tables have all of these operations; all with a table where none has."""
+    return tuple(arch for arch in table_architectures() if set(ops) <= set(operations(arch))) or table_architectures()
 
 
 def most_rows(config: EngineConfig) -> int:
@@ -172,6 +193,7 @@ def _compile_model(config: EngineConfig, compiler: Compiler, max_rows: int, tp_s
     reports = []
     for rank in range(tp_size):
         model, formats, stored = _model(config, files, TensorParallelGroup(tp_size, rank))
+        check_backend(config.linear_backend, model.linears)
         reports.append(LinearReport.of(model.linears, formats.method))
         kinds: dict[tuple[Any, ...], ParallelLinear] = {}
         for linear in model.linears:

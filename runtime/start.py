@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
+import signal
+import sys
 from pathlib import Path
 
 from .config import EngineConfig
 
 logger = logging.getLogger("octavo.runtime")
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent does, so that a killed parent leaves none behind (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def prepare_environment() -> None:

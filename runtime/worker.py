@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -33,7 +32,7 @@ from .messages import (
     unpack_tokens,
 )
 from .outputs import FinishReason
-from .start import load_core, prepare_environment
+from .start import die_with_parent, load_core, prepare_environment
 
 logger = logging.getLogger("octavo.engine")
 
@@ -152,15 +151,9 @@ class _Worker:
             self.send(Heartbeat(time.monotonic() - self._last_turn))
 
 
-def _die_with_parent() -> None:
-    """Have the kernel end this process when its parent does, so that a killed server leaves no engine behind (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 def main(folder: str, config_text: str, log_level: str) -> int:
     """Entry of the engine process: the sockets' folder, the EngineConfig as JSON, and a log level."""
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the server decides when the engine stops
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     prepare_environment()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..runtime.kernels_ahead import CompiledModel, ReportRow
 
 _FAILED, _BAD_INPUT = 1, 2
+_MOST_ROWS = 1 << 16
 _WIDTH = 110
 _USAGE = """usage: octavo kernels COMMAND [options]     octavo kernels COMMAND --help explains a command
 
@@ -48,6 +49,8 @@ def main(argv: list[str], *, prog: str = "octavo kernels") -> int:
         return commands[command](argv[1:], f"{prog} {command}")
     except SystemExit as end:
         return int(end.code or 0)
+    except BrokenPipeError:
+        raise  # whoever reads has enough: the command ends without a word
     except (ValueError, OSError) as error:
         return _fail(f"{prog} {command}", str(error), _BAD_INPUT)
     except RuntimeError as error:
@@ -78,7 +81,9 @@ def _compile(argv: list[str], prog: str) -> int:
     prepare_environment()
     from ..runtime.kernels_ahead import architecture, compile_model, run_apart
 
-    architectures = [architecture(name) for name in given["arch"]]
+    architectures = [architecture(name) for name in dict.fromkeys(given["arch"])]
+    if given.get("cache_dir") == "":
+        raise ValueError("--cache-dir is empty: name a folder, or leave it out")
     folder = _writable(Path(given.get("cache_dir") or os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"))
     config, sizes = _config(given)
     for arch in architectures:
@@ -111,7 +116,12 @@ def _report(argv: list[str], prog: str) -> int:
         "Take apart the kernels of all tables of tiles, or of a model: what the machine code is made of, and what is wrong with it.",
         f"Example: {prog} --arch sm_90 --op fp8",
     )
-    parser.add_argument("--arch", action="append", metavar="sm_NN", help="repeat it for several (default: those with a table)")
+    parser.add_argument(
+        "--arch",
+        action="append",
+        metavar="sm_NN",
+        help="repeat it for several (default: those with a table, and with the operations of --op in it)",
+    )
     parser.add_argument("--table", action="store_true", help="every entry of the tables of tiles; the default without --model")
     parser.add_argument("--op", action="append", metavar="NAME", help="these operations of the tables alone, such as fp8; repeat it")
     _add_model(parser, "; none: the tables")
@@ -124,9 +134,12 @@ def _report(argv: list[str], prog: str) -> int:
         if name in given and "model_path" not in given:
             raise ValueError(f"--{name.replace('_', '-')} belongs to a model, and the tables have none: give --model too, or leave it out")
     prepare_environment()
-    from ..runtime.kernels_ahead import architecture, report_model, report_tables, run_apart, table_architectures
+    from ..runtime.kernels_ahead import architecture, architectures_with, check_operations, report_model, report_tables, run_apart
 
-    architectures = [architecture(name) for name in given.get("arch", [f"sm_{arch}" for arch in table_architectures()])]
+    ops = tuple(given.get("op", ()))
+    architectures = [architecture(name) for name in dict.fromkeys(given.get("arch", ()))] or list(architectures_with(ops))
+    for arch in architectures if "model_path" not in given else ():
+        check_operations(arch, ops)
     config, sizes = _config(given)
     rows: list[ReportRow] = []
     with _folder(given.get("cache_dir")) as folder:
@@ -134,7 +147,7 @@ def _report(argv: list[str], prog: str) -> int:
             if "model_path" in given:
                 rows += run_apart(folder, report_model, config, arch, **sizes)
             else:
-                rows += run_apart(folder, report_tables, arch, ops=tuple(given.get("op", ())))
+                rows += run_apart(folder, report_tables, arch, ops=ops)
     print(json.dumps([_plain(row) for row in rows], indent=2) if "json" in given else "\n".join(_table(rows)))
     return _FAILED if any(row.faults for row in rows) else 0
 
@@ -161,6 +174,9 @@ def _table(rows: list[ReportRow]) -> Iterator[str]:
         )
         yield "  ".join(cells).rstrip()
         yield from (f"    {fault}" for fault in (row.faults if row is not None else ()))
+    if not rows:
+        yield "\n0 kernels: nothing of it runs in Triton there"
+        return
     wrong = sum(bool(row.faults) for row in rows)
     yield f"\n{len(rows)} kernels, {f'{wrong} not as they should be' if wrong else 'all as they should be'}"
 
@@ -211,6 +227,10 @@ def _config(given: dict[str, Any]) -> tuple[EngineConfig, dict[str, Any]]:
     for name in ("tp_size", "max_rows"):
         if given.get(name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not valid: give a whole number of at least 1")
+    if given.get("max_rows", 1) > _MOST_ROWS:
+        raise ValueError(
+            f"--max-rows {given['max_rows']} is not valid: each number up to it is tried, and a step has no more than {_MOST_ROWS}"
+        )
     config = EngineConfig(**{name: given[name] for name in ("model_path", *_MODEL_FLAGS) if name in given})
     return config, {"max_rows": given.get("max_rows"), "tp_size": given.get("tp_size", 1)}
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str], *, place: Place | None = None, shapes: Sequence[Sh
     if parts == ["report"] and options.out is not None:
         return _report(Record.read(options.out), options.out)
     if place is None and not torch.cuda.is_available():
-        print("run.py: torch sees no CUDA device here. `report --out FOLDER` alone needs none.", file=sys.stderr)
+        print("run.py: torch sees no CUDA device here. `run.py report --out FOLDER`, by itself, needs none.", file=sys.stderr)
         return _NO_GPU
     return _run(parts, options, place or _place_at_hand(), shapes, rows)
 
@@ -57,17 +57,19 @@ def main(argv: Sequence[str], *, place: Place | None = None, shapes: Sequence[Sh
 def _reason_against(parts: Sequence[str], options: argparse.Namespace) -> str | None:
     """Why the arguments do not go; None when they do."""
     known = sorted({op for arch in table_architectures() for op in operations(arch)})
-    if odd := [part for part in parts if part not in PARTS]:
-        return f"{', '.join(odd)}: the parts are {', '.join(PARTS)}"
-    if parts == ["report"] and options.out is not None and not (options.out / "results.json").is_file():
-        return f"--out {options.out} has no results.json: run the other parts with the same --out first"
-    if options.peers is not None and not options.peers.is_dir():
-        return f"--peers {options.peers} is no folder"
-    if odd := [op for op in options.op if op not in known]:
-        return f"no tiles for {', '.join(odd)}: the tables have {', '.join(known)}"
-    if ("sweep" in parts) != bool(options.op):
-        return "the part sweep and --op go together, such as sweep --op w4a16"
-    return None
+    odd_parts, odd_ops = [part for part in parts if part not in PARTS], [op for op in options.op if op not in known]
+    has_results = options.out is not None and (options.out / "results.json").is_file()
+    reasons = {
+        f"{', '.join(odd_parts)}: the parts are {', '.join(PARTS)}": bool(odd_parts),
+        f"--minutes {options.minutes:g} and --jobs {options.jobs} must be above 0": options.minutes <= 0 or options.jobs < 1,
+        f"--out {options.out} has no results.json: run the other parts with the same --out first": (
+            list(parts) == ["report"] and options.out is not None and not has_results
+        ),
+        f"--peers {options.peers} is no folder": options.peers is not None and not options.peers.is_dir(),
+        f"no tiles for {', '.join(odd_ops)}: the tables have {', '.join(known)}": bool(odd_ops),
+        "the part sweep and --op go together, such as sweep --op w4a16": ("sweep" in parts) != bool(options.op),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _place_at_hand() -> Place:

@@ -28,6 +28,9 @@ def _find_octavo() -> None:
 _find_octavo()  # at import: the processes that this one starts import it again, under another name
 
 if __name__ == "__main__":
-    from octavo.benchmarks.gpu.command import main
-
+    try:
+        from octavo.benchmarks.gpu.command import main
+    except ModuleNotFoundError as error:
+        print(f"run.py: {error}. It wants torch for CUDA, triton and numpy: run it with a Python that has them.", file=sys.stderr)
+        sys.exit(3)
     sys.exit(main(sys.argv[1:]))

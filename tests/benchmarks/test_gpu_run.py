@@ -260,9 +260,9 @@ runpy.run_path(RUN, run_name="__main__")
 """
 
 
-def bare(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def bare(*arguments: str, cwd: Path, missing: str = "fastapi") -> subprocess.CompletedProcess[str]:
     """As on a machine with torch, triton and numpy, and without the package and what only its server needs."""
-    script = _BARE.replace("RUN", repr(str(RUN)))
+    script = _BARE.replace("RUN", repr(str(RUN))).replace("fastapi", missing)
     return subprocess.run([sys.executable, "-c", script, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
 
@@ -275,6 +275,9 @@ def test_a_bare_checkout_is_enough(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "nowhere has no results.json" in done.stderr
     assert "compute-sanitizer" in bare("--help", cwd=tmp_path).stdout
+    done = bare(cwd=tmp_path, missing="torch")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert "run.py: torch. It wants torch for CUDA" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -284,6 +287,7 @@ def test_a_bare_checkout_is_enough(tmp_path: Path) -> None:
         (["timings", "--op", "fp8"], "--op go together"),
         (["sweep", "--op", "w9a9"], "no tiles for w9a9: the tables have fp8,"),
         (["timings", "--peers", "/no/such"], "/no/such is no folder"),
+        (["--minutes", "-1"], "--minutes -1 and"),
         (["timing"], "timing: the parts are correctness,"),
     ],
 )

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from octavo.__main__ import main as octavo
@@ -131,6 +133,9 @@ def test_what_no_kernel_takes_is_left_to_the_reference_and_said(tmp_path, run):
         ([], "no command given"),
         (["complie"], "did you mean compile?"),
         (["compile"], "--arch is missing: give one or several, such as --arch sm_90"),
+        (["compile", "--arch", "sm_90", "--cache-dir", ""], "--cache-dir is empty"),
+        (["compile", "--arch", "sm_90", "--max-rows", "70000"], "--max-rows 70000 is not valid"),
+        (["report", "--arch", "sm_90", "--arch", "sm_80", "--op", "fp8"], "--op 'fp8' is not valid: the table for sm_80 has"),
         (["compile", "--arch", "h100"], "--arch 'h100' is not valid: give one of sm_80,"),
         (["compile", "--arch", "sm_70"], "--arch 'sm_70' is not valid: give one of sm_80,"),
         (["compile", "--arch", "sm_90", "--cache-dir", "/dev/null/kernels"], "/dev/null/kernels"),
@@ -180,3 +185,29 @@ def test_help(capsys):
     for command in ("compile", "report"):
         assert octavo(["kernels", command, "--help"]) == 0
         assert "--cache-dir" in capsys.readouterr().out
+
+
+def test_a_backend_that_computes_nothing_is_refused_as_by_serve(tmp_path, run):
+    model = make(tmp_path, lambda n, k, seed: writers.fp8(n, k, "channel", seed=seed)).folder
+    words = ["--arch", "sm_90", "--model", str(model), "--max-rows", "1", "--cache-dir", str(tmp_path / "cache")]
+    done = run("compile", *words, "--linear-backend", "bogus")
+    assert done.returncode == 2
+    assert "--linear-backend 'bogus' is not valid: give one of" in done.stderr
+    assert not list((tmp_path / "cache").rglob("*.cubin"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_the_compiler_ends_with_a_command_that_is_killed(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "octavo", "kernels", "report", "--arch", "sm_90", "--cache-dir", str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = psutil.Process(process.pid)
+    workers = []
+    while not any("spawn_main" in " ".join(worker.cmdline()) for worker in workers) or not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.2)
+        workers = parent.children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert alive == []
