@@ -16,14 +16,18 @@ group NaN, and with it what is computed from that token; the group's codes then 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .gpu.device import device_of, is_gpu
+from .rms_norm import add_rms_norm, rms_norm
 from .scaled_linear import CODE_DTYPES
+from .silu_mul import silu_mul
 
 ALIGNMENT: Final = 16  # columns that codes are padded to a multiple of
 LIMITS: Final = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -105,3 +109,43 @@ def reference(x: Tensor, out: QuantizedRows, *, static_scale: Tensor | None = No
     out.codes[:, :k] = rounded.to(out.codes.dtype)
     out.scales.copy_(torch.where(most.isfinite(), scale, torch.nan).squeeze(2))
     return out
+
+
+@functools.cache
+def _on_gpu() -> Any:
+    """The kernels for NVIDIA GPUs, imported at the first call."""
+    from .gpu import quantize_rows as on_gpu
+
+    return on_gpu
+
+
+def quantize_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: QuantizedRows, *, residual: Tensor | None = None, static_scale: Tensor | None = None
+) -> QuantizedRows:
+    """Fills and returns `out` from rms_norm(x), or with a residual from that of residual += x, in place: as rms_norm.py computes it.
+
+    x and residual [M, K] of one dtype; the values that are rounded are of that dtype.
+    """
+    if out.codes.shape[0] == 0:
+        return out
+    if is_gpu(x.device):
+        launched = _on_gpu().launch_rms_norm(x, weight, eps, out, device=device_of(x.device), residual=residual, static_scale=static_scale)
+        launched()
+        return out
+    values = torch.empty_like(x)
+    if residual is None:
+        rms_norm(x, weight, eps, out=values)
+    else:
+        add_rms_norm(x, residual, weight, eps, out=values)
+    return reference(values, out, static_scale=static_scale)
+
+
+def quantize_silu_mul(gate_up: Tensor, out: QuantizedRows, *, static_scale: Tensor | None = None) -> QuantizedRows:
+    """Fills and returns `out` from silu_mul(gate_up), gate_up [M, 2 * K], as silu_mul.py computes it."""
+    if out.codes.shape[0] == 0:
+        return out
+    if is_gpu(gate_up.device):
+        _on_gpu().launch_silu_mul(gate_up, out, device=device_of(gate_up.device), static_scale=static_scale)()
+        return out
+    values = gate_up.new_empty(gate_up.shape[0], out.in_features)
+    return reference(silu_mul(gate_up, out=values), out, static_scale=static_scale)

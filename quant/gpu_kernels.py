@@ -13,7 +13,7 @@ import torch
 from ..kernels.grouped_linear import GroupedWeight
 from ..kernels.quantize_rows import ALIGNMENT, QuantizedRows
 from ..kernels.scaled_linear import ScaledWeight
-from .linear import LinearKernel, LinearSpec, LinearWeights, WeightForm
+from .linear import InputCodes, LinearKernel, LinearSpec, LinearWeights, WeightForm
 
 if TYPE_CHECKING:
     from ..kernels.gpu.device import Device
@@ -71,17 +71,21 @@ class _Scaled(LinearKernel):
     def __call__(self, x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         if x.shape[0] == 0:
             return out
-        codes, scale = self._quantized(x)
-        weight, bias = self._weight, self._bias
-        self._gemm.launch(codes, scale, self._x_group, weight, bias, out, device=self._device, workspace=self._workspace)()
-        return out
-
-    def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes [M, K'] and scales of x, in the workspace."""
-        k, group = self._weight.in_features, self._x_group
-        rows = _rows_in(self._workspace, x.shape[0], k, group, self._weight.codes.dtype)
+        rows = self.room(x.shape[0])
         self._quantize.launch(x, rows, device=self._device, static_scale=self._static)()
-        return rows.codes, rows.scales
+        return self.multiply_codes(rows, out=out)
+
+    @property
+    def input_codes(self) -> InputCodes:
+        return InputCodes(self._weight.codes.dtype, self._x_group, self._static)
+
+    def room(self, num_rows: int) -> QuantizedRows:
+        return _rows_in(self._workspace, num_rows, self._weight.in_features, self._x_group, self._weight.codes.dtype)
+
+    def multiply_codes(self, rows: QuantizedRows, *, out: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._weight, self._bias
+        self._gemm.launch(rows.codes, rows.scales, self._x_group, weight, bias, out, device=self._device, workspace=self._workspace)()
+        return out
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         weight = self._weight

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..kernels.grouped_linear import GroupedWeight
+from ..kernels.quantize_rows import QuantizedRows
 from .awq_extension import MODULE, extension_fault
 from .gpu_kernels import TritonFp8, refuses_gpu
 from .linear import LinearKernel, LinearSpec, LinearWeights, WeightForm
@@ -35,13 +36,10 @@ class TorchScaledMM(TritonFp8):
             return f"takes multiples of 16 inputs and outputs, not {spec.in_features} and {spec.out_features}"
         return None
 
-    def __call__(self, x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] == 0:
-            return out
-        codes, scales = self._quantized(x)
+    def multiply_codes(self, rows: QuantizedRows, *, out: torch.Tensor) -> torch.Tensor:
         weight = self._weight
         product = torch._scaled_mm(
-            codes, weight.codes.t(), scales, weight.scale, bias=self._bias, out_dtype=torch.bfloat16, use_fast_accum=True
+            rows.codes, weight.codes.t(), rows.scales, weight.scale, bias=self._bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
         return out.copy_(product)
 

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ..kernels.grouped_linear import GroupedWeight, dequantize
+from ..kernels.quantize_rows import QuantizedRows
 from .linear_format import ActivationFormat
 
 AxisRole = Literal["out", "in", "group", "expert", "none"]
@@ -131,6 +132,15 @@ class LinearSpec:
     scheme: str = "dense"
 
 
+@dataclass(frozen=True, eq=False)
+class InputCodes:
+    """How a kernel's inputs are rounded: codes of `dtype`, a scale for each `group` inputs of a token or one static scale for all."""
+
+    dtype: torch.dtype
+    group: int
+    static_scale: torch.Tensor | None
+
+
 class LinearKernel(ABC):
     """One way to compute a linear on one kind of device, holding its weights in its own layout."""
 
@@ -154,6 +164,19 @@ class LinearKernel(ABC):
     @abstractmethod
     def __call__(self, x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         """out[M, out_features] = x[M, in_features] @ W.T + bias, both in the spec's activation dtype; rows of `out` may be strided."""
+
+    @property
+    def input_codes(self) -> InputCodes | None:
+        """What `multiply_codes` takes; None: this kernel takes numbers, and rounds them itself if it does."""
+        return None
+
+    def room(self, num_rows: int) -> QuantizedRows:
+        """Where that many rows of codes go; valid until the next call of any kernel on the device."""
+        raise TypeError(f"{self.name} takes no codes")
+
+    def multiply_codes(self, rows: QuantizedRows, *, out: torch.Tensor) -> torch.Tensor:
+        """As a call, with inputs that whoever made them has rounded as `input_codes` says, into `room`."""
+        raise TypeError(f"{self.name} takes no codes")
 
     @abstractmethod
     def rows(self, indices: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,9 @@ from typing import Literal
 
 import torch
 
+from ...kernels.quantize_rows import quantize_rms_norm, quantize_silu_mul
+from ...kernels.rms_norm import add_rms_norm, rms_norm
+from ...kernels.silu_mul import silu_mul
 from ...quant.build import BuiltKernel, Part, build_kernels
 from ...quant.checkpoint.errors import CheckpointError
 from ...quant.linear import WeightSpec, legal_cuts
@@ -68,13 +71,45 @@ class ParallelLinear:
         assert self._only is not None
         return self._only.rows(indices)
 
+    def after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, normed: torch.Tensor, *, out: torch.Tensor
+    ) -> torch.Tensor:
+        """The linear of rms_norm(x), or with a residual of rms_norm(residual += x); in one pass with the rounding, where it takes codes.
+
+        `normed` is room for what goes in.
+        """
+        codes = self._only.input_codes if self._only is not None else None
+        if codes is None:
+            if residual is None:
+                rms_norm(x, weight, eps, out=normed)
+            else:
+                add_rms_norm(x, residual, weight, eps, out=normed)
+            return self(normed, out=out)
+        assert self._only is not None
+        rows = self._only.room(x.shape[0])
+        quantize_rms_norm(x, weight, eps, rows, residual=residual, static_scale=codes.static_scale)
+        return self._summed(self._only.multiply_codes(rows, out=out))
+
+    def after_gate(self, gate_up: torch.Tensor, activated: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        """The linear of silu_mul(gate_up); `activated` is room for what goes in."""
+        codes = self._only.input_codes if self._only is not None else None
+        if codes is None:
+            return self(silu_mul(gate_up, out=activated), out=out)
+        assert self._only is not None
+        rows = self._only.room(gate_up.shape[0])
+        quantize_silu_mul(gate_up, rows, static_scale=codes.static_scale)
+        return self._summed(self._only.multiply_codes(rows, out=out))
+
+    def _summed(self, out: torch.Tensor) -> torch.Tensor:
+        return self._group.all_reduce(out) if self.shape.split == "in" else out
+
     def __call__(self, x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         if self._only is not None:
             self._only(x, out=out)
         else:
             for built in self.kernels:
                 built.kernel(x, out=out[:, built.start : built.stop])
-        return self._group.all_reduce(out) if self.shape.split == "in" else out
+        return self._summed(out)
 
     def _read(self, name: str, size: int, source: WeightSource) -> Part:
         """One module's slice, in canonical form."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.paged_attention import paged_attention
-from ...kernels.rms_norm import add_rms_norm, rms_norm
+from ...kernels.rms_norm import add_rms_norm
 from ...kernels.rope import rope_and_store
-from ...kernels.silu_mul import silu_mul
 from ..forward_batch import ForwardBatch
 from ..kv_pool import KVPool
 from ..layers.linear import LinearShape, ParallelLinear
@@ -92,11 +91,8 @@ class _Layer:
     ) -> None:
         """Reads and writes `space`: `residual` and, except into the first layer, `hidden` that is still to be added to it."""
         eps, heads, kv_heads, dim = self._config.norm_eps, self.heads, self.kv_heads, self._config.head_dim
-        if is_first:
-            rms_norm(space.residual, self._input_norm, eps, out=space.normed)
-        else:
-            add_rms_norm(space.hidden, space.residual, self._input_norm, eps, out=space.normed)
-        qkv = self.qkv(space.normed, out=space.qkv)
+        x, residual = (space.residual, None) if is_first else (space.hidden, space.residual)
+        qkv = self.qkv.after_norm(x, residual, self._input_norm, eps, space.normed, out=space.qkv)
         rope_and_store(
             qkv,
             batch.positions,
@@ -118,10 +114,8 @@ class _Layer:
         attended = space.attention.view(-1, heads, dim)
         paged_attention(query, k_pages, v_pages, batch.plan, scale=dim**-0.5, sliding_window=self._window, kv_dtype=kv_dtype, out=attended)
         self.output(space.attention, out=space.hidden)
-        add_rms_norm(space.hidden, space.residual, self._mlp_norm, eps, out=space.normed)
-        self.gate_up(space.normed, out=space.gate_up)
-        silu_mul(space.gate_up, out=space.activated)
-        self.down(space.activated, out=space.hidden)
+        self.gate_up.after_norm(space.hidden, space.residual, self._mlp_norm, eps, space.normed, out=space.gate_up)
+        self.down.after_gate(space.gate_up, space.activated, out=space.hidden)
 
 
 class LlamaModel:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from octavo.kernels.gpu.device import pretend
+from octavo.kernels.quantize_rows import QuantizedRows, quantize_rms_norm, quantize_silu_mul, reference
+from octavo.kernels.rms_norm import rms_norm_reference
+from octavo.kernels.silu_mul import silu_mul
 from octavo.quant.gpu_kernels import TritonFp8, TritonInt8, TritonW4A8, TritonWeightOnly
 from octavo.quant.gpu_peer_kernels import TorchScaledMM
 from octavo.quant.linear import LinearKernel, LinearSpec, NoKernel, WeightForm, select_kernel
@@ -160,3 +163,55 @@ def test_scaled_mm_of_torch_agrees() -> None:
         spec = gpu_spec(written)
         assert TorchScaledMM.refuses(spec) is None
         assert_computes(TorchScaledMM(on_cpu(spec), canonical(written)), written, 5, dtype=torch.bfloat16, activation=FP8_TOKEN)
+
+
+@pytest.mark.parametrize("name", ["float-channel-dynamic", "float-tensor-static", "fp8-block", "int8-dynamic"])
+def test_inputs_rounded_by_whoever_makes_them(name: str) -> None:
+    """A norm, a norm after adding and a gate that round in one pass give what the linear makes of the values themselves."""
+    written = CASES[name]()
+    generator = torch.Generator().manual_seed(1)
+    with pretend(90):
+        selected = select_kernel(gpu_spec(written), kernels_for_platform("sm_90")).kernel
+        kernel = selected(on_cpu(gpu_spec(written)), canonical(written))
+        codes = kernel.input_codes
+        assert codes is not None
+        n, k = written.weight.shape
+        m = 5
+        x, residual = (torch.randn(m, k, generator=generator).bfloat16() for _ in range(2))
+        gate_up = torch.randn(m, 2 * k, generator=generator).bfloat16()
+        weight = torch.rand(k, generator=generator).bfloat16() + 0.5
+        for values in ("norm", "add_norm", "gate"):
+            kept, rows = residual.clone(), kernel.room(m)
+            if values == "gate":
+                quantize_silu_mul(gate_up, rows, static_scale=codes.static_scale)
+                given = silu_mul(gate_up, out=torch.empty_like(x))
+            else:
+                quantize_rms_norm(x, weight, 1e-5, rows, residual=kept if values == "add_norm" else None, static_scale=codes.static_scale)
+                given = rms_norm_reference(x + residual if values == "add_norm" else x, weight, 1e-5)
+                assert torch.equal(kept, x + residual if values == "add_norm" else residual)
+            out = kernel.multiply_codes(rows, out=torch.full((m, n), torch.nan, dtype=torch.bfloat16))
+            wanted = kernel(given, out=torch.empty_like(out))
+            assert float((out.float() - wanted.float()).norm() / wanted.float().norm()) < 1e-2
+
+
+def test_kernels_that_take_numbers_have_no_room_for_codes() -> None:
+    written = CASES["awq"]()
+    with pretend(90):
+        kernel = TritonWeightOnly(on_cpu(gpu_spec(written)), canonical(written))
+    assert kernel.input_codes is None
+    with pytest.raises(TypeError, match="triton_weight_only takes no codes"):
+        kernel.room(1)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_codes_of_norms_and_gates_on_the_cpu(residual: bool) -> None:
+    x, added = torch.randn(3, 64), torch.randn(3, 64)
+    weight, gate_up = torch.rand(64), torch.randn(3, 128)
+    rows, wanted = (QuantizedRows.empty(3, 64, torch.int8, device=torch.device("cpu")) for _ in range(2))
+    quantize_rms_norm(x, weight, 1e-5, rows, residual=added.clone() if residual else None)
+    reference(rms_norm_reference(x + added if residual else x, weight, 1e-5), wanted)
+    assert int((rows.codes.int() - wanted.codes.int()).abs().max()) <= 1
+    torch.testing.assert_close(rows.scales, wanted.scales)
+    quantize_silu_mul(gate_up, rows)
+    reference(silu_mul(gate_up, out=torch.empty(3, 64)), wanted)
+    assert torch.equal(rows.codes, wanted.codes)
