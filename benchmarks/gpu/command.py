@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch
 from octavo.kernels.gpu.config import operations, table_architectures
 from octavo.kernels.gpu.device import device_of
 
-from . import correctness, report, timings
+from . import attention_timings, correctness, report, timings
+from .attention_timings import STEPS, Step
 from .checks import Place
 from .contenders import FORMATS, ROWS, SHAPES, Shape
 from .peers import Peer, load_peers
@@ -27,7 +29,7 @@ _WRONG, _NO_GPU, _BAD_INPUT = 1, 3, 2
 _EPILOG = """parts, in this order where none is named:
   correctness  every kernel with every entry of its table of tiles, against float64
   sanitizer    the small cases under compute-sanitizer: memcheck, racecheck, synccheck
-  timings      linears of Llama-3 8B and 70B by rows, beside torch's and the peers'
+  timings      linears of Llama-3 8B and 70B by rows, and attention over pages, beside torch's and the peers'
   report       README.md and pictures out of what has been found; needs no GPU
 and by name alone:
   sweep        tiles for the operations of --op, and the entries that were fastest
@@ -36,7 +38,19 @@ and by name alone:
 A run stops where its minutes end, and the same command goes on from there. It ends with 1 when a result is wrong."""
 
 
-def main(argv: Sequence[str], *, place: Place | None = None, shapes: Sequence[Shape] = SHAPES, rows: Sequence[int] = ROWS) -> int:
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed."""
+
+    shapes: tuple[Shape, ...]
+    rows: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+
+def main(
+    argv: Sequence[str], *, place: Place | None = None, shapes: Sequence[Shape] = SHAPES, rows: Sequence[int] = ROWS,
+    steps: Sequence[Step] = STEPS,
+) -> int:  # fmt: skip
     """Run the parts: 0, 1 when a result is wrong, 2 for bad arguments, 3 without a GPU. `place` and the sizes are for tests."""
     try:
         options = _parser().parse_args(argv)
@@ -51,7 +65,7 @@ def main(argv: Sequence[str], *, place: Place | None = None, shapes: Sequence[Sh
     if place is None and not torch.cuda.is_available():
         print("run.py: torch sees no CUDA device here. `run.py report --out FOLDER`, by itself, needs none.", file=sys.stderr)
         return _NO_GPU
-    return _run(parts, options, place or _place_at_hand(), shapes, rows)
+    return _run(parts, options, place or _place_at_hand(), Sizes(tuple(shapes), tuple(rows), tuple(steps)))
 
 
 def _reason_against(parts: Sequence[str], options: argparse.Namespace) -> str | None:
@@ -78,7 +92,7 @@ def _place_at_hand() -> Place:
 
 
 @torch.inference_mode()
-def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, shapes: Sequence[Shape], rows: Sequence[int]) -> int:
+def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, sizes: Sizes) -> int:
     budget, machine = Budget(options.minutes), machine_facts(place.device)
     folder: Path = options.out or ROOT / "benchmarks" / "results" / folder_name(machine)
     if "quick" in parts:
@@ -91,10 +105,10 @@ def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, shapes
     if "sanitizer" in parts:
         correctness.sanitize(record, place, budget, command=Path(__file__).with_name("run.py"), save=save)
     if "timings" in parts:
-        _time(record, place, budget, options, save, shapes, rows)
+        _time(record, place, budget, options, save, sizes)
     if "sweep" in parts:
         for op in options.op:
-            found = list(sweep(op, place, budget, jobs=options.jobs, shapes=SWEPT_SHAPES if shapes is SHAPES else shapes))
+            found = list(sweep(op, place, budget, jobs=options.jobs, shapes=SWEPT_SHAPES if sizes.shapes == SHAPES else sizes.shapes))
             print(told(op, found))
             record.sweeps[op] = [
                 {"max_m": most, "tiles": [{**vars(one.tile), "us": one.us, "fault": one.fault} for one in tried]} for most, tried in found
@@ -103,20 +117,21 @@ def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, shapes
     if "report" in parts:
         _report(record, folder)
     faults = [*record.correctness.values(), *record.sanitizer.values()]
-    is_wrong = any(result["fault"] for result in faults) or any(timing["faults"] for timing in record.timings.values())
+    is_wrong = any(result["fault"] for result in faults) or any(
+        timing["faults"] for timing in (*record.timings.values(), *record.attention.values())
+    )
     return _WRONG if is_wrong else 0
 
 
-def _time(
-    record: Record, place: Place, budget: Budget, options: argparse.Namespace, save: partial[None], shapes: Sequence[Shape],
-    rows: Sequence[int],
-) -> None:  # fmt: skip
+def _time(record: Record, place: Place, budget: Budget, options: argparse.Namespace, save: partial[None], sizes: Sizes) -> None:
     peers: tuple[Peer, ...] = ()
     if options.peers is not None:
         peers, record.peers = load_peers(options.peers)
         for name, reason in record.peers.items():
             print(f"  {name} is not compared: {reason}")
-    timings.run(record, place, budget, save=save, peers=peers, formats=options.formats, shapes=shapes, rows=rows)
+    timings.run(record, place, budget, save=save, peers=peers, formats=options.formats, shapes=sizes.shapes, rows=sizes.rows)
+    if not options.formats:
+        attention_timings.run(record, place, budget, save=save, steps=sizes.steps)
 
 
 def _quick(place: Place) -> int:
@@ -152,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that check and compile (default %(default)s)"
     )
     parser.add_argument("--peers", type=Path, metavar="DIR", help="a folder with marlin, conch and gemlite; see benchmarks/README.md")
-    parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=[], help="that are timed (default all)")
+    parser.add_argument(
+        "--formats", nargs="+", choices=tuple(FORMATS), default=[], help="of linears, timed alone (default: all, and attention)"
+    )
     parser.add_argument("--op", nargs="+", default=[], help="operations of the tables of tiles, for sweep: fp8, w4a16, ...")
     return parser

@@ -14,15 +14,17 @@ _LARGE, _PACKED = 50_000_000, 30_000_000
 
 Timings = dict[str, dict[str, Any]]
 Ceilings = dict[str, float | None]
+Values = Iterable[tuple[str, float]]  # where, and what was found
 
 
 @dataclass(frozen=True)
 class Goal:
-    """`values` gives (where, value) pairs of a record; the least of them must be at least `least`."""
+    """`values` gives what a record has of linears, or of attention; the least must be at least `least`."""
 
     text: str
     least: float
-    values: Callable[[Timings, Ceilings], Iterable[tuple[str, float]]]
+    values: Callable[[Timings, Ceilings], Values]
+    of_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ class Verdict:
         return "met" if self.worst >= self.goal.least else "missed"
 
 
-def verdicts(timings: Timings, ceilings: Ceilings | None) -> list[Verdict]:
+def verdicts(timings: Timings, ceilings: Ceilings | None, attention: Timings | None = None) -> list[Verdict]:
     """Each goal with the worst value that was found for it."""
     found = []
     for goal in GOALS:
-        values = list(goal.values(timings, ceilings)) if ceilings is not None else []
+        found_of = (attention or {}) if goal.of_attention else timings
+        values = list(goal.values(found_of, ceilings)) if ceilings is not None else []
         where, worst = min(values, key=lambda pair: pair[1]) if values else ("", None)
         found.append(Verdict(goal, where, worst, len(values)))
     return found
@@ -61,10 +64,10 @@ def _us(timing: dict[str, Any], m: str, contender: str) -> float | None:
     return None if found is None else float(found["us"])
 
 
-def _against(kind: str, ours: str, theirs: str, least_m: int, most_m: int) -> Callable[[Timings, Ceilings], Iterable[tuple[str, float]]]:
+def _against(kind: str, ours: str, theirs: str, least_m: int, most_m: int) -> Callable[[Timings, Ceilings], Values]:
     """How many times faster we are."""
 
-    def values(timings: Timings, ceilings: Ceilings) -> Iterable[tuple[str, float]]:
+    def values(timings: Timings, ceilings: Ceilings) -> Values:
         for timing in timings.values():
             if timing["format"] == kind and _is_wrong(timing, ours):
                 yield timing["shape"], 0.0
@@ -76,10 +79,10 @@ def _against(kind: str, ours: str, theirs: str, least_m: int, most_m: int) -> Ca
     return values
 
 
-def _of_floor(kind: str, ours: str, most_m: int, *, least_bytes: int = 0) -> Callable[[Timings, Ceilings], Iterable[tuple[str, float]]]:
+def _of_floor(kind: str, ours: str, most_m: int, *, least_bytes: int = 0) -> Callable[[Timings, Ceilings], Values]:
     """The floor over the time, of matrices of so many bytes or more."""
 
-    def values(timings: Timings, ceilings: Ceilings) -> Iterable[tuple[str, float]]:
+    def values(timings: Timings, ceilings: Ceilings) -> Values:
         for timing in timings.values():
             if timing["format"] == kind and _is_wrong(timing, ours):
                 yield timing["shape"], 0.0
@@ -93,13 +96,37 @@ def _of_floor(kind: str, ours: str, most_m: int, *, least_bytes: int = 0) -> Cal
     return values
 
 
-def _of_datasheet(timings: Timings, ceilings: Ceilings) -> Iterable[tuple[str, float]]:
+def _of_datasheet(timings: Timings, ceilings: Ceilings) -> Values:
     for timing in timings.values():
         if timing["format"] == "fp8" and _is_wrong(timing, "octavo"):
             yield timing["shape"], 0.0
         mine = _us(timing, "4096", "octavo") if timing["format"] == "fp8" and "4096" in timing["rows"] else None
         if mine:
             yield f"{timing['shape']}, 4096 rows", 2 * 4096 * timing["n"] * timing["k"] / (mine * 1e-6) / DATASHEET_FP8_FLOPS
+
+
+def _decoding(attention: Timings, ceilings: Ceilings) -> Values:
+    """Bytes of keys and values over the time, as a part of what copying moves; 16 sequences of 2,048 tokens and beyond."""
+    for label, step in attention.items():
+        if step["queries"] == 1 and step["sequences"] >= 16 and step["context"] >= 2048:
+            us = step["us"].get("bf16")
+            yield label, step["bytes"]["bf16"] / (us * 1e-6) / (ceilings["copy_bytes"] or 1.0) if us else 0.0
+
+
+def _prompts(attention: Timings, ceilings: Ceilings) -> Values:
+    """TFLOP/s of whole prompts."""
+    for label, step in attention.items():
+        if step["queries"] == step["context"]:
+            us = step["us"].get("bf16")
+            yield label, step["flops"] / us * 1e-6 if us else 0.0
+
+
+def _fp8_pages(attention: Timings, ceilings: Ceilings) -> Values:
+    """Times as fast as bfloat16, 64 sequences of 2,048 tokens."""
+    for label, step in attention.items():
+        if (step["queries"], step["sequences"], step["context"]) == (1, 64, 2048):
+            fp8, bf16 = (step["us"].get(name) for name in ("fp8_e4m3", "bf16"))
+            yield label, bf16 / fp8 if fp8 and bf16 else 0.0
 
 
 GOALS = (
@@ -114,4 +141,7 @@ GOALS = (
     Goal("W4A16, above 256 rows: times as fast as bf16", 0.92, _against("w4a16", "octavo", DENSE, 257, 1 << 20)),
     Goal("W4A8-fp8, above 256 rows: times as fast as bf16", 1.0, _against("w4a16", "octavo w4a8", DENSE, 257, 1 << 20)),
     Goal("W8A16 fp8, up to 16 rows: of the floor", 0.8, _of_floor("w8a16_fp8", "octavo", 16)),
+    Goal("decoding attention, 16 x 2k and beyond: of the bandwidth of copying", 0.85, _decoding, of_attention=True),
+    Goal("attention of whole prompts: TFLOP/s", 450.0, _prompts, of_attention=True),
+    Goal("decoding attention over fp8 pages, 64 x 2k: times as fast as over bfloat16", 1.5, _fp8_pages, of_attention=True),
 )  # fmt: skip

@@ -35,7 +35,8 @@ class Budget:
 
 @dataclass
 class Record:
-    """What results.json holds. `correctness` by case, `sanitizer` by tool, `timings` by format and shape, `sweeps` by operation."""
+    """What results.json holds. `correctness` by case, `sanitizer` by tool, `timings` by format and shape,
+    `attention` by step, `sweeps` by operation."""
 
     machine: dict[str, Any]
     sources: str
@@ -43,6 +44,7 @@ class Record:
     sanitizer: dict[str, dict[str, Any]] = field(default_factory=dict)
     ceilings: dict[str, float | None] | None = None
     timings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attention: dict[str, dict[str, Any]] = field(default_factory=dict)
     peers: dict[str, str] = field(default_factory=dict)
     sweeps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 

@@ -35,7 +35,7 @@ def write(record: Record, folder: Path) -> list[Path]:
 def goal_lines(record: Record) -> list[str]:
     """The goals and what became of them, as rows of a table in markdown."""
     lines = ["| goal | least | worst found | where | values | |", "| --- | --- | --- | --- | --- | --- |"]
-    return lines + [_goal_line(verdict) for verdict in verdicts(record.timings, record.ceilings)]
+    return lines + [_goal_line(verdict) for verdict in verdicts(record.timings, record.ceilings, record.attention)]
 
 
 def _goal_line(verdict: Verdict) -> str:
@@ -64,6 +64,11 @@ def _page(record: Record) -> Iterator[str]:
         yield f"Microseconds a call; in brackets the floor over it. `{DENSE}` is torch's product of bfloat16 weights.\n"
         yield f"![{kind}]({kind}.png)\n"
         yield from _table(record, [timing for timing in record.timings.values() if timing["format"] == kind])
+    if record.attention:
+        yield "\n## Attention over pages\n"
+        yield "Microseconds a call by what pages hold; in brackets TB/s of keys and values, for prompts TFLOP/s."
+        yield "`sdpa` is torch's, in bfloat16.\n"
+        yield from _attention(record)
     if record.peers:
         yield "\n## Not compared\n"
         yield from (f"- {name}: {reason}" for name, reason in record.peers.items())
@@ -100,6 +105,21 @@ def _table(record: Record, timings: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"| {timing['shape']} | {m} | " + " | ".join(cells) + " |"
     for timing in timings:
         yield from (f"\n{timing['shape']}, {name}: {fault}" for name, fault in timing["faults"].items())
+
+
+def _attention(record: Record) -> Iterator[str]:
+    names = list(dict.fromkeys(name for step in record.attention.values() for name in step["us"]))
+    yield "| step | " + " | ".join(names) + " |"
+    yield "| --- " * (len(names) + 1) + "|"
+    for label, step in record.attention.items():
+        cells = []
+        for name in names:
+            us = step["us"].get(name)
+            rate = step["bytes"][name] / 1e12 if step["queries"] == 1 else step["flops"] / 1e12
+            cells.append("-" if us is None else f"{us:.1f} ({rate / (us * 1e-6):.2f})")
+        yield f"| {label} | " + " | ".join(cells) + " |"
+    for label, step in record.attention.items():
+        yield from (f"\n{label}, {name}: {fault}" for name, fault in step["faults"].items())
 
 
 def _draw(record: Record, kind: str, path: Path) -> None:

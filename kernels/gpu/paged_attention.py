@@ -25,10 +25,9 @@ from .device import Device, device_of
 from .launch import Launch
 from .workspace import MAX_TILES, Workspace, workspace_of
 
-_LOG2E: Final = 1.4426950408889634
+_LOG2E = tl.constexpr(1.4426950408889634)
 KINDS: Final[Mapping[torch.dtype | None, int]] = {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2, torch.int8: 3}
 _CONVERTED: Final = 4  # e4m3 that the GPU converts
-DTYPES: Final = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -110,11 +109,11 @@ def _attend(
         if KIND > 0:
             score *= tl.load(k_scale + scale_at, mask=is_key, other=0.0)[None, :]
         if HAS_CAP:  # cap * tanh(score / cap)
-            score = soft_cap - 2.0 * soft_cap / (tl.exp2(score * (2.0 * 1.4426950408889634 / soft_cap)) + 1.0)
+            score = soft_cap - 2.0 * soft_cap / (tl.exp2(score * (2.0 * _LOG2E / soft_cap)) + 1.0)
         is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
         if HAS_WINDOW:
             is_seen &= key[None, :] > position[:, None] - window
-        score = tl.where(is_seen, score * 1.4426950408889634, float("-inf"))
+        score = tl.where(is_seen, score * _LOG2E, float("-inf"))
         now = tl.maximum(most, tl.max(score, 1))
         reached = tl.where(now == float("-inf"), 0.0, now)  # rows that have seen no key yet
         kept = tl.exp2(most - reached)

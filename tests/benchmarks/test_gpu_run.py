@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.benchmarks.gpu import checks, clock, correctness, sweep, timings
+from octavo.benchmarks.gpu import attention_timings, checks, clock, correctness, sweep, timings
+from octavo.benchmarks.gpu.attention_timings import Step
 from octavo.benchmarks.gpu.cases import DequantizeCase, GroupedCase, LinearCase, RowsCase, ScaledCase, all_cases
 from octavo.benchmarks.gpu.checks import Place, check
 from octavo.benchmarks.gpu.command import main
@@ -47,7 +48,8 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str, out: Path) -> int:
-    return main([*arguments, "--out", str(out)], place=H100, shapes=(TINY,), rows=(1,))
+    steps = (Step(2, 1, 40), Step(1, 20, 20), Step(1, 5, 40))
+    return main([*arguments, "--out", str(out)], place=H100, shapes=(TINY,), rows=(1,), steps=steps)
 
 
 @pytest.mark.usefixtures("few_cases")
@@ -88,6 +90,19 @@ def test_every_entry_of_every_table_has_a_case(arch: int) -> None:
             found = [case for case in cases if getattr(case, "op", None) == op and least <= case.m <= (most or case.m)]
             assert found or tile.route == "dense", (op, most)
             least = (most or 0) + 1
+
+
+def test_attention_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(timings, "FORMATS", {})
+    assert run("timings", "report", out=tmp_path) == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text())["attention"]
+    assert list(found) == ["decode 2 x 40", "prefill 1 x 20", "prefill 1 x 40, 5 new"]
+    for step in found.values():
+        assert set(step["us"]) == {"bf16", "fp8_e4m3", "int8", "sdpa"}
+    assert "| decode 2 x 40 |" in (tmp_path / "README.md").read_text()
+    monkeypatch.setattr(attention_timings, "_sdpa", lambda q, k, v, step: torch.zeros(1, 32, len(q), 128))
+    assert run("timings", "--fresh", out=tmp_path) == 1
+    assert "WRONG decode 2 x 40" in capsys.readouterr().out
 
 
 def _forgets_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +224,22 @@ def test_goals() -> None:
     assert datasheet.worst == pytest.approx(2 * 4096 * 1e8 / 400e-6 / 1979e12)
     assert next(verdict for text, verdict in by_text.items() if text.startswith("W8A16")).word == "untimed"
     assert {verdict.word for verdict in verdicts({}, None)} == {"untimed"}
+
+
+def test_goals_of_attention() -> None:
+    ceilings = {"read_bytes": 3e12, "copy_bytes": 3e12, "bf16_flops": 8e14, "fp8_flops": None, "int8_flops": None}
+    decode, prompt = Step(64, 1, 2048), Step(1, 8192, 8192)
+    bf16 = decode.bytes_read(torch.bfloat16)
+    assert bf16 == 2 * 64 * 2048 * 8 * 128 * 2
+    assert prompt.flops == pytest.approx(4 * 32 * 128 * 8192 * 8193 / 2)
+    found = {
+        "decode": {**vars(decode), "bytes": {"bf16": bf16}, "us": {"bf16": bf16 / 2.7e12 * 1e6, "fp8_e4m3": bf16 / 3.6e12 * 1e6}},
+        "prompt": {**vars(prompt), "flops": prompt.flops, "us": {"bf16": prompt.flops / 5e14 * 1e6}},
+    }
+    bandwidth, rate, fp8 = verdicts({}, ceilings, found)[-3:]
+    assert (bandwidth.word, bandwidth.worst) == ("met", pytest.approx(0.9))
+    assert (rate.word, rate.worst) == ("met", pytest.approx(500))
+    assert (fp8.word, fp8.worst) == ("missed", pytest.approx(4 / 3))
 
 
 def test_a_sweep_names_the_fastest_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
