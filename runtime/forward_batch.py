@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..kernels.paged_attention import AttentionPlan, plan_attention
 from .batch import Batch, BatchRow
+
+_ALIGNMENT = 16
+_TORCH_DTYPES: dict[type[Any], torch.dtype] = {np.int64: torch.int64, np.int32: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,30 @@ def make_forward_batch(
         if row.samples:
             wanted.append(end - 1)
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
+    contexts, wanted_rows = (starts + counts).astype(np.int32), np.array(wanted, dtype=np.int64)
+    moved = to_device((ids, positions, slots, wanted_rows, query_start, contexts, table), device)
     plan = plan_attention(
-        tensor(query_start),
-        tensor((starts + counts).astype(np.int32)),
-        tensor(table),
+        *moved[4:],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         kv_dtype=kv_dtype,
         num_tokens=total,
     )
-    return ForwardBatch(tensor(ids), tensor(positions), tensor(slots), plan, tensor(np.array(wanted, dtype=np.int64)))
+    return ForwardBatch(moved[0], moved[1], moved[2], plan, moved[3])
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays as tensors on a device, in one copy; to CUDA from pinned memory, so that the host does not wait for it."""
+    starts = [0]
+    for array in arrays:
+        starts.append(-(-(starts[-1] + array.nbytes) // _ALIGNMENT) * _ALIGNMENT)
+    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = packed.numpy()
+    for start, array in zip(starts, arrays, strict=False):
+        host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    moved = packed.to(device, non_blocking=True)
+    return [
+        moved[start : start + array.nbytes].view(_TORCH_DTYPES[array.dtype.type]).view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    ]
