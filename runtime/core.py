@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,7 +26,14 @@ from .scheduler import QueueFull, Scheduler, SchedulerLimits
 _MIXED_CHUNK = {"cpu": 32, "cuda": 512}
 _RATE_WINDOW_S = 10.0
 
+logger = logging.getLogger("octavo.runtime")
+
 LogitsSink = Callable[[int, torch.Tensor], None]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on CUDA or on the CPU, whose allocator raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 class EngineCore:
@@ -105,15 +113,12 @@ class EngineCore:
         batch = self.scheduler.schedule()
         if batch is None:
             return []
-        logits = self.runner.forward(batch)
-        sampled_rows = self._take_prompt_logprobs(batch, logits)
-        rows = [row.request for row in batch.rows if row.samples]
-        tokens: list[int] = []
-        logprobs: list[TokenLogprob | None] = []
-        if rows:
-            wanted = logits if len(sampled_rows) == logits.shape[0] else logits[sampled_rows]
-            result = self.sampler.sample(wanted, [SampleRow(request.request_id, request.num_generated) for request in rows])
-            tokens, logprobs = list(result.token_ids), list(result.logprobs)
+        try:
+            rows, tokens, logprobs = self._compute(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return self._relieve(batch, error)
         self.scheduler.commit(batch, tokens)
         self.num_steps += 1
         outputs = [self._output(request, token, logprob) for request, token, logprob in zip(rows, tokens, logprobs, strict=True)]
@@ -122,6 +127,33 @@ class EngineCore:
             if output.finish is not None:
                 self._forget(output.request_id)
         return outputs
+
+    def _compute(self, batch: Batch) -> tuple[list[Request], list[int], list[TokenLogprob | None]]:
+        """The requests that get a token, their tokens and log-probabilities."""
+        logits = self.runner.forward(batch)
+        sampled_rows = self._take_prompt_logprobs(batch, logits)
+        rows = [row.request for row in batch.rows if row.samples]
+        if not rows:
+            return rows, [], []
+        wanted = logits if len(sampled_rows) == logits.shape[0] else logits[sampled_rows]
+        result = self.sampler.sample(wanted, [SampleRow(request.request_id, request.num_generated) for request in rows])
+        return rows, list(result.token_ids), list(result.logprobs)
+
+    def _relieve(self, batch: Batch, error: Exception) -> list[TokenOutput]:
+        """Go on with smaller steps; a request that finds no memory even alone ends."""
+        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+        hopeless = self.scheduler.relieve(batch)
+        if hopeless is None:
+            logger.warning(
+                "no memory for a step of %d tokens of %d requests (%s): going on with half of it. Lower --mem-fraction-static, "
+                "--max-running-requests or --chunked-prefill-size", batch.num_tokens, len(batch.rows), told,
+            )  # fmt: skip
+            return []
+        logger.error("no memory for a step of one token (%s): request %s ends", told, hopeless.request_id)
+        ended = self.abort(hopeless.request_id, FinishReason("abort", message=f"the device is out of memory: {told}", status_code=503))
+        return [ended] if ended is not None else []
 
     def flush_cache(self) -> bool:
         """Drop every cached prefix; False, and nothing dropped, while requests are here."""

@@ -72,6 +72,7 @@ class Scheduler:
         self.running: list[Request] = []
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
+        self._lift_limits()
 
     # -- requests in and out ---------------------------------------------------------------------------------------
 
@@ -84,6 +85,8 @@ class Scheduler:
             )
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
+        if not self.has_work:
+            self._lift_limits()
         self._arrivals += 1
         request.arrival = self._arrivals
         self._requests[request.request_id] = request
@@ -123,9 +126,27 @@ class Scheduler:
         for request in decoding:
             self._grant(rows, request, 1)
         budget = self.limits.prompt_tokens(decoding=len(rows), prompts=len(prefilling) + len(self.waiting))
-        self._compute_prompts(rows, prefilling, budget, retractions)
+        self._compute_prompts(rows, prefilling, min(budget, self._most_prompt_tokens), retractions)
         rows = [row for row in rows if row.request.is_running]  # a later row may have taken an earlier one's pages
         return Batch(tuple(rows)) if rows else None
+
+    def _lift_limits(self) -> None:
+        self._most_running = self.limits.max_running_requests  # both smaller while the device is short of memory: see `relieve`
+        self._most_prompt_tokens = self.limits.chunk_tokens
+
+    def relieve(self, batch: Batch) -> Request | None:
+        """Make steps half as large, because the device had no memory for this one, until all work is done. Nothing of it was computed.
+
+        Requests that came last go back to the queue. Gives the request that finds no memory even alone and token by token.
+        """
+        if len(batch.rows) == batch.num_tokens == 1:
+            self._lift_limits()
+            return batch.rows[0].request
+        self._most_running = max(1, len(self.running) // 2)
+        self._most_prompt_tokens = max(1, min(self._most_prompt_tokens, batch.num_tokens) // 2)
+        while len(self.running) > self._most_running:
+            self._retract(max(self.running, key=lambda r: (-r.priority, r.arrival)))
+        return None
 
     def commit(self, batch: Batch, tokens: Sequence[int]) -> list[Request]:
         """Take in a computed step: `tokens` holds the sampled token of each row that samples, in order. Gives the requests that ended.
@@ -209,14 +230,14 @@ class Scheduler:
 
     def _admit(self, rows: list[BatchRow], budget: int) -> int:
         """Start waiting requests while tokens, places and pages last. Gives the tokens left."""
-        if not self.waiting or budget == 0 or len(self.running) >= self.limits.max_running_requests:
+        if not self.waiting or budget == 0 or len(self.running) >= self._most_running:
             return budget
         page_size = self.cache.page_size
         self._sort_waiting()
         in_progress = {self._page_after(r, r.node, r.num_tree_pages): r for r in self.running if r.is_prefilling}
         committed = sum(self._pages_short(r, r.num_pending) for r in self.running)
         held_back: list[Request] = []
-        while self.waiting and budget > 0 and len(self.running) < self.limits.max_running_requests:
+        while self.waiting and budget > 0 and len(self.running) < self._most_running:
             request = self.waiting[0]
             if self._follows(request):
                 held_back.append(self.waiting.popleft())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from octavo.quant.checkpoint.resolve import resolve_model
+from octavo.runtime.batch import Batch
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.core import EngineCore
 from octavo.runtime.kv_pool import KVPool
@@ -366,3 +367,73 @@ def test_info_counts_what_happened(runner: ModelRunner) -> None:
     assert (idle["prompt_tokens"], idle["cached_tokens"], idle["cache_hit_rate"]) == (80, 32, 0.4)
     assert (idle["generated_tokens"], idle["finished"], idle["aborted"]) == (40, 2, 0)
     assert idle["num_evictable_cached_tokens"] == 48  # 59 computed tokens, the same for both
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def short_of_memory(core: EngineCore, is_too_much: Callable[[Batch], bool], error: Exception) -> list[Batch]:
+    """Have the runner fail for some batches; gives those that failed, as they come."""
+    forward, failed = core.runner.forward, []
+
+    def fail(batch: Batch) -> torch.Tensor:
+        if is_too_much(batch):
+            failed.append(batch)
+            raise error
+        return forward(batch)
+
+    core.runner.forward = fail  # type: ignore[method-assign]
+    return failed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["cuda", "cpu"],
+)
+@pytest.mark.parametrize(("rows", "tokens"), [(3, 1000), (32, 20), (2, 7), (1, 1)])
+def test_steps_that_find_no_memory_are_cut_and_change_no_answer(
+    runner: ModelRunner,
+    sampled: Wishes,
+    alone: dict[str, list[int]],
+    rows: int,
+    tokens: int,
+    error: Exception,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    core = make_core(runner)
+    failed = short_of_memory(core, lambda batch: len(batch.rows) > rows or batch.num_tokens > tokens, error)
+    assert answers(core, sampled) == alone
+    assert failed
+    assert len(failed) < 20
+    assert "no memory for a step of" in caplog.text
+    assert "Lower --mem-fraction-static" in caplog.text
+    failed.clear()
+    core.add("later", *sampled["r3"])
+    core.add("and another", *sampled["r4"])
+    assert core.scheduler.schedule() is not None
+    assert len(core.scheduler.running) == 2, "what is new after all was done starts without limits"
+
+
+def test_a_request_that_finds_no_memory_alone_ends_and_the_others_go_on(
+    runner: ModelRunner, sampled: Wishes, alone: dict[str, list[int]]
+) -> None:
+    core = make_core(runner)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    short_of_memory(core, lambda batch: any(row.request.request_id == "r2" for row in batch.rows), error)
+    for name, wish in sampled.items():
+        core.add(name, *wish, stop_token_ids=frozenset(wish[1].stop_token_ids))
+    outputs = finish(core)
+    (ended,) = outputs.pop("r2")
+    assert ended.finish == FinishReason(
+        "abort", message="the device is out of memory: CUDA out of memory. Tried to allocate 2 GiB", status_code=503
+    )
+    assert {name: answer(found) for name, found in outputs.items()} == {name: alone[name] for name in outputs}
+
+
+def test_other_faults_of_a_step_are_not_taken_for_a_lack_of_memory(runner: ModelRunner) -> None:
+    core = make_core(runner)
+    short_of_memory(core, lambda batch: True, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    core.add("r", prompt(5), SamplingParams(max_tokens=2))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        core.step()
