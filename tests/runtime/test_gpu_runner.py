@@ -52,9 +52,9 @@ def generate(folder: Path, **options: Any) -> tuple[dict[str, list[Any]], dict[s
     runner = ModelRunner(config, resolve_model(str(folder)), show_progress=False)
     core = EngineCore(config, runner)
     source = torch.Generator().manual_seed(1)
-    for name, length in (("short", 3), ("prompt", 40), ("chunks", 100)):
+    for name, length in (("short", 3), ("prompt", 20), ("chunks", 70)):
         prompt = torch.randint(0, VOCAB, (length,), generator=source).tolist()
-        core.add(name, prompt, SamplingParams(max_tokens=5, temperature=0.0, logprobs=6))
+        core.add(name, prompt, SamplingParams(max_tokens=4, temperature=0.0, logprobs=6))
     found: dict[str, list[Any]] = {}
     while core.has_work:
         for output in core.step():

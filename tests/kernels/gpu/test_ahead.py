@@ -153,10 +153,10 @@ ATTENTION = """
     ("arch", "sizes"),
     [
         (80, ((128, 4),)),
-        (90, ((64, 3), (128, 8))),
+        (90, ((128, 8),)),
         pytest.param(80, ((64, 3), (96, 1), (256, 2)), marks=pytest.mark.long),
         pytest.param(89, ((64, 1), (128, 4), (256, 2)), marks=pytest.mark.long),
-        pytest.param(90, ((80, 4), (96, 1), (256, 2)), marks=pytest.mark.long),
+        pytest.param(90, ((64, 3), (80, 4), (96, 1), (256, 2)), marks=pytest.mark.long),
         pytest.param(100, ((64, 1), (128, 4), (256, 2)), marks=pytest.mark.long),
     ],
 )

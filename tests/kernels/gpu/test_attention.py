@@ -31,15 +31,25 @@ def test_heads_that_share_keys(heads: int, kv_heads: int, kv: KV) -> None:
     check(AttentionCase(*MIXED, heads, kv_heads, 64, 16, kv, "fp16" if kv == "fp16" else "bf16"), H100)
 
 
-@kinds
-@pytest.mark.parametrize("dim", [80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("dim", "kv"), [*((dim, "bf16") for dim in (80, 96, 128, 256)), (80, "int8"), (128, "fp8_e4m3"), (128, "int8"), (256, "fp8_e5m2")]
+)
 def test_head_sizes(dim: int, kv: KV) -> None:
     check(AttentionCase((1, 9), (70, 40), 4, 2, dim, 16, kv), H100)
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("kv", ["bf16", "fp8_e4m3"])
-@pytest.mark.parametrize(("window", "cap"), [(None, None), (33, None), (None, 5.0), (7, 20.0)])
+@pytest.mark.parametrize(
+    ("page_size", "kv", "window", "cap"),
+    [
+        (1, "bf16", None, None),
+        (64, "bf16", 33, None),
+        (16, "bf16", None, 5.0),
+        (16, "bf16", 7, 20.0),
+        (1, "fp8_e4m3", 7, 20.0),
+        (64, "fp8_e4m3", None, None),
+        (16, "fp8_e4m3", 33, None),
+    ],
+)
 def test_pages_windows_and_caps(page_size: int, kv: KV, window: int | None, cap: float | None) -> None:
     check(AttentionCase(*MIXED, page_size=page_size, kv=kv, window=window, cap=cap), H100)
 
