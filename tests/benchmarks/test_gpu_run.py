@@ -76,7 +76,8 @@ def test_the_whole_command_and_going_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert "beginning anew" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.long), 90])
+@pytest.mark.long
+@pytest.mark.parametrize("arch", [80, 90])
 def test_small_cases_are_right(arch: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quick"], place=Place(torch.device("cpu"), DEVICES[arch])) == 0, capsys.readouterr().out
 

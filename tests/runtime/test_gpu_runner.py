@@ -78,7 +78,7 @@ def assert_alike(found: dict[str, list[Any]], wanted: dict[str, list[Any]], tole
     ("device", "options", "kernel", "tolerance"),
     [
         (H100, {}, "torch_matmul", 0.05),
-        (A100, {"quantization": "int4"}, "triton_weight_only", 0.05),
+        pytest.param(A100, {"quantization": "int4"}, "triton_weight_only", 0.05, marks=pytest.mark.long),
         (H100, {"quantization": "fp8"}, "triton_fp8", 0.8),  # inputs to the nearest of few codes: one that flips changes much
     ],
     ids=["plain", "int4", "fp8"],
@@ -91,7 +91,7 @@ def test_greedy_answers_are_the_cpus(folder: Path, device: Device, options: dict
     assert_alike(found, wanted, tolerance)
 
 
-@pytest.mark.parametrize(("device", "kv"), [(H100, "fp8_e4m3"), (A100, "int8")])
+@pytest.mark.parametrize(("device", "kv"), [(H100, "fp8_e4m3"), pytest.param(A100, "int8", marks=pytest.mark.long)])
 def test_quantized_pages(folder: Path, device: Device, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the float reference over the same pages: the CPU rounds keys of 32 bits, and gets other codes."""
     with pretend(device):

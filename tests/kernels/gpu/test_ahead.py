@@ -152,8 +152,8 @@ ATTENTION = """
 @pytest.mark.parametrize(
     ("arch", "sizes"),
     [
-        (80, ((128, 4),)),
         (90, ((128, 8),)),
+        pytest.param(80, ((128, 4),), marks=pytest.mark.long),
         pytest.param(80, ((64, 3), (96, 1), (256, 2)), marks=pytest.mark.long),
         pytest.param(89, ((64, 1), (128, 4), (256, 2)), marks=pytest.mark.long),
         pytest.param(90, ((64, 3), (80, 4), (96, 1), (256, 2)), marks=pytest.mark.long),

@@ -54,7 +54,7 @@ def test_pages_windows_and_caps(page_size: int, kv: KV, window: int | None, cap:
     check(AttentionCase(*MIXED, page_size=page_size, kv=kv, window=window, cap=cap), H100)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 @kinds
 def test_without_fp8_units(kv: KV, dtype: Dtype) -> None:
     check(AttentionCase((1, 20), (100, 90), kv=kv, dtype=dtype), A100)

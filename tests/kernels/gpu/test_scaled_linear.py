@@ -36,7 +36,7 @@ def test_many_rows(m: int, n: int, k: int, op: str) -> None:
 @pytest.mark.parametrize(
     ("rows", "group", "x_group"), [(128, 128, 128), (1, 128, None), (1, None, 64), (128, 128, None), (1, 32, 128), (64, 96, 32)]
 )
-@pytest.mark.parametrize("op", ["fp8", "int8"])
+@pytest.mark.parametrize("op", ["fp8", pytest.param("int8", marks=pytest.mark.long)])
 def test_groups(op: str, tile: Tile, rows: int, group: int | None, x_group: int | None) -> None:
     check(ScaledCase(op, 19, 150, 480, rows, group, x_group), H100, tile=tile)
 
