@@ -252,8 +252,9 @@ def _call(linear: ParallelLinear, max_rows: int, bar: Any, *, rows_too: bool) ->
 
 def _compute_steps(config: EngineConfig, model: LlamaModel, max_rows: int) -> None:
     """Steps of as many sequences as make a difference, one of them with a second token: so decoding and prompts are both there."""
-    if any(built.kernel.is_reference for linear in model.linears for built in linear.kernels):
-        return  # it cannot be computed without data; serving it is refused anyway
+    # References cannot be computed without data: of linears, and of attention where activations are float32.
+    if model.activation_dtype == torch.float32 or any(built.kernel.is_reference for linear in model.linears for built in linear.kernels):
+        return
     page_size, dtype = config.resolve(device="cuda").page_size, model.activation_dtype
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     layer = model.layers[0]
