@@ -23,7 +23,8 @@ from .launch import Launch
 KEYS: Final = 64  # splits are multiples of so many keys
 _LEAST_CHUNK: Final = 256  # keys that are worth a block of their own
 _BLOCKS_PER_SM: Final = 4
-_ITEMS: Final = 64  # items a program of the plan's own kernel makes
+_ITEMS: Final = 64  # items that a program of the plan's own kernel makes at most
+_CELLS: Final = 1 << 15  # items times sequences that it holds: more would spill
 MAX_SEQUENCES: Final = 4096
 
 
@@ -101,11 +102,13 @@ def _launch(query_start: Tensor, context_len: Tensor, out: Items, wanted: int, f
     if num_sequences > MAX_SEQUENCES:
         raise ValueError(f"a step has at most {MAX_SEQUENCES} sequences, not {num_sequences}")
     args = (query_start, context_len, out.items, out.chunk, num_sequences, out.most, wanted, fixed_chunk)
+    sequences = max(16, triton.next_power_of_2(num_sequences))
+    items = min(_ITEMS, _CELLS // sequences)
     options = {
-        "QUERIES": out.queries, "LEAST": _LEAST_CHUNK, "KEYS": KEYS, "SEQUENCES": max(16, triton.next_power_of_2(num_sequences)),
-        "ITEMS": _ITEMS, "num_warps": 4, "num_stages": 1,
+        "QUERIES": out.queries, "LEAST": _LEAST_CHUNK, "KEYS": KEYS, "SEQUENCES": sequences, "ITEMS": items, "num_warps": 4,
+        "num_stages": 1,
     }  # fmt: skip
-    return Launch(_plan, (-(-out.most // _ITEMS),), args, options)
+    return Launch(_plan, (-(-out.most // items),), args, options)
 
 
 def _wanted(num_kv_heads: int, device: Device) -> int:

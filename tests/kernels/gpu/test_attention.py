@@ -65,11 +65,8 @@ def test_decoding_alone(contexts: tuple[int, ...]) -> None:
     check(AttentionCase((1,) * len(contexts), contexts), H100)
 
 
-@kinds
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("kv", "static"), [*((kv, False) for kv in KV_DTYPES), *((kv, True) for kv in ("fp8_e4m3", "fp8_e5m2", "int8"))])
 def test_rope_and_store(kv: KV, static: bool) -> None:
-    if static and kv in ("bf16", "fp16"):
-        pytest.skip("plain pages have no scales")
     for dtype in ("bf16", "fp16", "fp32"):
         check(RopeCase(19, kv=kv, dtype=dtype, static=static), H100)
 
@@ -109,6 +106,14 @@ def test_splits_cover_decoding_sequences_and_fill_the_device() -> None:
         parts = [part for owner, part in found if owner == sequence]
         assert parts == list(range(len(parts)))
     assert items_of([1, 1], [300, 100], 0, fixed=128) == [(0, 0), (0, 1), (0, 2), (1, 0)]
+
+
+def test_a_plan_of_thousands_of_sequences() -> None:
+    count = 2000
+    contexts = [1 + index % 700 for index in range(count)]
+    found = items_of([1] * count, contexts, 0)
+    assert [owner for owner, part in found if part == 0] == list(range(count))
+    assert len(found) <= count + -(-4 * 132 // 8)
 
 
 def test_random_plans_have_every_part_once() -> None:
