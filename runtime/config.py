@@ -100,6 +100,11 @@ class EngineConfig:
         )
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether the model's weight files must be there."""
+        return self.load_format != "dummy"
+
+    @property
     def memory_fraction(self) -> float:
         """`mem_fraction_static`, or the device's default."""
         return default_memory_fraction(self.device) if self.mem_fraction_static is None else self.mem_fraction_static

@@ -49,7 +49,7 @@ class Engine:
         from ..quant.checkpoint.resolve import resolve_model
 
         config = _config_of(model_path, options)
-        files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.load_format != "dummy")
+        files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights)
         self.tokenizer: Tokenizer = load_tokenizer(files, tokenizer_path=config.tokenizer_path, chat_template=config.chat_template)
         self._core = load_core(config, show_progress=show_progress)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -77,7 +77,7 @@ class Engine:
 
         config = _config_of(model_path, options)
         model = ModelConfig.from_hf(
-            read_config(resolve_model(config.model_path, revision=config.revision, needs_weights=config.load_format != "dummy"))
+            read_config(resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights))
         )
         limits = {"context_length": model.context_length(config.context_length), "vocab_size": model.vocab_size}
         if config.linear_backend is not None:

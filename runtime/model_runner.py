@@ -82,7 +82,7 @@ class ModelRunner:
         """Where weights come from: the files, or nowhere."""
         options = KernelOptions(config.linear_backend, config.allow_reference, None if config.skip_kernel_check else SelfCheck())
         described = read_config(files)
-        if config.load_format == "dummy":
+        if not config.needs_weights:
             return DummySource(
                 ModuleFormats(files, described, {}, quantization=config.quantization),
                 weight_dtype=self.dtype,

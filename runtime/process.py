@@ -61,7 +61,7 @@ Event = TokenOutput | Exception
 
 def launch_engine(config: EngineConfig, *, log_level: str = "info") -> EngineProcess:
     """Start an engine process and wait until its model is loaded. Raises ValueError for what the user can mend, EngineDead otherwise."""
-    files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.load_format != "dummy")
+    files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights)
     engine = EngineProcess(config, files, log_level=log_level)
     try:
         tokenizer = load_tokenizer(files, tokenizer_path=config.tokenizer_path, chat_template=config.chat_template)

@@ -52,7 +52,7 @@ def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ign
     from .model_runner import ModelRunner, choose_device
 
     resolved = config.resolve(device=choose_device(config).type)  # type: ignore[arg-type]
-    files = resolve_model(resolved.model_path, revision=resolved.revision, needs_weights=resolved.load_format != "dummy")
+    files = resolve_model(resolved.model_path, revision=resolved.revision, needs_weights=resolved.needs_weights)
     threads = f" with {resolved.num_threads} threads" if resolved.device == "cpu" else ""
     logger.info("Loading %s on %s%s", files.name, resolved.device, threads)
     must_compile = resolved.device == "cpu" and not _has_compiled_kernels()
