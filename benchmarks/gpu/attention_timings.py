@@ -20,8 +20,7 @@ from . import clock
 from .attention_cases import KV, KV_DTYPES
 from .checks import Place
 from .clock import ROTATED_BYTES, Call
-from .correctness import told
-from .record import Budget, Record
+from .record import Budget, Record, one_line
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 SDPA = "sdpa"  # torch's, over bfloat16
@@ -87,7 +86,7 @@ def time_step(step: Step, place: Place) -> dict[str, Any]:
             try:
                 calls[kv] = _calls(step, kind, q, place)
             except Exception as error:  # told, and the others go on
-                faults[kv] = told(error)
+                faults[kv] = one_line(error)
         k, v = (torch.randn(step.sequences, KV_HEADS, step.context, DIM, device=place.device).bfloat16() for _ in range(2))
         calls[SDPA] = [partial(_sdpa, q, k, v, step)] * 2
         fault = _fault(step, q, k, v, place)
@@ -153,5 +152,5 @@ def _fault(step: Step, q: Tensor, k: Tensor, v: Tensor, place: Place) -> str | N
         wanted = _sdpa(q, k, v, step).transpose(1, 2).reshape_as(q).float()
         off = float((out.float() - wanted).norm() / wanted.norm())
     except Exception as error:
-        return told(error)
+        return one_line(error)
     return None if off <= _TOLERANCE else f"off by {off:.2g} of the result's norm, allowed {_TOLERANCE}"

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from .read_kernel import read_all
+from .record import one_line
 
 Call = Callable[[], object]
 
@@ -62,7 +63,7 @@ def time_in_turn(
         try:
             replays[name] = _Replay(calls)
         except Exception as error:  # a capture that is not allowed, a kernel that fails
-            faults[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            faults[name] = one_line(error)
     samples: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(rounds):
         for name, replay in replays.items():

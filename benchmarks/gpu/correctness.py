@@ -21,7 +21,7 @@ import torch
 from .attention_cases import attention_cases
 from .cases import Named, all_cases, quick_cases
 from .checks import Place, Refused, check
-from .record import Budget, Record
+from .record import Budget, Record, one_line
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 _PATTERN = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
@@ -97,13 +97,8 @@ def _result(case: Named, place: Place) -> dict[str, Any]:
     except Refused as reason:
         result["refused"] = str(reason)
     except Exception as error:  # a wrong result, a compiler's error or a device's: all of them are what is looked for
-        result["fault"] = told(error)
+        result["fault"] = one_line(error)
     return result | {"seconds": round(time.perf_counter() - started, 2)}
-
-
-def told(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _results(batches: Sequence[Sequence[Named]], place: Place, budget: Budget, jobs: int) -> Iterator[dict[str, dict[str, Any]]]:
@@ -120,7 +115,7 @@ def _results(batches: Sequence[Sequence[Named]], place: Place, budget: Budget, j
         for future in as_completed(waiting, timeout=max(1.0, budget.left_s)):
             yield future.result()
     except (TimeoutError, BrokenProcessPool) as error:
-        print(f"  stopped: {told(error)}")
+        print(f"  stopped: {one_line(error)}")
     finally:
         processes = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from octavo.kernels.grouped_linear import GroupedWeight, dequantize
 
+from .record import one_line
+
 # Takes x [M, K] float16 and where the product may go; gives it where it lies elsewhere.
 PeerLinear = Callable[[Tensor, Tensor], Tensor | None]
 
@@ -123,7 +125,7 @@ def load_peers(folder: Path) -> tuple[tuple[Peer, ...], dict[str, str]]:
                 raise FileNotFoundError(f"{folder / name} is not there")
             loaded.append(peer(folder / name))
         except Exception as error:  # a compiler, a linker or another torch: whatever it is, the others are timed
-            faults[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            faults[name] = one_line(error)
     return tuple(loaded), faults
 
 

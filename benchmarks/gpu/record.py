@@ -108,6 +108,11 @@ def source_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+def one_line(error: BaseException) -> str:
+    """An error as a record keeps it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def _told(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

@@ -17,9 +17,9 @@ from . import clock, contenders
 from .checks import Place
 from .clock import Call
 from .contenders import DENSE, FORMATS, ROWS, SHAPES, Contender, Field, Shape
-from .correctness import device_answers, told
+from .correctness import device_answers
 from .peers import Peer
-from .record import Budget, Record
+from .record import Budget, Record, one_line
 
 _CHECKED_ROWS = 64
 _BOUNDS = {False: 2e-2, True: 6e-2}  # by whether inputs are rounded: relative to the result's norm; torch rounds some scales to bfloat16
@@ -103,7 +103,7 @@ def _built(name: str, field: Field, faults: dict[str, str]) -> Iterator[Contende
             peer.linears([GroupedWeight(small, 4, 128, scale, zero=8)])
             usable.append(peer)
         except Exception as error:  # somebody else's code: told, and the others go on
-            faults[peer.name] = told(error)
+            faults[peer.name] = one_line(error)
     yield from FORMATS[name](replace(field, peers=tuple(usable)))
 
 
@@ -126,7 +126,7 @@ def _fault(contender: Contender, field: Field, rows: Sequence[int]) -> str | Non
             exact = x[looked_at].float() @ dense.t()
             off = float((found - exact).norm() / exact.norm())
         except Exception as error:  # a kernel that does not compile or run is not timed, and told
-            return f"{m} rows: {told(error)}"
+            return f"{m} rows: {one_line(error)}"
         if not off <= _BOUNDS[contender.rounds_inputs]:
             return f"{m} rows: off by {off:.2g} of the result's norm, allowed {_BOUNDS[contender.rounds_inputs]}"
     return None
