@@ -46,6 +46,7 @@ def add(scheduler: Scheduler, name: str, prompt: list[int]) -> None:
 def step(scheduler: Scheduler) -> None:
     batch = scheduler.schedule()
     assert batch is not None
+    scheduler.launch(batch)
     scheduler.commit(batch, [1] * sum(row.samples for row in batch.rows))
 
 

@@ -9,12 +9,16 @@ from .request import Request
 
 @dataclass(frozen=True)
 class BatchRow:
-    """`count` tokens of one request from position `start`. `samples` is True when they reach the end of what is known."""
+    """`count` tokens of one request from position `start`. `samples` is True when they reach the end of what is known or awaited.
+
+    `life` is the request's number of retractions by then: what a row computed before another is in pages that are gone.
+    """
 
     request: Request
     start: int
     count: int
     samples: bool
+    life: int = 0
 
 
 @dataclass(frozen=True)

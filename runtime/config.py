@@ -59,6 +59,7 @@ class EngineConfig:
     page_size: int = 16
     schedule_policy: Policy = "fcfs"
     disable_radix_cache: bool = False
+    disable_overlap_schedule: bool = False  # on CUDA: launch a step only when the one before it has landed
     max_radix_cache_len: int | None = None  # cap on evictable cached tokens
     random_seed: int | None = None
     num_threads: int | None = None  # compute threads on the CPU; None: the cores this process may use

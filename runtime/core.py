@@ -1,4 +1,8 @@
-"""EngineCore: one step after another: schedule, compute, sample, hand out. Synchronous; knows no threads, sockets or text."""
+"""EngineCore: one step after another: schedule, launch, collect, hand out. Knows no threads, sockets or text.
+
+On a device that computes while the host goes on, a step is launched before the one ahead of it has landed: it is scheduled on tokens that
+only the device knows, and the host's own work hides behind the device's. A step so costs one wait, for the tokens of the one before.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +24,10 @@ from .outputs import FinishReason, TokenLogprob, TokenOutput
 from .page_allocator import PageAllocator
 from .radix_cache import RadixCache
 from .request import Request
-from .sampler import Sampler, SampleRow, prompt_logprobs
+from .sampler import PendingPromptLogprobs, PendingSample, Sampler, SampleResult, SampleRow, launch_prompt_logprobs
 from .sampling_params import SamplingParams
 from .scheduler import QueueFull, Scheduler, SchedulerLimits
+from .transfer import Fetch, HostCopy
 
 _MIXED_CHUNK = {"cpu": 32, "cuda": 512}
 _RATE_WINDOW_S = 10.0
@@ -36,10 +42,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A step that is launched: the requests that get a token, and what will tell which."""
+
+    batch: Batch
+    rows: list[Request]
+    sample: PendingSample | None
+    prompt_logprobs: list[tuple[Request, range, PendingPromptLogprobs]]
+
+
 class EngineCore:
     """A scheduler, a model runner and a sampler, and the step that joins them. Used by one thread."""
 
-    def __init__(self, config: EngineConfig, runner: ModelRunner) -> None:
+    def __init__(self, config: EngineConfig, runner: ModelRunner, *, fetch: Fetch = HostCopy, overlap: bool | None = None) -> None:
+        """`fetch` brings tensors to the host; `overlap` launches steps ahead, None: on CUDA unless the options forbid it."""
         assert config.chunked_prefill_size is not None
         self.config = config
         self.runner = runner
@@ -56,7 +73,10 @@ class EngineCore:
             policy=config.schedule_policy,
         )
         self.scheduler = Scheduler(allocator, cache, limits)
-        self.sampler = Sampler(device=runner.device, random_seed=config.random_seed)
+        self.sampler = Sampler(device=runner.device, random_seed=config.random_seed, fetch=fetch)
+        self._fetch = fetch
+        self._overlap = runner.device.type == "cuda" and not config.disable_overlap_schedule if overlap is None else overlap
+        self._flight: _Flight | None = None
         self.num_steps = 0
         self._prompt_logprobs: dict[str, dict[int, TokenLogprob]] = {}
         self._logits_sinks: dict[str, LogitsSink] = {}
@@ -105,39 +125,61 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._flight is not None
 
     @torch.inference_mode()  # the sampler edits the runner's logits in place, which torch allows in this mode alone
     def step(self) -> list[TokenOutput]:
-        """Compute one batch and give what it made. Empty when nothing can run."""
+        """Launch one batch and give what has landed: this very batch, or with `overlap` the one before. Empty when there is nothing."""
         batch = self.scheduler.schedule()
         if batch is None:
-            return []
+            return self._land()
         try:
-            rows, tokens, logprobs = self._compute(batch)
+            flight = self._launch(batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return self._relieve(batch, error)
-        self.scheduler.commit(batch, tokens)
+            return self._land() + self._relieve(batch, error)
+        self.scheduler.launch(batch)
+        outputs = self._land()
+        self._flight = flight
+        return outputs if self._overlap else self._land()
+
+    def _launch(self, batch: Batch) -> _Flight:
+        """Have the device compute and sample a batch. What the host knows stays as it was."""
+        before = self._flight.sample if self._flight is not None else None
+        awaits = any(row.request.num_awaited for row in batch.rows)
+        logits = self.runner.forward(batch, before.tokens if awaits and before is not None else None)
+        sampled_rows, scored = self._launch_prompt_logprobs(batch, logits)
+        rows = [row.request for row in batch.rows if row.samples]
+        if not rows:
+            return _Flight(batch, rows, None, scored)
+        wanted = logits if len(sampled_rows) == logits.shape[0] else logits[sampled_rows]
+        sample = self.sampler.launch(wanted, [SampleRow(request.request_id, request.num_sampled) for request in rows])
+        return _Flight(batch, rows, sample, scored)
+
+    def _land(self) -> list[TokenOutput]:
+        """Wait for the step in flight, if there is one, and take it in. What was aborted meanwhile has no part in it."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        for request, positions, pending in flight.prompt_logprobs:
+            if request.finish is None:
+                by_position = self._prompt_logprobs.setdefault(request.request_id, {})
+                by_position.update((position + 1, logprob) for position, logprob in zip(positions, pending.wait(), strict=True))
+        result = flight.sample.wait() if flight.sample is not None else SampleResult([], [])
+        landed = [
+            (request, token, logprob)
+            for request, token, logprob in zip(flight.rows, result.token_ids, result.logprobs, strict=True)
+            if request.finish is None
+        ]
+        self.scheduler.commit(flight.batch, result.token_ids)
         self.num_steps += 1
-        outputs = [self._output(request, token, logprob) for request, token, logprob in zip(rows, tokens, logprobs, strict=True)]
-        self._note_rate(len(tokens))
+        outputs = [self._output(request, token, logprob) for request, token, logprob in landed]
+        self._note_rate(len(landed))
         for output in outputs:
             if output.finish is not None:
                 self._forget(output.request_id)
         return outputs
-
-    def _compute(self, batch: Batch) -> tuple[list[Request], list[int], list[TokenLogprob | None]]:
-        """The requests that get a token, their tokens and log-probabilities."""
-        logits = self.runner.forward(batch)
-        sampled_rows = self._take_prompt_logprobs(batch, logits)
-        rows = [row.request for row in batch.rows if row.samples]
-        if not rows:
-            return rows, [], []
-        wanted = logits if len(sampled_rows) == logits.shape[0] else logits[sampled_rows]
-        result = self.sampler.sample(wanted, [SampleRow(request.request_id, request.num_generated) for request in rows])
-        return rows, list(result.token_ids), list(result.logprobs)
 
     def _relieve(self, batch: Batch, error: Exception) -> list[TokenOutput]:
         """Go on with smaller steps; a request that finds no memory even alone ends."""
@@ -157,8 +199,9 @@ class EngineCore:
 
     def flush_cache(self) -> bool:
         """Drop every cached prefix; False, and nothing dropped, while requests are here."""
-        if self.has_work:
+        if self.scheduler.has_work:
             return False
+        self._land()  # of requests that have ended
         self.scheduler.cache.flush()
         return True
 
@@ -181,10 +224,13 @@ class EngineCore:
             **vars(counters),
         }
 
-    def _take_prompt_logprobs(self, batch: Batch, logits: torch.Tensor) -> list[int]:
-        """Read off the log-probabilities of prompts that asked for them; gives the rows of `logits` that are to be sampled."""
+    def _launch_prompt_logprobs(
+        self, batch: Batch, logits: torch.Tensor
+    ) -> tuple[list[int], list[tuple[Request, range, PendingPromptLogprobs]]]:
+        """Read off the log-probabilities of prompts that asked for them; gives the rows of `logits` that are to be sampled, and those."""
         at = 0
         sampled: list[int] = []
+        pending: list[tuple[Request, range, PendingPromptLogprobs]] = []
         for row in batch.rows:
             request = row.request
             scored = request.scored_positions(row.start, row.count)
@@ -193,15 +239,15 @@ class EngineCore:
                 if count:
                     sink(scored.start if scored else row.start + row.count - 1, logits[at : at + count])
             elif scored:
-                targets = torch.tensor([request.tokens[position + 1] for position in scored], device=logits.device)
-                found = prompt_logprobs(logits[at : at + len(scored)], targets, k=request.params.prompt_logprobs or 0)
-                by_position = self._prompt_logprobs.setdefault(request.request_id, {})
-                by_position.update((position + 1, logprob) for position, logprob in zip(scored, found, strict=True))
+                targets = [request.tokens[position + 1] for position in scored]
+                k = request.params.prompt_logprobs or 0
+                found = launch_prompt_logprobs(logits[at : at + len(scored)], targets, k=k, fetch=self._fetch)
+                pending.append((request, scored, found))
             at += len(scored)
             if row.samples:
                 sampled.append(at)
                 at += 1
-        return sampled
+        return sampled, pending
 
     def _output(self, request: Request, token: int, logprob: TokenLogprob | None) -> TokenOutput:
         produced = token >= 0 and request.max_tokens > 0

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..kernels.paged_attention import AttentionPlan, plan_attention
 from .batch import Batch, BatchRow
-
-_ALIGNMENT = 16
-_TORCH_DTYPES: dict[type[Any], torch.dtype] = {np.int64: torch.int64, np.int32: torch.int32}
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -36,13 +32,23 @@ class ForwardBatch:
 
 
 def _tokens_of(row: BatchRow) -> list[int]:
-    return row.request.tokens[row.start : row.start + row.count]
+    """The row's tokens; an awaited one as ~i, where i is its place among those that are being sampled."""
+    tokens = row.request.tokens[row.start : row.start + row.count]
+    return tokens if len(tokens) == row.count else [*tokens, ~row.request.awaited_row]
 
 
 def make_forward_batch(
-    batch: Batch, *, page_size: int, num_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype, device: torch.device
+    batch: Batch,
+    awaited: torch.Tensor | None = None,
+    *,
+    page_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_dtype: torch.dtype,
+    device: torch.device,
 ) -> ForwardBatch:
-    """Lay a batch out as tensors on `device`."""
+    """Lay a batch out as tensors on `device`. `awaited` int64 [n], there, are the tokens of the last step, which the host need not know."""
     rows = batch.rows
     counts = np.array([row.count for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
@@ -66,6 +72,7 @@ def make_forward_batch(
 
     contexts, wanted_rows = (starts + counts).astype(np.int32), np.array(wanted, dtype=np.int64)
     moved = to_device((ids, positions, slots, wanted_rows, query_start, contexts, table), device)
+    input_ids = moved[0] if awaited is None else _with_awaited(moved[0], awaited)
     plan = plan_attention(
         *moved[4:],
         num_heads=num_heads,
@@ -74,20 +81,9 @@ def make_forward_batch(
         kv_dtype=kv_dtype,
         num_tokens=total,
     )
-    return ForwardBatch(moved[0], moved[1], moved[2], plan, moved[3])
+    return ForwardBatch(input_ids, moved[1], moved[2], plan, moved[3])
 
 
-def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays as tensors on a device, in one copy; to CUDA from pinned memory, so that the host does not wait for it."""
-    starts = [0]
-    for array in arrays:
-        starts.append(-(-(starts[-1] + array.nbytes) // _ALIGNMENT) * _ALIGNMENT)
-    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    host = packed.numpy()
-    for start, array in zip(starts, arrays, strict=False):
-        host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-    moved = packed.to(device, non_blocking=True)
-    return [
-        moved[start : start + array.nbytes].view(_TORCH_DTYPES[array.dtype.type]).view(array.shape)
-        for start, array in zip(starts, arrays, strict=False)
-    ]
+def _with_awaited(ids: torch.Tensor, awaited: torch.Tensor) -> torch.Tensor:
+    """`ids` with each ~i replaced by awaited[i]; by token 0 where that is -1, for no answer follows from such a row."""
+    return torch.where(ids < 0, awaited[(~ids).clamp_(min=0)].clamp_(min=0), ids)

@@ -103,11 +103,15 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits of a batch, float32 [R, vocab_size], in the order that ForwardBatch.logits_rows describes."""
+    def forward(self, batch: Batch, awaited: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of a batch, float32 [R, vocab_size], in the order that ForwardBatch.logits_rows describes.
+
+        `awaited` int64 [n] are the tokens that the last step sampled, where the batch's requests await any.
+        """
         model = self.model_config
         forward_batch = make_forward_batch(
             batch,
+            awaited,
             page_size=self.pool.page_size,
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,

@@ -14,6 +14,8 @@ from .sampling_params import SamplingParams
 class Request:
     """One sequence. `tokens` is the prompt and what was generated; `num_computed` of them have their KV in `pages`.
 
+    A step may be launched before the one ahead of it has landed. `num_launched` tokens then are, or will be, in pages, and `num_awaited`
+    tokens that launched steps sample follow `tokens`; the last of them is number `awaited_row` among the tokens of the last launched step.
     The first `num_tree_pages` pages belong to the radix tree, and `node` (locked) is where that prefix ends; the rest are its own.
     """
 
@@ -27,6 +29,9 @@ class Request:
     priority: int = 0
     arrival: int = 0
     num_computed: int = 0
+    num_launched: int = 0
+    num_awaited: int = 0
+    awaited_row: int = -1
     pages: array[int] = field(default_factory=lambda: array("i"))
     num_tree_pages: int = 0
     node: RadixNode | None = None
@@ -46,12 +51,27 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """Tokens that are known but not computed: 1 while decoding, more while prefilling."""
-        return len(self.tokens) - self.num_computed
+        """Tokens that no step computes yet, an awaited one among them: 1 while decoding, more while prefilling."""
+        return len(self.tokens) + self.num_awaited - self.num_launched
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens generated and awaited."""
+        return self.num_generated + self.num_awaited
+
+    @property
+    def has_next(self) -> bool:
+        """Whether another step is wanted, whatever the awaited tokens are."""
+        return self.num_pending > 0 and (self.num_awaited == 0 or self.num_sampled < self.max_tokens)
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_computed < self.prompt_length or self.num_pending > 1
+        return self.num_launched < self.prompt_length or self.num_pending > 1
+
+    @property
+    def will_share(self) -> bool:
+        """Whether full pages of a prompt are still to come into the tree."""
+        return self.num_computed < self.prompt_length or len(self.tokens) - self.num_computed > 1
 
     @property
     def wants_prompt_logprobs(self) -> bool:

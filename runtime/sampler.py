@@ -17,6 +17,7 @@ import torch
 from ..kernels.sampling import PenaltyRows, TokenCounts, add_to_logits, apply_penalties, greedy_tokens, sample_tokens, top_logprobs
 from .outputs import TokenLogprob
 from .sampling_params import SamplingParams
+from .transfer import Arrival, Fetch, HostCopy, to_device
 
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 _PROMPT_CHUNK_LOGITS: Final = 1 << 23  # 32 MiB of float32 at a time
@@ -38,6 +39,41 @@ class SampleResult:
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
+
+
+class PendingSample:
+    """Tokens that are being sampled: `tokens` int64 [B] on the device, for the next step; the host's copy when it waits for it."""
+
+    def __init__(self, tokens: torch.Tensor, arrival: Arrival, plan: _Plan) -> None:
+        self.tokens = tokens
+        self._arrival, self._plan = arrival, plan
+
+    def wait(self) -> SampleResult:
+        tokens, *reported = self._arrival.wait()  # and, where any row asked: values, ids of the best, theirs
+        token_ids: list[int] = tokens.tolist()
+        result = self._plan.no_logprobs.copy()
+        if reported:
+            chosen = [max(token_ids[row], 0) for row in self._plan.logprob_rows]
+            values, top_ids, tops = reported
+            found = _as_logprobs(chosen, values, top_ids, tops, self._plan.num_logprobs)
+            for row, logprob in zip(self._plan.logprob_rows, found, strict=True):
+                result[row] = logprob if token_ids[row] >= 0 else None
+        return SampleResult(token_ids, result)
+
+
+class PendingPromptLogprobs:
+    """Log-probabilities of a part of a prompt that are being computed."""
+
+    def __init__(self, targets: Sequence[int], k: int, arrival: Arrival) -> None:
+        self._targets, self._k, self._arrival = targets, k, arrival
+
+    def wait(self) -> tuple[TokenLogprob, ...]:
+        parts = self._arrival.wait()
+        result: list[TokenLogprob] = []
+        for values, ids, tops in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            targets = self._targets[len(result) : len(result) + len(values)]
+            result += _as_logprobs(targets, values, ids, tops, [self._k] * len(targets))
+        return tuple(result)
 
 
 def uniform_numbers(seeds: np.ndarray[tuple[int], np.dtype[np.uint64]], steps: Sequence[int]) -> torch.Tensor:
@@ -121,9 +157,10 @@ class _Plan:
 class Sampler:
     """Samples for the requests that were added. Not thread-safe: one engine loop owns it."""
 
-    def __init__(self, *, device: torch.device | str = "cpu", random_seed: int | None = None) -> None:
+    def __init__(self, *, device: torch.device | str = "cpu", random_seed: int | None = None, fetch: Fetch = HostCopy) -> None:
         """`random_seed` seeds the generator from which requests without a seed draw theirs; None takes it from the system."""
         self._device = torch.device(device)
+        self._fetch = fetch
         self._generator = random.Random(random_seed)
         self._requests: dict[str, _Request] = {}
         self._plan: _Plan | None = None
@@ -149,7 +186,11 @@ class Sampler:
             self._plan = None
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> SampleResult:
-        """One token for each row of logits float32 [B, V], which may be overwritten.
+        """`launch`, waited for."""
+        return self.launch(logits, rows).wait()
+
+    def launch(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> PendingSample:
+        """Sample one token for each row of logits float32 [B, V], which may be overwritten.
 
         A request may stand in several rows, by rising step; its penalties then see what was sampled before this call, and all
         its tokens are taken to follow each other. Sampling an earlier step again forgets what came after. Raises KeyError for an
@@ -157,8 +198,6 @@ class Sampler:
         """
         if len(rows) != logits.shape[0]:
             raise ValueError(f"{logits.shape[0]} rows of logits, but {len(rows)} rows to sample")
-        if not rows:
-            return SampleResult([], [])
         plan = self._plan_for(rows)
         raw = self._raw_rows(logits, plan)
         self._edit(logits, plan, rows)
@@ -167,12 +206,14 @@ class Sampler:
         else:
             uniform = uniform_numbers(plan.seeds, [row.step for row in rows]).to(self._device)
             tokens = sample_tokens(logits, plan.temperature, top_k=plan.top_k, top_p=plan.top_p, min_p=plan.min_p, uniform=uniform)
-        token_ids: list[int] = tokens.tolist()
-        for history, indices in plan.histories:
-            for index in indices:
-                if token_ids[index] >= 0:
-                    history.record(token_ids[index])
-        return SampleResult(token_ids, plan.no_logprobs.copy() if raw is None else _logprobs(raw, token_ids, plan))
+        if plan.histories:
+            token_ids = tokens.tolist()
+            for history, indices in plan.histories:
+                for index in indices:
+                    if token_ids[index] >= 0:
+                        history.record(token_ids[index])
+        reported = () if raw is None else _token_logprobs(raw, tokens[plan.logprob_index].clamp_(min=0), max(plan.num_logprobs))
+        return PendingSample(tokens, self._fetch([tokens, *reported]), plan)
 
     def _plan_for(self, rows: Sequence[SampleRow]) -> _Plan:
         request_ids = [row.request_id for row in rows]
@@ -258,31 +299,28 @@ def _int32(top_k: int) -> int:
     return top_k if top_k < 2**31 else 0
 
 
-def _logprobs(raw: torch.Tensor, token_ids: list[int], plan: _Plan) -> list[TokenLogprob | None]:
-    result = plan.no_logprobs.copy()
-    chosen = [token_ids[row] for row in plan.logprob_rows]
-    reported = _token_logprobs(raw, torch.tensor([max(token, 0) for token in chosen], device=raw.device), plan.num_logprobs)
-    for row, token, logprob in zip(plan.logprob_rows, chosen, reported, strict=True):
-        result[row] = logprob if token >= 0 else None
-    return result
-
-
-def _token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, ks: Sequence[int]) -> list[TokenLogprob]:
-    """For each row the given token and the `ks[row]` best; fewer where the vocabulary has fewer."""
-    values, top_ids, tops = top_logprobs(logits, token_ids, k=min(max(ks), logits.shape[1]))
-    rows = zip(token_ids.tolist(), values.tolist(), top_ids.tolist(), tops.tolist(), ks, strict=True)
-    return [TokenLogprob(token, value, tuple(zip(ids[:k], best[:k], strict=True))) for token, value, ids, best, k in rows]
-
-
-def prompt_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, k: int) -> tuple[TokenLogprob, ...]:
-    """Log-probability of each target under its row, and the k best of the row. logits [T, V] of any float dtype, targets int64 [T].
+def launch_prompt_logprobs(logits: torch.Tensor, targets: Sequence[int], *, k: int, fetch: Fetch = HostCopy) -> PendingPromptLogprobs:
+    """Log-probability of each target under its row, and the k best of the row. logits [T, V] of any float dtype, T targets.
 
     Row t predicts targets[t]: the first prompt token has no row, and the caller gives it TokenLogprob(id, None). Rows are taken
     in chunks, so that no second tensor of the size of `logits` is made.
     """
+    (wanted,) = to_device([np.asarray(targets, dtype=np.int64)], logits.device)
     chunk = max(1, _PROMPT_CHUNK_LOGITS // logits.shape[1])
-    result: list[TokenLogprob] = []
+    parts: list[torch.Tensor] = []
     for start in range(0, logits.shape[0], chunk):
-        part = logits[start : start + chunk].float()
-        result += _token_logprobs(part, targets[start : start + chunk], [k] * part.shape[0])
-    return tuple(result)
+        parts += _token_logprobs(logits[start : start + chunk].float(), wanted[start : start + chunk], k)
+    return PendingPromptLogprobs(targets, k, fetch(parts))
+
+
+def _token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`top_logprobs` with the k best, or all where the vocabulary has fewer."""
+    return top_logprobs(logits, token_ids, k=min(k, logits.shape[1]))
+
+
+def _as_logprobs(
+    token_ids: Sequence[int], values: torch.Tensor, top_ids: torch.Tensor, tops: torch.Tensor, ks: Sequence[int]
+) -> list[TokenLogprob]:
+    """For each row the given token and the `ks[row]` best."""
+    rows = zip(token_ids, values.tolist(), top_ids.tolist(), tops.tolist(), ks, strict=True)
+    return [TokenLogprob(token, value, tuple(zip(ids[:k], best[:k], strict=True))) for token, value, ids, best, k in rows]

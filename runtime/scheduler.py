@@ -2,6 +2,9 @@
 
 One rule covers prefill and decode: a request has `num_pending` tokens that are known but not computed, and each step
 computes some of them within a budget. Requests that decode have one and go first, so a long prompt never stalls them.
+
+A step is scheduled, launched and, when its tokens are known, committed. The next may be scheduled and launched before that, on tokens that
+are awaited: steps run in order, so pages may be freed and given away while a launched step still uses them.
 """
 
 from __future__ import annotations
@@ -97,11 +100,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        if request.is_running:
-            self._end(request, finish)
-        else:
-            self.waiting.remove(request)
-            self._forget(request, finish)
+        self._end(request, finish)
         self.counters.aborted += 1
         return request
 
@@ -122,7 +121,8 @@ class Scheduler:
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self.running:
-            (prefilling if request.is_prefilling else decoding).append(request)
+            if request.has_next:
+                (prefilling if request.is_prefilling else decoding).append(request)
         for request in decoding:
             self._grant(rows, request, 1)
         budget = self.limits.prompt_tokens(decoding=len(rows), prompts=len(prefilling) + len(self.waiting))
@@ -135,23 +135,36 @@ class Scheduler:
         self._most_prompt_tokens = self.limits.chunk_tokens
 
     def relieve(self, batch: Batch) -> Request | None:
-        """Make steps half as large, because the device had no memory for this one, until all work is done. Nothing of it was computed.
+        """Make steps half as large, because the device had no memory for this one, until all work is done. It was not launched.
 
         Requests that came last go back to the queue. Gives the request that finds no memory even alone and token by token.
         """
         if len(batch.rows) == batch.num_tokens == 1:
             self._lift_limits()
-            return batch.rows[0].request
+            return batch.rows[0].request if batch.rows[0].request.finish is None else None
         self._most_running = max(1, len(self.running) // 2)
         self._most_prompt_tokens = max(1, min(self._most_prompt_tokens, batch.num_tokens) // 2)
         while len(self.running) > self._most_running:
             self._retract(max(self.running, key=lambda r: (-r.priority, r.arrival)))
         return None
 
+    def launch(self, batch: Batch) -> None:
+        """Take note that a step is on its way. Every launched step is committed, in the order in which they were launched."""
+        place = 0
+        for row in batch.rows:
+            request = row.request
+            request.num_launched = row.start + row.count
+            if row.samples:
+                if request.max_tokens > 0:
+                    request.num_awaited += 1
+                    request.awaited_row = place
+                place += 1
+
     def commit(self, batch: Batch, tokens: Sequence[int]) -> list[Request]:
         """Take in a computed step: `tokens` holds the sampled token of each row that samples, in order. Gives the requests that ended.
 
-        A token of -1 means that the model's output for the row was not a number; the request is aborted.
+        A token of -1 means that the model's output for the row was not a number; the request is aborted. A request that was retracted
+        after the launch takes its token and computes it anew.
         """
         sampled = iter(tokens)
         ended: list[Request] = []
@@ -164,14 +177,16 @@ class Scheduler:
                 finish = FinishReason("abort", message="the model's output was not a number (NaN)", status_code=500)
                 self._finish(request, finish, ended)
                 continue
-            request.num_computed = row.start + row.count
-            if request.num_computed <= request.prompt_length or row.count > 1:
-                self._share_pages(request)
+            if row.life == request.num_retractions:
+                request.num_computed = row.start + row.count
+                if request.num_computed <= request.prompt_length or row.count > 1:
+                    self._share_pages(request)
             if token is None:
                 continue
             if request.max_tokens == 0:
                 self._finish(request, FinishReason("length"), ended)
                 continue
+            request.num_awaited -= 1
             request.tokens.append(token)
             self.counters.generated_tokens += 1
             if (reason := request.finish_after(token)) is not None:
@@ -234,7 +249,7 @@ class Scheduler:
             return budget
         page_size = self.cache.page_size
         self._sort_waiting()
-        in_progress = {self._page_after(r, r.node, r.num_tree_pages): r for r in self.running if r.is_prefilling}
+        in_progress = {self._page_after(r, r.node, r.num_tree_pages): r for r in self.running if r.will_share}
         committed = sum(self._pages_short(r, r.num_pending) for r in self.running)
         held_back: list[Request] = []
         while self.waiting and budget > 0 and len(self.running) < self._most_running:
@@ -274,7 +289,7 @@ class Scheduler:
         if leader is None:
             return False
         upcoming = (leader.num_tree_pages + 1) * self.cache.page_size
-        in_time = leader.is_running and leader.is_prefilling and upcoming <= request.num_cacheable
+        in_time = leader.is_running and leader.will_share and upcoming <= request.num_cacheable
         if not in_time or request.tokens[known:upcoming] != leader.tokens[known:upcoming]:
             request.leader = None
             return False
@@ -290,7 +305,7 @@ class Scheduler:
         request.node = match.node
         request.pages.extend(match.pages)
         request.num_tree_pages = len(match.pages)
-        request.num_computed = len(match.pages) * self.cache.page_size
+        request.num_computed = request.num_launched = len(match.pages) * self.cache.page_size
         if request.cached_tokens is None:
             request.cached_tokens = request.num_computed
             self.counters.cached_tokens += request.num_computed
@@ -328,10 +343,10 @@ class Scheduler:
     # -- pages -------------------------------------------------------------------------------------------------------
 
     def _row(self, request: Request, count: int) -> BatchRow:
-        return BatchRow(request, request.num_computed, count, samples=count == request.num_pending)
+        return BatchRow(request, request.num_launched, count, samples=count == request.num_pending, life=request.num_retractions)
 
     def _pages_short(self, request: Request, count: int) -> int:
-        return max(0, -(-(request.num_computed + count) // self.cache.page_size) - len(request.pages))
+        return max(0, -(-(request.num_launched + count) // self.cache.page_size) - len(request.pages))
 
     def _make_room(self, request: Request, count: int) -> bool:
         """Give `request` the pages for its next `count` tokens: free ones, then evicted ones, then those of requests that came later.
@@ -371,7 +386,7 @@ class Scheduler:
         if request.node is not None:
             self.cache.unlock(request.node)
         self.allocator.free(request.pages[request.num_tree_pages :])
-        request.node, request.num_tree_pages, request.num_computed = None, 0, 0
+        request.node, request.num_tree_pages, request.num_computed, request.num_launched = None, 0, 0, 0
         del request.pages[:]
         self.cache.trim()
 
@@ -387,7 +402,10 @@ class Scheduler:
         ended.append(request)
 
     def _end(self, request: Request, finish: FinishReason) -> None:
-        self._release(request)
+        if request.is_running:
+            self._release(request)
+        else:
+            self.waiting.remove(request)
         self._forget(request, finish)
 
     def _forget(self, request: Request, finish: FinishReason) -> None:

@@ -235,6 +235,11 @@ def _add_memory(parser: Parser) -> None:
 def _add_scheduling(parser: Parser) -> None:
     group = parser.add_argument_group("scheduling")
     group.add_argument(
+        "--disable-overlap-schedule",
+        action="store_true",
+        help="on a GPU: launch a step only when the tokens of the one before are known",
+    )
+    group.add_argument(
         "--max-running-requests", type=whole_number, metavar="N", help=_engine("most requests computed together", "max_running_requests")
     )
     group.add_argument(

@@ -44,6 +44,7 @@ def step(scheduler: Scheduler, token: int = 7) -> dict[str, tuple[int, int]]:
     if batch is None:
         return {}
     scheduler.check_integrity()
+    scheduler.launch(batch)
     scheduler.commit(batch, [token] * sum(row.samples for row in batch.rows))
     scheduler.check_integrity()
     return spans(batch)

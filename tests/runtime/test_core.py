@@ -1,6 +1,7 @@
 """Proves what an EngineCore owes each request beside others: its seed's text, its log-probabilities, its own failure, shared pages.
 
-The model is tiny and random, so a case takes milliseconds; what needs a real one is in test_greedy.py.
+The model is tiny and random, so a case takes milliseconds; what needs a real one is in test_greedy.py. Each test runs twice: a step at a
+time, and with every step launched before the one ahead of it has landed, as on a device that computes while the host goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ from octavo.runtime.sampling_params import SamplingParams
 VOCAB = 131
 POISON = 130  # in one of the two models its embedding is not a number; no prompt but one holds it
 PAGE = 16
+
+
+OVERLAP = [False]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["in turn", "overlap"])
+def overlap(request: pytest.FixtureRequest) -> bool:
+    OVERLAP[0] = request.param
+    return OVERLAP[0]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +92,7 @@ def make_core(runner: ModelRunner, **options: Any) -> EngineCore:
         dtype=runner.dtype,
         device=runner.device,
     )
-    return EngineCore(config, own)
+    return EngineCore(config, own, overlap=OVERLAP[0])
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -261,8 +271,9 @@ def test_abort_all_ends_everything_at_once(runner: ModelRunner) -> None:
     core.step()
     reason = FinishReason("abort", message="shutting down", status_code=503)
     assert {(output.request_id, output.finish) for output in core.abort_all(reason)} == {(str(index), reason) for index in range(5)}
-    assert not core.has_work
+    assert not core.scheduler.has_work
     assert core.step() == []
+    assert not core.has_work
     assert core.flush_cache()
     assert core.scheduler.allocator.num_free == core.scheduler.allocator.num_pages
 
@@ -376,11 +387,11 @@ def short_of_memory(core: EngineCore, is_too_much: Callable[[Batch], bool], erro
     """Have the runner fail for some batches; gives those that failed, as they come."""
     forward, failed = core.runner.forward, []
 
-    def fail(batch: Batch) -> torch.Tensor:
+    def fail(batch: Batch, awaited: torch.Tensor | None = None) -> torch.Tensor:
         if is_too_much(batch):
             failed.append(batch)
             raise error
-        return forward(batch)
+        return forward(batch, awaited)
 
     core.runner.forward = fail  # type: ignore[method-assign]
     return failed

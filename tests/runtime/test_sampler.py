@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from octavo.runtime import sampler as sampler_module
-from octavo.runtime.sampler import Sampler, SampleRow, prompt_logprobs, uniform_numbers
+from octavo.runtime.sampler import Sampler, SampleRow, launch_prompt_logprobs, uniform_numbers
 from octavo.runtime.sampling_params import SamplingParams
 
 VOCAB = 300
@@ -212,10 +212,10 @@ def test_prompt_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = torch.randint(VOCAB, (11,), generator=torch.Generator().manual_seed(0))
     exact = logits.double().log_softmax(1)
     for k in (0, 4, 1024):
-        result = prompt_logprobs(logits, targets, k=k)
+        result = launch_prompt_logprobs(logits, targets.tolist(), k=k).wait()
         assert [item.token_id for item in result] == targets.tolist()
         assert [item.logprob for item in result] == pytest.approx(exact.gather(1, targets[:, None])[:, 0].tolist(), abs=1e-5)
         assert {len(item.top) for item in result} == {min(k, VOCAB)}
         for item, row in zip(result, exact, strict=True):
             assert [value for _, value in item.top] == pytest.approx(row.sort(descending=True).values[:k].tolist(), abs=1e-5)
-    assert prompt_logprobs(logits[:0], targets[:0], k=2) == ()
+    assert launch_prompt_logprobs(logits[:0], [], k=2).wait() == ()

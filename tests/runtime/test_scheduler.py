@@ -209,6 +209,7 @@ def test_what_is_aborted_during_a_step_takes_no_token_of_it() -> None:
     gone, stays = add(scheduler, "gone", own(1, 5)), add(scheduler, "stays", own(2, 5))
     batch = scheduler.schedule()
     assert batch is not None
+    scheduler.launch(batch)
     scheduler.abort("gone", ABORTED)
     assert scheduler.commit(batch, [3, 4]) == []
     assert (gone.num_generated, stays.tokens[-1]) == (0, 4)

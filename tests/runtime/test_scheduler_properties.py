@@ -1,6 +1,7 @@
 """Proves that no sequence of adds, aborts, steps and flushes loses, leaks or wrongly shares a page, stalls a request or loses a token.
 
-Every step is "computed" into a shadow of the KV pool: what a slot holds is named by all the tokens up to its position.
+Every step is "computed" into a shadow of the KV pool when it is launched: what a slot holds is named by all the tokens up to its position.
+The scheduler hears of a step's tokens at once or, with `overlap`, when the next is launched.
 """
 
 from __future__ import annotations
@@ -38,13 +39,20 @@ LENGTHS = st.one_of(st.integers(0, 40), st.integers(0, 250))
 
 @dataclass
 class Shadow:
-    """What the test knows of a request without asking the scheduler."""
+    """What the test knows of a request without asking the scheduler: `tokens` as the device has them, those not told yet included."""
 
     request: Request
     tokens: list[int]
-    was_held: bool = False
+    is_over: bool = False  # a launched step has ended it, whether or not the scheduler knows
     scored: set[int] = field(default_factory=set)
-    expected_finish: str | None = None
+
+
+@dataclass
+class Flight:
+    """A launched step that the scheduler has not heard of yet."""
+
+    batch: Batch
+    sampled: list[int]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -53,6 +61,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_pages=st.integers(2, 30),
         enabled=st.booleans(),
         cap=st.sampled_from([None, None, 0, 10, 64]),
+        overlap=st.booleans(),
         limits=st.builds(
             SchedulerLimits,
             max_running_requests=st.sampled_from([1, 2, 4, 100]),
@@ -62,8 +71,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=st.sampled_from(["fcfs", "lpm"]),
         ),
     )
-    def start(self, page_size: int, num_pages: int, enabled: bool, cap: int | None, limits: SchedulerLimits) -> None:
+    def start(self, page_size: int, num_pages: int, enabled: bool, cap: int | None, overlap: bool, limits: SchedulerLimits) -> None:
         self.page_size = page_size
+        self.overlap = overlap
+        self.flight: Flight | None = None
         self.allocator = PageAllocator(num_pages)
         self.cache = RadixCache(page_size, self.allocator.free, max_evictable_tokens=cap, enabled=enabled)
         self.cap = cap
@@ -149,12 +160,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, tokens: list[int], not_a_number: bool) -> None:
         """One step; the rows sample `tokens` in turn, or the last of them is not a number."""
         had_work = self.scheduler.has_work
-        decoding = [request for request in self.scheduler.running if not request.is_prefilling]
+        decoding = [request for request in self.scheduler.running if request.has_next and not request.is_prefilling]
         retractions = self.scheduler.counters.retractions
-        prompts = len(self.scheduler.running) - len(decoding) + len(self.scheduler.waiting)
+        prompts = sum(request.is_prefilling for request in self.scheduler.running) + len(self.scheduler.waiting)
         batch = self.scheduler.schedule()
-        assert (batch is not None) == had_work, "something waits, and nothing runs"
         if batch is None:
+            assert self.flight is not None or not had_work, "something waits, and nothing runs"
+            self.land()
             return
         self.scheduler.check_integrity()
         retracted = self.scheduler.counters.retractions > retractions
@@ -163,10 +175,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         sampled = [tokens[at % len(tokens)] for at in range(len(sampling))]
         if not_a_number and sampled:
             sampled[-1] = NAN
-        outcome = {row.request.request_id: token for row, token in zip(sampling, sampled, strict=True)}
-        self.write(batch, outcome)
-        ended = self.scheduler.commit(batch, sampled)
-        self.check_outcome(batch, outcome, ended)
+        self.write(batch, {row.request.request_id: token for row, token in zip(sampling, sampled, strict=True)})
+        self.scheduler.launch(batch)
+        self.land()
+        self.flight = Flight(batch, sampled)
+        if not self.overlap:
+            self.land()
+
+    def land(self) -> None:
+        """Tell the scheduler what the step in flight sampled."""
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return
+        finishes = {}
+        tokens = iter(flight.sampled)
+        for row in flight.batch.rows:
+            token = next(tokens) if row.samples else None
+            shadow = self.live.get(row.request.request_id)
+            if shadow is not None and shadow.request is row.request:
+                finishes[row.request.request_id] = self.finish_of(row.request, token)
+        ended = self.scheduler.commit(flight.batch, flight.sampled)
+        self.check_outcome(flight.batch, finishes, ended)
+
+    @rule()
+    def find_no_memory(self) -> None:
+        """A step that could not be launched: what was launched before it lands, and it is cut."""
+        batch = self.scheduler.schedule()
+        self.land()
+        if batch is not None and batch.num_tokens > 1:
+            assert self.scheduler.relieve(batch) is None
+        self.scheduler.check_integrity()
 
     @rule(count=st.integers(2, 12), tokens=TOKENS)
     def steps(self, count: int, tokens: list[int]) -> None:
@@ -200,9 +238,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         request, size = row.request, self.page_size
         shadow = self.live[request.request_id]
         assert request in self.scheduler.running
-        assert request.tokens == shadow.tokens
+        assert request.tokens == shadow.tokens[: len(request.tokens)]
+        assert len(request.tokens) + request.num_awaited == len(shadow.tokens)
         end = row.start + row.count
-        assert row.start == request.num_computed
+        assert row.start == request.num_launched
+        if not self.overlap:
+            assert (request.num_awaited, request.num_launched) == (0, request.num_computed)
         assert row.count >= 1
         assert end <= len(shadow.tokens) <= len(request.pages) * size + (0 if row.samples else len(shadow.tokens))
         assert end <= len(request.pages) * size, "a row has no page for its tokens"
@@ -210,56 +251,72 @@ class SchedulerMachine(RuleBasedStateMachine):
         for page in request.pages[row.start // size : -(-end // size)]:
             assert page not in in_tree, "a row writes into a page of the tree"
             assert holders[page] == 1, "a row writes into a page of another request"
-        names = self.names(request)
-        for position in range(row.start):
+        names = self.names(shadow)
+        for position in range(0 if shadow.is_over else row.start):
             held = self.kv.get((request.pages[position // size], position % size))
             assert held == names[position], f"{request.request_id} would read another prefix at position {position}"
         shadow.scored.update(request.scored_positions(row.start, row.count))
 
-    def names(self, request: Request) -> list[int]:
+    def names(self, shadow: Shadow) -> list[int]:
         """For each position, a number that stands for the namespace and all tokens up to it."""
-        names, name = [], hash(request.namespace)
-        for token in request.tokens:
+        names, name = [], hash(shadow.request.namespace)
+        for token in shadow.tokens:
             name = hash((name, token))
             names.append(name)
         return names
 
     def write(self, batch: Batch, outcome: dict[str, int]) -> None:
-        """Fill the shadow pool as the model would; a row whose output is not a number leaves what nobody may read."""
+        """Fill the shadow pool as the model would; a row whose output is not a number leaves what nobody may read.
+
+        So does one that follows a token which ends its request.
+        """
         for row in batch.rows:
-            names = self.names(row.request)
-            fit = outcome.get(row.request.request_id) != NAN
+            shadow = self.live[row.request.request_id]
+            names = self.names(shadow)
+            token = outcome.get(row.request.request_id)
+            fit = token != NAN and not shadow.is_over
+            if token is not None and row.request.max_tokens > 0:
+                shadow.tokens.append(token)
+            shadow.is_over |= token == NAN or self.ends(shadow)
             for position in range(row.start, row.start + row.count):
                 self.kv[row.request.pages[position // self.page_size], position % self.page_size] = names[position] if fit else 0
 
-    def check_outcome(self, batch: Batch, outcome: dict[str, int], ended: list[Request]) -> None:
+    def check_outcome(self, batch: Batch, finishes: dict[str, str | None], ended: list[Request]) -> None:
         for row in batch.rows:
             request = row.request
+            if request.request_id not in finishes:
+                continue
             shadow = self.live[request.request_id]
-            finish = self.finish_of(shadow, outcome.get(request.request_id))
-            assert request.tokens == shadow.tokens
+            finish = finishes[request.request_id]
+            assert request.tokens == shadow.tokens[: len(request.tokens)]
             assert (request.finish and request.finish.type) == finish
             assert (request in ended) == (finish is not None)
             if finish in ("stop", "length") and request.params.prompt_logprobs is not None:
                 start = max(request.params.prompt_logprobs_start - 1, 0)
                 assert shadow.scored >= set(range(start, request.prompt_length - 1)), "a prompt log-probability was never computed"
             if finish is None:
-                assert request.num_computed == row.start + row.count
+                if row.life == request.num_retractions:
+                    assert request.num_computed == row.start + row.count
+                assert len(request.tokens) + request.num_awaited == len(shadow.tokens)
             else:
                 del self.live[request.request_id]
                 self.check_let_go(request)
 
-    def finish_of(self, shadow: Shadow, token: int | None) -> str | None:
-        """How the request must stand after `token`, worked out anew; takes the token in."""
-        request = shadow.request
+    def ends(self, shadow: Shadow) -> bool:
+        """Whether the newest token ends the request."""
+        request, generated = shadow.request, len(shadow.tokens) - shadow.request.prompt_length
+        stops = generated > 0 and shadow.tokens[-1] in request.stop_token_ids and generated >= request.params.min_tokens
+        return stops or generated == request.max_tokens > 0
+
+    def finish_of(self, request: Request, token: int | None) -> str | None:
+        """How the request must stand once the scheduler has taken in `token`, worked out anew."""
         if token is None:
             return None
         if token == NAN:
             return "abort"
         if request.max_tokens == 0:
             return "length"
-        shadow.tokens.append(token)
-        generated = len(shadow.tokens) - request.prompt_length
+        generated = len(request.tokens) + 1 - request.prompt_length
         if token in request.stop_token_ids and generated >= request.params.min_tokens:
             return "stop"
         return "length" if generated == request.max_tokens else None
@@ -290,7 +347,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         bound = self.work * (1 + len(self.live)) + 1  # the first in rank moves on by a token a step, however often others are retracted
-        while self.scheduler.has_work and bound > 0:
+        while (self.scheduler.has_work or self.flight is not None) and bound > 0:
             bound -= 1
             self.step([0, 1, 2, 3], False)
             self.scheduler.check_integrity()
@@ -304,8 +361,9 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(stateful_step_count=25)
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlap"])
 @pytest.mark.parametrize("policy", ["fcfs", "lpm"])
-def test_a_crowd_on_a_small_pool(policy: Literal["fcfs", "lpm"]) -> None:
+def test_a_crowd_on_a_small_pool(policy: Literal["fcfs", "lpm"], overlap: bool) -> None:
     """Hypothesis seldom fills the pool for long: the same machine, driven by a plain generator that does."""
     retractions = cached = partial = 0
     for seed in range(20):
@@ -314,7 +372,7 @@ def test_a_crowd_on_a_small_pool(policy: Literal["fcfs", "lpm"]) -> None:
         size = random.choice([1, 4, 16])
         limits = SchedulerLimits(random.choice([3, 8, 100]), None, random.choice([5, 32, 64, 200]), random.choice([1, 8, 32]), policy)
         machine.start(
-            size, random.randint(160 // size // 2, 320 // size), random.random() < 0.8, random.choice([None, None, 0, 40]), limits
+            size, random.randint(160 // size // 2, 320 // size), random.random() < 0.8, random.choice([None, None, 0, 40]), overlap, limits
         )
         for _ in range(70):
             if random.random() < 0.35:
@@ -334,6 +392,8 @@ def test_a_crowd_on_a_small_pool(policy: Literal["fcfs", "lpm"]) -> None:
                 )
             elif random.random() < 0.06:
                 machine.abort(random.randint(0, 50))
+            elif seed % 4 == 0 and random.random() < 0.03:
+                machine.find_no_memory()
             else:
                 machine.step([random.choice([0, 1, 2, 3, STOP]) for _ in range(6)], random.random() < 0.04)
                 prefilling = sum(request.is_prefilling for request in machine.scheduler.running)

@@ -205,6 +205,7 @@ def run(runner: ModelRunner, sequences: Sequence[OneSequence]) -> list[torch.Ten
             logits[number].append(row.clone())
         for row in rows:
             row.request.num_computed += row.count
+            row.request.num_launched += row.count
     return [torch.stack(rows) for rows in logits]
 
 

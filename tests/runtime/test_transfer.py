@@ -1,11 +1,11 @@
-"""A step's arrays on their way to the device."""
+"""Arrays on their way to the device."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from octavo.runtime.forward_batch import to_device
+from octavo.runtime.transfer import to_device
 
 
 def test_arrays_arrive_in_one_copy_as_they_were() -> None:
