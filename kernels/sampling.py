@@ -1,11 +1,13 @@
 """From logits to tokens: drawing, log-probabilities, penalties. Tensors in, tensors out; knows no request, no seed and no stop.
 
-Each operation has a reference in torch, plainly written, which also serves every device but the CPU; the CPU has kernels.
+Each operation has a reference in torch, plainly written; CPU and GPU have kernels.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -14,6 +16,18 @@ from .cpu import logprobs as cpu_logprobs
 from .cpu import sampling as cpu_sampling
 from .cpu import sampling_penalties as cpu_penalties
 from .cpu.logit_rows import LOWEST_EXPONENT
+from .gpu.device import is_gpu
+
+IN_PROMPT: Final = 1 << 30  # of a token's count on the device: it stands in the prompt
+_CHUNK_LOGITS: Final = 1 << 22  # float64 numbers that log-probabilities take at a time on a GPU
+
+
+@functools.cache
+def _gpu_kernels() -> Any:
+    """The kernels for NVIDIA GPUs, imported at the first call."""
+    from .gpu import sampling as on_gpu
+
+    return on_gpu
 
 
 def sample_tokens(
@@ -46,6 +60,8 @@ def sample_tokens(
     ):
         if tensor is not None:
             _check_per_row(name, tensor, dtype, logits)
+    if is_gpu(logits.device):
+        return _gpu_kernels().sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)  # type: ignore[no-any-return]
     if logits.device.type == "cpu":
         return cpu_sampling.sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)
     return reference_sample_tokens(logits, temperature, top_k=top_k, top_p=top_p, min_p=min_p, uniform=uniform)
@@ -54,6 +70,8 @@ def sample_tokens(
 def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     """`sample_tokens` with every temperature 0: the largest logit's id (lowest among equals), or -1; int64 [B]."""
     _check_logits(logits)
+    if is_gpu(logits.device):
+        return _gpu_kernels().sample_tokens(logits, None, None, None, None, None)  # type: ignore[no-any-return]
     if logits.device.type == "cpu":
         return cpu_sampling.sample_tokens(logits, None, None, None, None, None)
     return reference_greedy_tokens(logits)
@@ -116,6 +134,8 @@ def top_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, k: int) -> tu
     vocab = logits.shape[1]
     if not 0 <= k <= vocab:
         raise ValueError(f"k={k} is not valid: it must be from 0 to the vocabulary size {vocab}")
+    if is_gpu(logits.device):
+        return _selected_logprobs(logits, token_ids, k)
     if logits.device.type != "cpu":
         return reference_top_logprobs(logits, token_ids, k=k)
     if token_ids.numel() and (int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab):
@@ -135,6 +155,26 @@ def reference_top_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, k: 
     ids = logits.argsort(dim=1, descending=True, stable=True)[:, :k]
     tops = logprobs.gather(1, ids)
     return chosen, torch.where(chosen.isnan().unsqueeze(1), -1, ids), tops
+
+
+def _selected_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`top_logprobs` by selection: logit and id make one whole number, so that the k greatest are in order and none is a tie."""
+    rows, vocab = logits.shape
+    chosen = logits.new_empty(rows)
+    ids, tops = token_ids.new_empty(rows, k), logits.new_empty(rows, k)
+    later = torch.arange(vocab - 1, -1, -1, device=logits.device)
+    chunk = max(1, _CHUNK_LOGITS // vocab)
+    for start in range(0, rows, chunk):
+        part, here = logits[start : start + chunk], slice(start, start + chunk)
+        usable = part.amax(1).isfinite()
+        norm = torch.where(usable, part.double().logsumexp(1), torch.nan)
+        chosen[here] = (part.gather(1, token_ids[here].unsqueeze(1)).squeeze(1) - norm).float()
+        bits = torch.where(part == 0, 0.0, part).view(torch.int32).long()
+        keys = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) << 32 | later
+        best = vocab - 1 - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
+        tops[here] = (part.gather(1, best) - norm.unsqueeze(1)).float()
+        ids[here] = torch.where(usable.unsqueeze(1), best, -1)
+    return chosen, ids, tops
 
 
 class TokenCounts:
@@ -220,6 +260,23 @@ def reference_apply_penalties(logits: torch.Tensor, penalties: PenaltyRows) -> N
         values = torch.where(values > 0, values / float(repetition), values * float(repetition))
         values = torch.where(generated > 0, values - float(frequency) * generated - float(presence), values)
         logits[row, ids] = values
+
+
+def apply_counted_penalties(
+    logits: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, factors: torch.Tensor
+) -> None:
+    """`apply_penalties` on a GPU, with counts that lie there: rows[i] of logits [B, V] is penalised by counts[slots[i]] and factors[i].
+
+    counts int32 [S, V]: how often a token was generated, plus IN_PROMPT where the prompt has it. rows, slots int32 [n], factors float32
+    [n, 3]: repetition, frequency, presence.
+    """
+    _check_logits(logits)
+    _gpu_kernels().penalise(logits, counts, rows, slots, factors)()
+
+
+def count_tokens(tokens: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    """Count tokens[rows[i]], where it is not -1, in counts[slots[i]]. tokens int64 [B]; the rest as in `apply_counted_penalties`."""
+    _gpu_kernels().count(tokens, counts, rows, slots)()
 
 
 def add_to_logits(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, values: torch.Tensor) -> None:

@@ -28,6 +28,7 @@ from ..kernels.gpu.device import DEVICES
 from ..kernels.gpu.inspection import Expected, KernelReport, faults, inspect
 from ..kernels.gpu.launchers import CannotBuild, build_launchers
 from ..kernels.paged_attention import plan_attention
+from ..kernels.sampling import apply_counted_penalties, count_tokens, greedy_tokens, sample_tokens
 from ..quant.build import KernelOptions
 from ..quant.checkpoint.hf_config import read_config
 from ..quant.checkpoint.open_reader import open_reader
@@ -206,6 +207,7 @@ def _compile_model(config: EngineConfig, compiler: Compiler, max_rows: int, tp_s
                 _call(linear, max_rows, bar, rows_too=linear is model.embedding)
         if rank == 0:  # the others' heads are as many
             _compute_steps(config, model, max_rows)
+            _sample(model.config.vocab_size)
     return reports[0]
 
 
@@ -277,3 +279,18 @@ def _compute_steps(config: EngineConfig, model: LlamaModel, max_rows: int) -> No
         batch = ForwardBatch(whole(tokens), whole(tokens), whole(tokens), plan, whole(num_sequences))
         model.forward(batch, pool, model.make_workspace(tokens))
         num_sequences *= 2
+
+
+def _sample(vocab: int) -> None:
+    """Draw from two rows in every way there is: greedily, with each filter, with penalties."""
+
+    def column(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(2, *shape, dtype=dtype, device=_META)
+
+    logits, floats, ints = column(torch.float32, vocab), column(torch.float32), column(torch.int32)
+    tokens = greedy_tokens(logits)
+    for top_k, top_p in ((None, None), (ints, None), (None, floats), (ints, floats)):
+        sample_tokens(logits, floats, top_k=top_k, top_p=top_p, uniform=column(torch.float64))
+    counts = column(torch.int32, vocab)
+    apply_counted_penalties(logits, counts, ints, ints, column(torch.float32, 3))
+    count_tokens(tokens, counts, ints, ints)

@@ -14,8 +14,10 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from ..kernels.sampling import PenaltyRows, TokenCounts, add_to_logits, apply_penalties, greedy_tokens, sample_tokens, top_logprobs
+from ..kernels.gpu.device import is_gpu
+from ..kernels.sampling import add_to_logits, greedy_tokens, sample_tokens, top_logprobs
 from .outputs import TokenLogprob
+from .penalties import DevicePenalties, HostPenalties, PenalisedRow, Penalties, PenaltyPlan
 from .sampling_params import SamplingParams
 from .transfer import Arrival, Fetch, HostCopy, to_device
 
@@ -92,27 +94,6 @@ def _mix(z: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int
     return z ^ (z >> np.uint64(31))
 
 
-class _History:
-    """What one penalised request has generated, and the counts that follow from it."""
-
-    def __init__(self, prompt_ids: Sequence[int]) -> None:
-        self.counts = TokenCounts(prompt_ids)
-        self._generated: list[int] = []
-
-    def prepare(self, row: SampleRow) -> None:
-        """Make the counts those of `row.step`: tokens from there on are forgotten, for they are about to be sampled anew."""
-        if row.step > len(self._generated):
-            raise ValueError(
-                f"request {row.request_id!r} is at step {row.step}, but only {len(self._generated)} tokens were sampled for it"
-            )
-        while len(self._generated) > row.step:
-            self.counts.forget(self._generated.pop())
-
-    def record(self, token: int) -> None:
-        self._generated.append(token)
-        self.counts.add(token)
-
-
 @dataclass(frozen=True)
 class _Request:
     """One request's wishes in the form a step wants them."""
@@ -120,7 +101,7 @@ class _Request:
     params: SamplingParams
     seed: int
     forbidden_until_min: tuple[int, ...]
-    history: _History | None  # None when no penalty needs it
+    is_penalised: bool
     bias: tuple[tuple[int, float], ...]
 
 
@@ -142,8 +123,7 @@ class _Plan:
     top_p: torch.Tensor | None
     min_p: torch.Tensor | None
     seeds: np.ndarray[tuple[int], np.dtype[np.uint64]]
-    penalties: PenaltyRows | None
-    histories: list[tuple[_History, list[int]]]  # and the rows of its request
+    penalties: PenaltyPlan | None
     min_tokens: list[tuple[int, int]]  # (row, min_tokens) of rows that forbid tokens for a while
     biased: list[int]
     logprob_rows: list[int]
@@ -163,6 +143,7 @@ class Sampler:
         self._fetch = fetch
         self._generator = random.Random(random_seed)
         self._requests: dict[str, _Request] = {}
+        self._penalties: Penalties = DevicePenalties(self._device) if is_gpu(self._device) else HostPenalties()
         self._plan: _Plan | None = None
 
     def add(self, request_id: str, params: SamplingParams, prompt_ids: Sequence[int], forbidden_until_min: tuple[int, ...]) -> None:
@@ -175,13 +156,16 @@ class Sampler:
             params=params,
             seed=(self._generator.getrandbits(64) if params.seed is None else params.seed) % 2**64,
             forbidden_until_min=tuple(forbidden_until_min) if params.min_tokens > 0 else (),
-            history=_History(prompt_ids if repeats else ()) if penalised else None,
+            is_penalised=penalised,
             bias=tuple(params.logit_bias.items()),
         )
+        if penalised:
+            self._penalties.add(request_id, prompt_ids if repeats else ())
 
     def remove(self, request_id: str) -> None:
         """Forget a request; KeyError if it was never added. A retracted request stays."""
-        del self._requests[request_id]
+        if self._requests.pop(request_id).is_penalised:
+            self._penalties.remove(request_id)
         if self._plan is not None and request_id in self._plan.request_ids:
             self._plan = None
 
@@ -193,32 +177,30 @@ class Sampler:
         """Sample one token for each row of logits float32 [B, V], which may be overwritten.
 
         A request may stand in several rows, by rising step; its penalties then see what was sampled before this call, and all
-        its tokens are taken to follow each other. Sampling an earlier step again forgets what came after. Raises KeyError for an
-        unknown request and ValueError for a step that lies beyond what a penalised request has been sampled for.
+        its tokens are taken to follow each other. On the CPU sampling an earlier step again forgets what came after. Raises KeyError
+        for an unknown request and ValueError for a step that does not follow what a penalised request has been sampled for.
         """
         if len(rows) != logits.shape[0]:
             raise ValueError(f"{logits.shape[0]} rows of logits, but {len(rows)} rows to sample")
         plan = self._plan_for(rows)
         raw = self._raw_rows(logits, plan)
-        self._edit(logits, plan, rows)
+        steps = [row.step for row in rows]
+        self._edit(logits, plan, steps)
         if plan.temperature is None:
             tokens = greedy_tokens(logits)
         else:
-            uniform = uniform_numbers(plan.seeds, [row.step for row in rows]).to(self._device)
+            (uniform,) = to_device([uniform_numbers(plan.seeds, steps).numpy()], self._device)
             tokens = sample_tokens(logits, plan.temperature, top_k=plan.top_k, top_p=plan.top_p, min_p=plan.min_p, uniform=uniform)
-        if plan.histories:
-            token_ids = tokens.tolist()
-            for history, indices in plan.histories:
-                for index in indices:
-                    if token_ids[index] >= 0:
-                        history.record(token_ids[index])
         reported = () if raw is None else _token_logprobs(raw, tokens[plan.logprob_index].clamp_(min=0), max(plan.num_logprobs))
-        return PendingSample(tokens, self._fetch([tokens, *reported]), plan)
+        arrival = self._fetch([tokens, *reported])
+        if plan.penalties is not None:
+            plan.penalties.record(tokens)  # last: what fails before it may be sampled again
+        return PendingSample(tokens, arrival, plan)
 
     def _plan_for(self, rows: Sequence[SampleRow]) -> _Plan:
         request_ids = [row.request_id for row in rows]
         if self._plan is None or self._plan.request_ids != request_ids:
-            self._plan = _make_plan(request_ids, [self._requests[request_id] for request_id in request_ids], self._device)
+            self._plan = _make_plan(request_ids, [self._requests[request_id] for request_id in request_ids], self._penalties, self._device)
         return self._plan
 
     def _raw_rows(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
@@ -230,14 +212,12 @@ class Sampler:
             return logits.clone() if changes else logits
         return logits.index_select(0, plan.logprob_index)
 
-    def _edit(self, logits: torch.Tensor, plan: _Plan, rows: Sequence[SampleRow]) -> None:
+    def _edit(self, logits: torch.Tensor, plan: _Plan, steps: Sequence[int]) -> None:
         """Penalties, then biases and forbidden tokens."""
         if plan.penalties is not None:
-            for history, indices in plan.histories:
-                history.prepare(rows[indices[0]])
-            apply_penalties(logits, plan.penalties)
+            plan.penalties.apply(logits, steps)
         if plan.min_tokens or plan.biased:
-            forbidding = [index for index, min_tokens in plan.min_tokens if rows[index].step < min_tokens]
+            forbidding = [index for index, min_tokens in plan.min_tokens if steps[index] < min_tokens]
             if plan.forbidding != forbidding:
                 plan.forbidding = forbidding
                 plan.edits = self._make_edits(plan, forbidding)
@@ -251,44 +231,41 @@ class Sampler:
         if not entries:
             return None
         places, tokens, values = zip(*entries, strict=True)
-        return _Edits(
-            torch.tensor(places, device=self._device),
-            torch.tensor(tokens, device=self._device),
-            torch.tensor(values, dtype=torch.float32, device=self._device),
-        )
+        arrays = (np.array(places, dtype=np.int64), np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32))
+        return _Edits(*to_device(arrays, self._device))
 
 
-def _make_plan(request_ids: list[str], requests: list[_Request], device: torch.device) -> _Plan:
+def _make_plan(request_ids: list[str], requests: list[_Request], penalties: Penalties, device: torch.device) -> _Plan:
     params = [request.params for request in requests]
     drawn = [p for p in params if not p.is_greedy]
-    penalised = [(row, r.params, r.history) for row, r in enumerate(requests) if r.history is not None]
-    rows_of: dict[int, tuple[_History, list[int]]] = {}
-    for row, _, history in penalised:
-        rows_of.setdefault(id(history), (history, []))[1].append(row)
+    penalised = [
+        PenalisedRow(row, request_ids[row], (p.repetition_penalty, p.frequency_penalty, p.presence_penalty))
+        for row, p in enumerate(params)
+        if requests[row].is_penalised
+    ]
     logprob_rows = [row for row, p in enumerate(params) if p.logprobs is not None]
-
-    def column(values: list[float] | list[int], dtype: torch.dtype, *, needed: bool) -> torch.Tensor | None:
-        return torch.tensor(values, dtype=dtype, device=device) if needed else None
-
+    temperature, top_k, top_p, min_p, logprob_index = to_device(
+        (
+            np.array([0.0 if p.is_greedy else p.temperature for p in params], dtype=np.float32),
+            np.array([_int32(p.top_k) for p in params], dtype=np.int32),
+            np.array([p.top_p for p in params], dtype=np.float32),
+            np.array([p.min_p for p in params], dtype=np.float32),
+            np.array(logprob_rows, dtype=np.int64),
+        ),
+        device,
+    )
     return _Plan(
         request_ids=request_ids,
-        temperature=column([0.0 if p.is_greedy else p.temperature for p in params], torch.float32, needed=bool(drawn)),
-        top_k=column([_int32(p.top_k) for p in params], torch.int32, needed=any(p.top_k > 0 for p in drawn)),
-        top_p=column([p.top_p for p in params], torch.float32, needed=any(p.top_p < 1 for p in drawn)),
-        min_p=column([p.min_p for p in params], torch.float32, needed=any(p.min_p > 0 for p in drawn)),
+        temperature=temperature if drawn else None,
+        top_k=top_k if any(p.top_k > 0 for p in drawn) else None,
+        top_p=top_p if any(p.top_p < 1 for p in drawn) else None,
+        min_p=min_p if any(p.min_p > 0 for p in drawn) else None,
         seeds=np.array([request.seed for request in requests], dtype=np.uint64),
-        penalties=PenaltyRows(
-            [row for row, _, _ in penalised],
-            [history.counts for _, _, history in penalised],
-            [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, _ in penalised],
-        )
-        if penalised
-        else None,
-        histories=list(rows_of.values()),
+        penalties=penalties.plan(penalised) if penalised else None,
         min_tokens=[(row, r.params.min_tokens) for row, r in enumerate(requests) if r.forbidden_until_min],
         biased=[row for row, request in enumerate(requests) if request.bias],
         logprob_rows=logprob_rows,
-        logprob_index=torch.tensor(logprob_rows, dtype=torch.int64, device=device),
+        logprob_index=logprob_index,
         num_logprobs=[params[row].logprobs or 0 for row in logprob_rows],
         no_logprobs=[None] * len(params),
     )

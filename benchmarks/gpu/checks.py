@@ -95,7 +95,7 @@ def _(case: ScaledCase, place: Place, tile: Tile | None) -> float:
         tile or tile_for(facts, packed.op, m), padded, x_scale, x_group, packed, bias, out.tensor, device=facts,
         workspace=workspace,
     )  # fmt: skip
-    _run_twice(launched, [out], place)
+    run_twice(launched, [out], place)
     assert int(workspace.arrived.abs().sum()) == 0, "counters of split-K were left above zero"
     x = x.to(place.device)
     exact = scaled_reference(x, x_scale, x_group, weight, bias, torch.empty(m, n, dtype=torch.float64, device=place.device))
@@ -121,7 +121,7 @@ def _(case: GroupedCase, place: Place, tile: Tile | None) -> float:
     ordered = x if packed.permutation is None else x.index_select(1, packed.permutation)
     tile = tile or tile_for(place.facts, grouped_linear.op_of(packed, x.dtype), m)
     launched = grouped_linear._launch(tile, ordered, packed, bias, out.tensor, device=place.facts, workspace=workspace, x_scale=x_scale)
-    _run_twice(launched, [out], place)
+    run_twice(launched, [out], place)
     assert int(workspace.arrived.abs().sum()) == 0, "counters of split-K were left above zero"
     inputs = x.double() if x_scale is None else x.double() * x_scale.double()
     dense = dequantize(data.one_level(weight).to(place.device), torch.float64)
@@ -136,7 +136,7 @@ def _(case: GroupedCase, place: Place, tile: Tile | None) -> float:
 def _(case: DequantizeCase, place: Place, tile: Tile | None) -> float:
     weight = data.fp8_weight(case.n, case.k, case.group or case.k) if case.is_fp8 else grouped_weight_of(case)
     out = Guarded((case.n, case.k), DTYPES[case.dtype], stride=case.k + 8, device=place.device)
-    _run_twice(grouped_linear.dequantize(grouped_format.pack(weight.to(place.device)), out.tensor), [out], place)
+    run_twice(grouped_linear.dequantize(grouped_format.pack(weight.to(place.device)), out.tensor), [out], place)
     exact = dequantize(data.one_level(weight), torch.float64).to(place.device)
     taken = torch.tensor([case.n - 1, 0, 0], device=place.device)
     rows = grouped_format.rows(grouped_format.pack(weight.to(place.device)), taken)
@@ -276,7 +276,7 @@ def activation_of(case: LinearCase) -> ActivationFormat | None:
     return ActivationFormat(dtype, "token" if case.inputs == "token" else "tensor", dynamic=case.inputs == "token")
 
 
-def _run_twice(launched: Launch, outputs: list[Guarded], place: Place) -> None:
+def run_twice(launched: Callable[[], None], outputs: list[Guarded], place: Place) -> None:
     """Two runs and on a GPU a replayed graph give the same bits, and store nowhere else."""
     found = []
     runs: list[Callable[[], None]] = [launched, launched]
@@ -294,8 +294,8 @@ def _run_twice(launched: Launch, outputs: list[Guarded], place: Place) -> None:
             assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)), f"{name} gives other bits"
 
 
-def _replay(launched: Launch) -> None:
-    """Capture and replay a launch that has run before: its first call loads it, which no capture allows."""
+def _replay(launched: Callable[[], None]) -> None:
+    """Capture and replay launches that have run before: its first call loads it, which no capture allows."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launched()

@@ -22,12 +22,13 @@ from .attention_cases import attention_cases
 from .cases import Named, all_cases, quick_cases
 from .checks import Place, Refused, check
 from .record import Budget, Record, one_line
+from .sampling_cases import sampling_cases
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 _PATTERN = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 _BATCH = 8
 _CASE_S = 10.0
-_RACE_FREE = ("_split", "_stream", "_multiply", "_dequantize", "_attend", "_plan")
+_RACE_FREE = ("_split", "_stream", "_multiply", "_dequantize", "_attend", "_plan", "_peaks", "_search", "_kept")
 _SANITIZED_S = 60.0  # what starting one tool takes at least
 
 
@@ -54,7 +55,7 @@ def run(record: Record, place: Place, budget: Budget, *, jobs: int, save: Callab
 def cases_of(arch: int, *, quick: bool) -> list[Named]:
     """What is checked on an architecture, all of it or little."""
     linears = quick_cases(arch) if quick else all_cases(arch)
-    return [*linears, *attention_cases(quick=quick)]
+    return [*linears, *attention_cases(quick=quick), *sampling_cases(quick=quick)]
 
 
 def summary(record: Record, names: Sequence[str]) -> str:

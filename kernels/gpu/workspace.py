@@ -10,7 +10,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-Purpose = Literal["inputs", "parts", "weights"]  # inputs as codes; partial sums; weights as they are multiplied
+Purpose = Literal["inputs", "parts", "weights", "sampling"]  # inputs as codes; partial sums; weights as they are multiplied; states of rows
 MAX_TILES: Final = 1 << 16  # counters of tiles whose parts arrive one by one
 
 

@@ -198,7 +198,7 @@ def test_greedy_batch_costs_an_argmax_only(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a stage that no row needs")
 
-    for name in ("sample_tokens", "apply_penalties", "add_to_logits", "top_logprobs", "uniform_numbers"):
+    for name in ("sample_tokens", "PenalisedRow", "add_to_logits", "top_logprobs", "uniform_numbers"):
         monkeypatch.setattr(sampler_module, name, refuse)
     sampler = Sampler()
     sampler.add("a", SamplingParams(temperature=0, top_p=0.5), [], (2,))

@@ -173,6 +173,37 @@ def test_attention_is_sound(arch: int, sizes: tuple[tuple[int, int], ...]) -> No
             assert units[0] == ("HGMMA" if is_prompt else "HMMA"), (name, units)
 
 
+SAMPLING = """
+    import json
+    import torch
+    from octavo.kernels.gpu import inspection, sampling
+    from octavo.kernels.gpu.ahead import target
+    from octavo.kernels.gpu.workspace import Workspace
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+    found = {}
+    logits, floats, ints = empty(64, 128256), empty(64), empty(64, dtype=torch.int32)
+    tokens, workspace = empty(64, dtype=torch.int64), Workspace(torch.device("meta"))
+    with target(ARCH) as compiler:
+        for heat, k, p in ((None, None, None), (floats, None, None), (floats, ints, floats)):
+            for launch in sampling.launches(logits, heat, k, p, floats, empty(64, dtype=torch.float64), tokens, workspace):
+                launch()
+        sampling.penalise(logits, empty(9, 128256, dtype=torch.int32), ints, ints, empty(64, 3))()
+    for compiled in compiler.compiled.values():
+        report = inspection.inspect(compiled)
+        found[f"{report.name} {sorted(compiled.options.items())}"] = list(inspection.faults(report, inspection.Expected(wide_loads=True)))
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=pytest.mark.long), pytest.param(120, marks=pytest.mark.long)])
+def test_sampling_is_sound(arch: int) -> None:
+    found = run_python(SAMPLING.replace("ARCH", str(arch)))
+    assert len(found) == 13
+    assert {name: faults for name, faults in found.items() if faults} == {}
+
+
 # What is wrong with a kernel is found
 
 
