@@ -61,12 +61,14 @@ def plan_attention(
     head_dim: int,
     kv_dtype: torch.dtype = torch.bfloat16,
     num_tokens: int | None = None,
+    deterministic: bool = False,
 ) -> AttentionPlan:
     """Cut one step's attention into tasks. Cost: some tens of microseconds, once a step.
 
     query_start int32 [B + 1] from 0, context_len int32 [B] >= each query count, page_table int32 [B, max_pages]; contiguous, on the
     device where attention will run. num_heads is a multiple of num_kv_heads, head_dim a multiple of 8 from 16 to 256. GPUs want to know
-    what pages hold, `kv_dtype`, and the last of query_start, `num_tokens`: reading it would make the host wait.
+    what pages hold, `kv_dtype`, and the last of query_start, `num_tokens`: reading it would make the host wait. `deterministic`: a query's
+    bits depend on nothing but its own sequence, on GPUs too, at the price of slower steps with long contexts.
     """
     for name, value, ndim in (("query_start", query_start, 1), ("context_len", context_len, 1), ("page_table", page_table, 2)):
         if value.dtype != torch.int32 or value.ndim != ndim or not value.is_contiguous():
@@ -89,6 +91,7 @@ def plan_attention(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             kv_dtype=kv_dtype,
+            deterministic=deterministic,
         )
     elif query_start.device.type == "cpu":
         from .cpu.attention_work import divide

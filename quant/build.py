@@ -17,11 +17,15 @@ from .self_check import SelfCheck
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """What a user may ask of the choice. `self_check` None: kernels are not checked against the reference."""
+    """What a user may ask of the choice. `self_check` None: kernels are not checked against the reference.
+
+    `deterministic`: of kernels that give a row the same bits however many rows there are.
+    """
 
     backend: str | None = None
     allow_reference: bool = False
     self_check: SelfCheck | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,7 @@ def build_kernels(
             activation_dtype=activation_dtype,
             form=part.form,
             scheme=part.scheme,
+            deterministic=options.deterministic,
         )
         selection = choose_kernel(spec, options)
         kernel = selection.kernel(spec, part.weights)

@@ -42,7 +42,7 @@ class PackedPanels(LinearKernel):
             return reason
         if spec.activation_dtype != torch.float32:
             return f"takes float32 activations, not {spec.activation_dtype}"
-        if spec.weight_dtype == torch.bfloat16 and cpu_has_bf16_units():
+        if spec.weight_dtype == torch.bfloat16 and cpu_has_bf16_units() and not spec.deterministic:
             return "this CPU has bfloat16 units, with which oneDNN is faster"
         return None
 
@@ -72,6 +72,7 @@ class TorchMatmul(LinearKernel):
     """torch's matmul in the weight's dtype: cuBLAS on CUDA, oneDNN or MKL on the CPU."""
 
     name: ClassVar[str] = "torch_matmul"
+    repeats: ClassVar[bool] = False
 
     @staticmethod
     def takes(form: WeightForm) -> bool:

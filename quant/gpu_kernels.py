@@ -62,7 +62,8 @@ class _Scaled(LinearKernel):
         if codes.dtype == torch.uint8:  # around the middle
             codes = (codes ^ 128).view(torch.int8)
         self._gemm, self._quantize = scaled_linear, quantize_rows
-        self._device, self._workspace = device_of(spec.device), workspace_of(codes.device)
+        self._device = device_of(spec.device, deterministic=spec.deterministic)
+        self._workspace = workspace_of(codes.device)
         self._weight = scaled_linear.pack(ScaledWeight(codes, weight.scale.float().contiguous(), 1, weight.group_size))
         self._x_group = activation.group_size if activation.granularity == "group" and activation.group_size else spec.in_features
         self._static = None if activation.dynamic else weights.input_scale
@@ -181,7 +182,7 @@ class TritonWeightOnly(LinearKernel):
         assert isinstance(weights.weight, GroupedWeight)
         self._kernel, self._format, self._tile_for = grouped_linear, grouped_format, config.tile_for
         self._weight = grouped_format.pack(weights.weight)
-        self._device: Device = device_of(spec.device)
+        self._device: Device = device_of(spec.device, deterministic=spec.deterministic)
         self._workspace = workspace_of(self._weight.data.device)
         self._bias, self._activation_dtype = _bias(spec, weights), spec.activation_dtype
 
@@ -255,3 +256,45 @@ def _refuses_codes(spec: LinearSpec) -> str | None:
     from ..kernels.gpu import grouped_format
 
     return grouped_format.refuses(bits=spec.form.bits, in_features=spec.in_features)
+
+
+class TritonDense(LinearKernel):
+    """16-bit weights and inputs (kernels/gpu/dense_linear.py), where torch's matmul would give a row other bits beside other rows."""
+
+    name: ClassVar[str] = "triton_dense"
+
+    @staticmethod
+    def takes(form: WeightForm) -> bool:
+        return form.kind == "dense"
+
+    @staticmethod
+    def refuses(spec: LinearSpec) -> str | None:
+        reason = refuses_gpu(spec)
+        if reason is not None:
+            return reason
+        if not TritonDense.takes(spec.form) or spec.weight_dtype != spec.activation_dtype:
+            return f"multiplies dense weights with inputs of their dtype, not {spec.form.describe()} of {spec.weight_dtype}"
+        return None
+
+    def __init__(self, spec: LinearSpec, weights: LinearWeights) -> None:
+        from ..kernels.gpu import dense_linear
+        from ..kernels.gpu.device import device_of
+        from ..kernels.gpu.workspace import workspace_of
+
+        assert isinstance(weights.weight, torch.Tensor)
+        self._weight = weights.weight.to(spec.device).contiguous()
+        self._kernel, self._bias = dense_linear, _bias(spec, weights.to(spec.device))
+        self._device: Device = device_of(spec.device, deterministic=spec.deterministic)
+        self._workspace = workspace_of(self._weight.device)
+
+    def __call__(self, x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        if x.shape[0]:
+            self._kernel.launch(x, self._weight, self._bias, out, device=self._device, workspace=self._workspace)()
+        return out
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        return self._weight[indices]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight.nbytes

@@ -21,6 +21,7 @@ class TorchScaledMM(TritonFp8):
     """torch._scaled_mm (cuBLAS), scales per token and per channel; inputs are quantized as for our own kernel."""
 
     name: ClassVar[str] = "torch_scaled_mm"
+    repeats: ClassVar[bool] = False
 
     @staticmethod
     def refuses(spec: LinearSpec) -> str | None:
@@ -48,6 +49,7 @@ class TorchInt4Pack(LinearKernel):
     """torch._weight_int4pack_mm (tinygemm): bfloat16 inputs, int4 weights, scales and zero points rounded to bfloat16."""
 
     name: ClassVar[str] = "torch_int4pack"
+    repeats: ClassVar[bool] = False
 
     @staticmethod
     def takes(form: WeightForm) -> bool:
@@ -106,6 +108,7 @@ class AwqExtension(LinearKernel):
     """autoawq-kernels' GEMM: float16 inputs, int4 weights in AutoAWQ's own layout."""
 
     name: ClassVar[str] = "autoawq_kernels"
+    repeats: ClassVar[bool] = False
 
     @staticmethod
     def takes(form: WeightForm) -> bool:

@@ -130,6 +130,7 @@ class LinearSpec:
     activation_dtype: torch.dtype
     form: WeightForm
     scheme: str = "dense"
+    deterministic: bool = False  # a row's bits must not depend on how many rows there are
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +147,7 @@ class LinearKernel(ABC):
 
     name: ClassVar[str]
     is_reference: ClassVar[bool] = False
+    repeats: ClassVar[bool] = True  # can give a row the same bits however many rows there are, when the spec asks for it
 
     @staticmethod
     @abstractmethod
@@ -209,15 +211,21 @@ def select_kernel(spec: LinearSpec, kernels: tuple[type[LinearKernel], ...], *, 
     if backend is not None:
         forced = next((kernel for kernel in kernels if kernel.name == backend and kernel.takes(spec.form)), None)
         if forced is not None:
-            reason = forced.refuses(spec)
+            reason = _refusal(forced, spec)
             if reason is not None:
                 raise NoKernel(f"--linear-backend {backend} cannot compute {layer}: {reason}. Leave the option out to have one chosen")
             return Selection(forced, ())
     refusals: list[tuple[str, str]] = []
     for kernel in kernels:
-        reason = kernel.refuses(spec)
+        reason = _refusal(kernel, spec)
         if reason is None:
             return Selection(kernel, tuple(refusals))
         refusals.append((kernel.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
     raise NoKernel(f"no kernel takes {layer}: {reasons}")
+
+
+def _refusal(kernel: type[LinearKernel], spec: LinearSpec) -> str | None:
+    if spec.deterministic and not kernel.repeats:
+        return "gives a row other bits when there are other rows, which --deterministic rules out"
+    return kernel.refuses(spec)

@@ -10,7 +10,7 @@ import torch
 from ..kernels.gpu.device import device_of, is_gpu
 from .cpu_kernels import GroupedPanels, Int8Panels, WidePanels
 from .dense_kernels import PackedPanels, TorchMatmul
-from .gpu_kernels import TritonFp8, TritonInt8, TritonW4A8, TritonWeightOnly
+from .gpu_kernels import TritonDense, TritonFp8, TritonInt8, TritonW4A8, TritonWeightOnly
 from .gpu_peer_kernels import AwqExtension, TorchInt4Pack, TorchScaledMM
 from .linear import LinearKernel
 from .reference_kernel import FloatReference
@@ -19,8 +19,8 @@ ENTRY_POINTS = "octavo.quant"  # packages outside the tree: an entry point names
 
 # By platform; a GPU takes the list of its own architecture, or the newest one below it. Behind the kernels that are taken by themselves
 # stand those to be chosen by name: other people's, and TritonW4A8, which quantizes inputs though the format does not.
-_WEIGHT_ONLY: tuple[type[LinearKernel], ...] = (TorchMatmul, TritonInt8, TritonWeightOnly)
-_FP8: tuple[type[LinearKernel], ...] = (TorchMatmul, TritonFp8, TritonInt8, TritonWeightOnly, TritonW4A8, TorchScaledMM)
+_WEIGHT_ONLY: tuple[type[LinearKernel], ...] = (TorchMatmul, TritonDense, TritonInt8, TritonWeightOnly)
+_FP8: tuple[type[LinearKernel], ...] = (TorchMatmul, TritonDense, TritonFp8, TritonInt8, TritonWeightOnly, TritonW4A8, TorchScaledMM)
 _INT4: tuple[type[LinearKernel], ...] = (TorchInt4Pack, AwqExtension, FloatReference)
 _KERNELS: dict[str, tuple[type[LinearKernel], ...]] = {
     "cpu": (PackedPanels, Int8Panels, WidePanels, GroupedPanels, TorchMatmul, FloatReference),

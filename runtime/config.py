@@ -62,6 +62,7 @@ class EngineConfig:
     disable_overlap_schedule: bool = False  # on CUDA: launch a step only when the one before it has landed
     max_radix_cache_len: int | None = None  # cap on evictable cached tokens
     random_seed: int | None = None
+    deterministic: bool = False  # a request's tokens do not depend on the batch, the cache or the chunking, to the bit
     num_threads: int | None = None  # compute threads on the CPU; None: the cores this process may use
 
     def __post_init__(self) -> None:

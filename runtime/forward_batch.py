@@ -47,6 +47,7 @@ def make_forward_batch(
     head_dim: int,
     kv_dtype: torch.dtype,
     device: torch.device,
+    deterministic: bool = False,
 ) -> ForwardBatch:
     """Lay a batch out as tensors on `device`. `awaited` int64 [n], there, are the tokens of the last step, which the host need not know."""
     rows = batch.rows
@@ -80,6 +81,7 @@ def make_forward_batch(
         head_dim=head_dim,
         kv_dtype=kv_dtype,
         num_tokens=total,
+        deterministic=deterministic,
     )
     return ForwardBatch(input_ids, moved[1], moved[2], plan, moved[3])
 

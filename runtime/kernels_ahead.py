@@ -207,7 +207,6 @@ def _compile_model(config: EngineConfig, compiler: Compiler, max_rows: int, tp_s
                 _call(linear, max_rows, bar, rows_too=linear is model.embedding)
         if rank == 0:  # the others' heads are as many
             _compute_steps(config, model, max_rows)
-            _sample(model.config.vocab_size)
     return reports[0]
 
 
@@ -222,7 +221,7 @@ def _model(config: EngineConfig, files: ModelFiles, group: TensorParallelGroup) 
         module, _, last = name.rpartition(".")
         stored.setdefault(module, set()).add(f"{last} {info.stored}")
     formats = ModuleFormats(files, described, reader.tensors(), quantization=config.quantization)
-    options = KernelOptions(config.linear_backend, allow_reference=True)
+    options = KernelOptions(config.linear_backend, allow_reference=True, deterministic=config.deterministic)
     source = HeaderSource(
         reader, formats, weight_dtype=dtype, activation_dtype=dtype, device=_META, kernel_options=options, show_progress=False
     )
@@ -274,11 +273,12 @@ def _compute_steps(config: EngineConfig, model: LlamaModel, max_rows: int) -> No
         plan = plan_attention(
             whole(num_sequences + 1, dtype=torch.int32), whole(num_sequences, dtype=torch.int32),
             whole(num_sequences, 8, dtype=torch.int32), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
-            head_dim=model.config.head_dim, kv_dtype=kv_dtype, num_tokens=tokens,
+            head_dim=model.config.head_dim, kv_dtype=kv_dtype, num_tokens=tokens, deterministic=config.deterministic,
         )  # fmt: skip
         batch = ForwardBatch(whole(tokens), whole(tokens), whole(tokens), plan, whole(num_sequences))
         model.forward(batch, pool, model.make_workspace(tokens))
         num_sequences *= 2
+    _sample(model.config.vocab_size)
 
 
 def _sample(vocab: int) -> None:

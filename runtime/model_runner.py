@@ -37,6 +37,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, files: ModelFiles, *, show_progress: bool = True) -> None:
         """`config` is resolved. Raises CheckpointError, UnsupportedModel, OutOfMemoryPlan or ValueError with the remedy; KernelFault."""
         started = time.perf_counter()
+        self._deterministic = config.deterministic
         self.device = choose_device(config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or 1)
@@ -80,7 +81,8 @@ class ModelRunner:
 
     def _source(self, config: EngineConfig, files: ModelFiles, activation_dtype: torch.dtype, *, show_progress: bool) -> WeightSource:
         """Where weights come from: the files, or nowhere."""
-        options = KernelOptions(config.linear_backend, config.allow_reference, None if config.skip_kernel_check else SelfCheck())
+        self_check = None if config.skip_kernel_check else SelfCheck()
+        options = KernelOptions(config.linear_backend, config.allow_reference, self_check, config.deterministic)
         described = read_config(files)
         if not config.needs_weights:
             return DummySource(
@@ -118,6 +120,7 @@ class ModelRunner:
             head_dim=model.head_dim,
             kv_dtype=self.kv_dtype,
             device=self.device,
+            deterministic=self._deterministic,
         )
         return self.model.forward(forward_batch, self.pool, self._workspace)
 

@@ -149,6 +149,11 @@ def _add_model(parser: Parser) -> None:
         "--context-length", type=whole_number, metavar="N", help=_engine("tokens of prompt and answer together", "context_length")
     )
     group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="give a request the same tokens whatever else is computed, cached or cut into chunks; slower on a GPU, free on the CPU",
+    )
+    group.add_argument(
         "--random-seed", "--seed", type=whole_number, metavar="N", help=_engine("for requests without a seed", "random_seed")
     )
     group.add_argument("--num-threads", type=whole_number, metavar="N", help=_engine("compute threads on the CPU", "num_threads"))

@@ -119,11 +119,11 @@ def _filled(case: AttentionCase, kind: torch.dtype, place: Place) -> tuple[Tenso
         page, offset = table[b].long()[position // case.page_size], position % case.page_size
         for tensor in numbers:
             tensor[page, :, offset] = torch.randn(context, case.kv_heads, case.dim, generator=source)
-    k_pages, v_pages = (_stored(tensor.to(place.device), kind) for tensor in numbers)
+    k_pages, v_pages = (stored(tensor.to(place.device), kind) for tensor in numbers)
     return k_pages, v_pages, table.to(place.device)
 
 
-def _stored(numbers: Tensor, kind: torch.dtype) -> Tensor:
+def stored(numbers: Tensor, kind: torch.dtype) -> Tensor:
     """Pages that hold `numbers`."""
     if kind not in CODE_RANGE:
         return numbers.to(kind)
@@ -140,7 +140,7 @@ def _magnitudes(pages: Tensor, kind: torch.dtype) -> Tensor:
     if kind not in CODE_RANGE:
         return pages.abs()
     codes, scales = split_rows(pages, kind)
-    return _stored(codes.view(kind).float().abs() * scales.unsqueeze(-1), kind)
+    return stored(codes.view(kind).float().abs() * scales.unsqueeze(-1), kind)
 
 
 @check_case.register

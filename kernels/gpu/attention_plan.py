@@ -41,9 +41,9 @@ class Items:
         return self.items.shape[0]
 
 
-@triton.jit(do_not_specialize=["num_sequences", "most", "wanted", "fixed_chunk"])
+@triton.jit(do_not_specialize=["num_sequences", "most", "wanted", "fixed_chunk", "least_queries"])
 def _plan(
-    query_start, context_len, items, chunk, num_sequences, most, wanted, fixed_chunk,
+    query_start, context_len, items, chunk, num_sequences, most, wanted, fixed_chunk, least_queries,
     QUERIES: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr, SEQUENCES: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.arange(0, SEQUENCES)
@@ -59,7 +59,7 @@ def _plan(
         if tl.program_id(0) == 0:
             tl.store(chunk, size)
     else:
-        count = tl.where(num_queries > 1, tl.cdiv(num_queries, QUERIES), 0)
+        count = tl.where(num_queries >= least_queries, tl.cdiv(num_queries, QUERIES), 0)
     ends = tl.cumsum(count, 0)
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     is_past = ends[None, :] <= item[:, None]
@@ -75,9 +75,9 @@ def most_splits(num_sequences: int, *, num_kv_heads: int, device: Device) -> int
     return num_sequences + _wanted(num_kv_heads, device)
 
 
-def most_tiles(num_sequences: int, num_tokens: int, queries: int) -> int:
-    """Tiles of `queries` queries that sequences of more than one query have at most, `num_tokens` in all."""
-    return num_tokens // queries + min(num_sequences, num_tokens // 2)
+def most_tiles(num_sequences: int, num_tokens: int, queries: int, *, least_queries: int = 2) -> int:
+    """Tiles of `queries` queries that sequences of at least `least_queries` have at most, `num_tokens` in all."""
+    return num_tokens // queries + min(num_sequences, num_tokens // least_queries)
 
 
 def launch_splits(
@@ -89,19 +89,19 @@ def launch_splits(
     `out` must have room for all.
     """
     wanted = _wanted(num_kv_heads, device)
-    return _launch(query_start, context_len, out, wanted, fixed_chunk)
+    return _launch(query_start, context_len, out, wanted, fixed_chunk, 0)
 
 
-def launch_tiles(query_start: Tensor, context_len: Tensor, out: Items) -> Launch:
-    """The launch that fills `out` for the sequences with more than one query."""
-    return _launch(query_start, context_len, out, 1, 0)
+def launch_tiles(query_start: Tensor, context_len: Tensor, out: Items, *, least_queries: int = 2) -> Launch:
+    """The launch that fills `out` for the sequences with at least `least_queries` queries."""
+    return _launch(query_start, context_len, out, 1, 0, least_queries)
 
 
-def _launch(query_start: Tensor, context_len: Tensor, out: Items, wanted: int, fixed_chunk: int) -> Launch:
+def _launch(query_start: Tensor, context_len: Tensor, out: Items, wanted: int, fixed_chunk: int, least_queries: int) -> Launch:
     num_sequences = context_len.shape[0]
     if num_sequences > MAX_SEQUENCES:
         raise ValueError(f"a step has at most {MAX_SEQUENCES} sequences, not {num_sequences}")
-    args = (query_start, context_len, out.items, out.chunk, num_sequences, out.most, wanted, fixed_chunk)
+    args = (query_start, context_len, out.items, out.chunk, num_sequences, out.most, wanted, fixed_chunk, least_queries)
     sequences = max(16, triton.next_power_of_2(num_sequences))
     items = min(_ITEMS, _CELLS // sequences)
     options = {

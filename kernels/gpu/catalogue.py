@@ -14,7 +14,7 @@ import torch
 
 from ..grouped_linear import GroupedWeight
 from ..scaled_linear import ScaledWeight
-from . import grouped_format, grouped_linear, scaled_linear
+from . import dense_linear, grouped_format, grouped_linear, scaled_linear
 from .config import Tile, entries, operations
 from .device import Device
 from .inspection import Expected
@@ -95,7 +95,13 @@ def _grouped(
     return build
 
 
+def _dense(tile: Tile, m: int, n: int, k: int, device: Device) -> Launch:
+    x, weight, out = (torch.empty(*shape, dtype=torch.bfloat16, device=_META) for shape in ((m, k), (n, k), (m, n)))
+    return dense_linear.launch_tile(tile, x, weight, None, out, device=device, workspace=Workspace(_META))
+
+
 OPERATIONS: Final[Mapping[str, Operation]] = {
+    "dense": Operation(_dense, HALF_UNITS),
     "fp8": Operation(_scaled(torch.float8_e4m3fn), FP8_UNITS, never=_HALVES),
     "fp8_grouped": Operation(_scaled(torch.float8_e4m3fn, grouped=True), FP8_UNITS, never=_HALVES),
     "int8": Operation(_scaled(torch.int8), INT8_UNITS, never=_HALVES),

@@ -37,16 +37,17 @@ class Tile:
 
     def splits(self, device: Device, m: int, n: int, k: int) -> int:
         """Into how many parts K is cut so that all multiprocessors have work; each keeps at least four steps."""
-        tiles = -(-m // self.block_m) * -(-n // self.block_n)
+        tiles = -(-(device.fixed_rows or m) // self.block_m) * -(-n // self.block_n)
         steps = -(-k // self.block_k)
         wanted = -(-self.blocks_per_sm * device.num_sms // tiles)
         return max(1, min(wanted, steps // 4, _MOST_SPLITS))
 
 
 def tile_for(device: Device, op: str, m: int) -> Tile:
-    """The table's entry for `m` rows. Raises KeyError for an operation that no table has."""
+    """The table's entry for `m` rows, or the device's fixed ones. Raises KeyError for an operation that no table has."""
+    rows = device.fixed_rows or m
     for most, tile in entries(device.arch, op):
-        if most is None or m <= most:
+        if most is None or rows <= most:
             return tile
     raise AssertionError("the last entry of a table has no max_m")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -13,11 +13,15 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """`arch` is 90 for sm_90; `num_sms` streaming multiprocessors, `shared_bytes` at most in one block."""
+    """`arch` is 90 for sm_90; `num_sms` streaming multiprocessors, `shared_bytes` at most in one block.
+
+    `fixed_rows` above 0: tiles, and parts of sums, as for so many rows, however many there are; so a row's bits do not depend on that.
+    """
 
     arch: int
     num_sms: int
     shared_bytes: int
+    fixed_rows: int = 0
 
     @property
     def has_fp8(self) -> bool:
@@ -45,6 +49,8 @@ def nearest(arch: int) -> Device:
     return Device(arch, facts.num_sms, facts.shared_bytes)
 
 
+FIXED_ROWS: Final = 64  # for runs that have to repeat to the bit: tiles that many rows fill and few do not waste
+
 _pretended: list[Device] = []
 
 
@@ -63,11 +69,10 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda" or bool(_pretended)
 
 
-def device_of(device: torch.device) -> Device:
-    """The facts of a CUDA device at hand, or of the pretended one."""
-    if _pretended:
-        return _pretended[-1]
-    return _properties(device.index if device.index is not None else torch.cuda.current_device())
+def device_of(device: torch.device, *, deterministic: bool = False) -> Device:
+    """The facts of a CUDA device at hand, or of the pretended one; with fixed rows where `deterministic`."""
+    facts = _pretended[-1] if _pretended else _properties(device.index if device.index is not None else torch.cuda.current_device())
+    return replace(facts, fixed_rows=FIXED_ROWS) if deterministic else facts
 
 
 @functools.cache

@@ -296,5 +296,9 @@ def _layout(weight: Packed) -> dict[str, Any]:
 def _parts(tile: Tile, weight: Packed, device: Device, m: int) -> tuple[int, int]:
     """Parts that K is cut into, none of them empty, and tiles of the output."""
     tiles = -(-m // tile.block_m) * -(-weight.out_features // tile.block_n)
-    wanted = tile.splits(device, m, weight.out_features, weight.in_features) if tiles <= MAX_TILES else 1
+    wanted = tile.splits(device, m, weight.out_features, weight.in_features)
+    if tiles > MAX_TILES and wanted > 1:
+        if device.fixed_rows:
+            raise ValueError(f"{m} rows at once are too many to sum in fixed parts: lower --chunked-prefill-size")
+        wanted = 1
     return -(-weight.num_steps // -(-weight.num_steps // wanted)), tiles

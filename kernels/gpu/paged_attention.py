@@ -49,7 +49,7 @@ def _attend(
     q_stride, out_stride, page_stride, head_stride, row_stride, scale_page_stride, scale_head_stride, scale_row_stride, table_stride,
     score_scale, soft_cap, window,
     SPLIT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, OWN_SCALES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(items + 2 * item)
@@ -122,8 +122,13 @@ def _attend(
         values = tl.load(v + at[:, None] + column[None, :], mask=inside, other=0)
         if KIND > 0:
             scale = tl.load(v_scale + scale_at, mask=is_key, other=0.0)
-            greatest_scale = tl.max(scale, 0)
-            weight = tl.where(is_seen, weight * (scale / greatest_scale)[None, :], 0.0)
+            if OWN_SCALES:  # weights are rounded after the scale of no key but those that their query sees
+                greatest_scale = tl.max(tl.where(is_seen, scale[None, :], 0.0), 1)
+                greatest_scale = tl.where(greatest_scale > 0.0, greatest_scale, 1.0)[:, None]
+                weight = tl.where(is_seen, weight * (scale[None, :] / greatest_scale), 0.0)
+            else:
+                greatest_scale = tl.max(scale, 0)
+                weight = tl.where(is_seen, weight * (scale / greatest_scale)[None, :], 0.0)
             part_sum = tl.dot(weight.to(tl.float16), _numbers(values, KIND))
             summed = summed * kept[:, None] + part_sum * greatest_scale
         else:
@@ -217,11 +222,12 @@ def queries_per_tile(shape: Shape, heads_per_kv: int) -> int:
 def launch(
     q: Tensor, pages: Pages, query_start: Tensor, context_len: Tensor, page_table: Tensor, items: Items, shape: Shape, *, scale: float,
     out: Tensor, device: Device, workspace: Workspace, sliding_window: int | None = None, soft_cap: float | None = None,
+    deterministic: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch that fills the rows of `out` whose sequences `items` has.
 
-    q and out [T, Hq, D] bfloat16 or float16, heads contiguous within a row; the rest as kernels/paged_attention.py says. Raises ValueError
-    for more sequences than there are counters of parts.
+    q and out [T, Hq, D] bfloat16 or float16, heads contiguous within a row; the rest as kernels/paged_attention.py says. `deterministic`:
+    nothing of a key that a query does not see touches its bits. Raises ValueError for more sequences than there are counters of parts.
     """
     num_kv_heads, page_size, dim = pages.k.shape[1:]
     heads = q.shape[1] // num_kv_heads
@@ -239,8 +245,8 @@ def launch(
     )  # fmt: skip
     options: dict[str, Any] = {
         "SPLIT": is_split, "HEADS": heads, "DIM": dim, "PAGE": page_size, "KIND": _kind(pages, device),
-        "HAS_CAP": soft_cap is not None, "HAS_WINDOW": sliding_window is not None, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n,
-        "BLOCK_D": block_d, "num_warps": shape.num_warps, "num_stages": shape.num_stages,
+        "HAS_CAP": soft_cap is not None, "HAS_WINDOW": sliding_window is not None, "OWN_SCALES": deterministic, "BLOCK_M": shape.block_m,
+        "BLOCK_N": shape.block_n, "BLOCK_D": block_d, "num_warps": shape.num_warps, "num_stages": shape.num_stages,
     }  # fmt: skip
     return Launch(_attend, (items.most, num_kv_heads), args, options)
 
@@ -263,23 +269,31 @@ def pages_of(k_pages: Tensor, v_pages: Tensor, kind: torch.dtype) -> Pages:
 class StepPlan:
     """One step's attention: what decoding sequences take, and others, where there are any."""
 
-    splits: Items
+    splits: Items | None
     split_shape: Shape
     tiles: Items | None
     tile_shape: Shape
 
 
 def plan_step(
-    query_start: Tensor, context_len: Tensor, *, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype
-) -> StepPlan:
-    """Launch what decides on the device which block takes what. The host needs to know the numbers of sequences and tokens alone."""
+    query_start: Tensor, context_len: Tensor, *, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int,
+    kv_dtype: torch.dtype, deterministic: bool = False,
+) -> StepPlan:  # fmt: skip
+    """Launch what decides on the device which block takes what. The host needs to know the numbers of sequences and tokens alone.
+
+    `deterministic`: every query is computed in tiles, so that a token's bits are the same whether it came in a prompt or was generated.
+    """
     torch_device, device = query_start.device, device_of(query_start.device)
     num_sequences, heads, quantized = context_len.shape[0], num_heads // num_kv_heads, kv_dtype in KINDS
+    shape, tiles = tile_shape(heads, head_dim, device, quantized=quantized), None
+    queries = queries_per_tile(shape, heads)
+    if deterministic:
+        tiles = empty_items(most_tiles(num_sequences, num_tokens, queries, least_queries=1), queries, torch_device)
+        launch_tiles(query_start, context_len, tiles, least_queries=1)()
+        return StepPlan(None, split_shape(heads, head_dim, quantized=quantized), tiles, shape)
     splits = empty_items(most_splits(num_sequences, num_kv_heads=num_kv_heads, device=device), 0, torch_device)
     launch_splits(query_start, context_len, splits, num_kv_heads=num_kv_heads, device=device)()
-    shape, tiles = tile_shape(heads, head_dim, device, quantized=quantized), None
     if num_tokens > num_sequences:
-        queries = queries_per_tile(shape, heads)
         tiles = empty_items(most_tiles(num_sequences, num_tokens, queries), queries, torch_device)
         launch_tiles(query_start, context_len, tiles)()
     return StepPlan(splits, split_shape(heads, head_dim, quantized=quantized), tiles, shape)
@@ -295,5 +309,5 @@ def attend(
         if items is not None:
             launch(
                 q, pages, query_start, context_len, page_table, items, shape, scale=scale, out=out, device=device, workspace=workspace,
-                sliding_window=sliding_window, soft_cap=soft_cap,
+                sliding_window=sliding_window, soft_cap=soft_cap, deterministic=plan.splits is None,
             )()  # fmt: skip

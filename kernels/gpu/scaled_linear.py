@@ -229,6 +229,10 @@ def _step_within(block_k: int, x_group: int, weight: Packed) -> int:
 def _parts(tile: Tile, block_k: int, device: Device, m: int, n: int, k: int) -> tuple[int, int]:
     """Parts that K is cut into, none of them empty, and tiles of the output."""
     tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
-    wanted = tile.splits(device, m, n, k) if tiles <= MAX_TILES else 1
+    wanted = tile.splits(device, m, n, k)
+    if tiles > MAX_TILES and wanted > 1:
+        if device.fixed_rows:
+            raise ValueError(f"{m} rows at once are too many to sum in fixed parts: lower --chunked-prefill-size")
+        wanted = 1
     steps = -(-k // block_k)
     return -(-steps // -(-steps // wanted)), tiles

@@ -18,7 +18,7 @@ from octavo.runtime.core import EngineCore
 from octavo.runtime.model_runner import ModelRunner
 from octavo.runtime.sampling_params import SamplingParams
 
-from ..kernels.gpu.interpreter import mend
+from ..kernels.gpu.interpreter import mend, products_rounded_once
 
 mend()
 H100 = Device(90, 4, DEVICES[90].shared_bytes)
@@ -107,3 +107,43 @@ def test_quantized_pages(folder: Path, device: Device, kv: str, monkeypatch: pyt
         wanted, _ = generate(folder, kv_cache_dtype=kv)
     assert calls
     assert_alike(found, wanted, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [
+        (H100, {}),
+        pytest.param(A100, {"quantization": "int4", "kv_cache_dtype": "int8"}, marks=pytest.mark.long),
+        pytest.param(H100, {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}, marks=pytest.mark.long),
+    ],
+    ids=["plain", "int4 and int8 pages", "fp8 and fp8 pages"],
+)
+def test_deterministic_answers_repeat_to_the_bit(folder: Path, device: Device, options: dict[str, Any]) -> None:
+    """Alone on a cold cache, beside others in small chunks, and again on a warm cache with a chunk of a single token."""
+    prompt = torch.randint(0, VOCAB, (33,), generator=torch.Generator().manual_seed(3)).tolist()
+    sizes = {"max_total_tokens": 1024, "max_running_requests": 8, "page_size": 16, "random_seed": 0, "deterministic": True}
+
+    def core_of(chunk: int) -> EngineCore:
+        config = EngineConfig(device="cpu", chunked_prefill_size=chunk, **{**sizes, **options}).resolve(device="cpu")
+        return EngineCore(config, ModelRunner(config, resolve_model(str(folder)), show_progress=False))
+
+    def answer(core: EngineCore, *others: int) -> list[tuple[int, float]]:
+        for length in others:
+            core.add(f"other {length}", [length % VOCAB] * length, SamplingParams(max_tokens=5, temperature=0.0))
+        core.add("it", prompt, SamplingParams(max_tokens=3, temperature=0.0, logprobs=0))
+        found: list[tuple[int, float]] = []
+        while core.has_work:
+            for output in core.step():
+                if output.request_id == "it":
+                    found += [(logprob.token_id, logprob.logprob) for logprob in output.logprobs]
+        return found
+
+    with pretend(device), products_rounded_once():
+        core = core_of(64)
+        cold = answer(core)
+        warm = answer(core)
+        assert core.scheduler.counters.cached_tokens == 32
+        crowded = answer(core_of(24), 5, 30)
+    assert len(cold) == 3
+    assert warm == cold
+    assert crowded == cold

@@ -8,8 +8,9 @@ inline PTX (see ptx.py), and float32 fma, which rounds twice (3.6.0). TRITON_INT
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -96,12 +97,28 @@ def _mended_cast(original: Callable[..., Any]) -> Callable[..., Any]:
     return cast
 
 
+_rounds_once: list[bool] = []
+
+
+@contextlib.contextmanager
+def products_rounded_once() -> Iterator[None]:
+    """Within it a dot's row has the same bits wherever it stands in its tile, as on matrix units; BLAS sums rows in several ways."""
+    _rounds_once.append(True)
+    try:
+        yield
+    finally:
+        _rounds_once.pop()
+
+
 def _mended_dot(original: Callable[..., Any]) -> Callable[..., Any]:
     def dot(self: Any, a: Any, b: Any, accumulator: Any, *rest: Any, **options: Any) -> Any:
         if a.dtype.scalar in _TORCH:  # in float32, whose products of narrow numbers are exact, and whose BLAS is fast
             a, b = (_widen(x) if _is_bits(x) else Handle(x.data.astype(np.float32), tl.float32) for x in (a, b))
         else:
             a, b = (Handle(x.data.astype(np.int32), tl.int32) for x in (a, b))
+        if _rounds_once and a.dtype.scalar == tl.float32:
+            exact = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.float32)
+            return Handle(exact + accumulator.data, accumulator.dtype.scalar)
         return original(self, a, b, accumulator, *rest, **options)
 
     return dot

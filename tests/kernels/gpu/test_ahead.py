@@ -133,9 +133,12 @@ ATTENTION = """
                     starts, contexts, num_tokens=80, num_heads=8 * heads, num_kv_heads=8, head_dim=dim, kv_dtype=kind
                 )
                 q = empty(80, 8 * heads, dim)
-                for items, shape in ((plan.splits, plan.split_shape), (plan.tiles, plan.tile_shape)):
+                for items, shape, own in (
+                    (plan.splits, plan.split_shape, False), (plan.tiles, plan.tile_shape, False), (plan.tiles, plan.tile_shape, True)
+                ):
                     paged_attention.launch(
-                        q, pages, starts, contexts, table, items, shape, scale=0.1, out=q, device=device, workspace=Workspace(meta)
+                        q, pages, starts, contexts, table, items, shape, scale=0.1, out=q, device=device, workspace=Workspace(meta),
+                        deterministic=own,
                     )()
                 qkv, ids = empty(80, (8 * heads + 16) * dim), empty(80, dtype=torch.int64)
                 rope_store.launch(qkv, ids, ids, empty(999, 2, dim // 2, dtype=torch.float32), pages, num_heads=8 * heads)()
@@ -144,7 +147,8 @@ ATTENTION = """
                 expected = inspection.Expected(wide_loads=report.name != "plan")
                 told = list(inspection.faults(report, expected))
                 units = [name.partition(".")[0] for name in report.matrix_instructions]
-                found[f"{dim} {heads} {kind} {report.name} {report.tile}"] = (told, units)
+                own = compiled.options.get("OWN_SCALES")
+                found[f"{dim} {heads} {kind} {report.name} {own} {report.tile}"] = (told, units)
     print(json.dumps(found))
 """
 
@@ -165,7 +169,7 @@ def test_attention_is_sound(arch: int, sizes: tuple[tuple[int, int], ...]) -> No
     found = run_python(ATTENTION.replace("ARCH", str(arch)).replace("SIZES", repr(sizes)))
     assert {name: faults for name, (faults, _) in found.items() if faults} == {}
     attends = {name: units for name, (_, units) in found.items() if " attend " in name}
-    assert len(attends) == 2 * 3 * len(sizes)
+    assert len(attends) == 3 * 3 * len(sizes)
     for name, units in attends.items():
         is_prompt = int(name.split()[-1].partition("x")[0]) >= 64
         assert units, name

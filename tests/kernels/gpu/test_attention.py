@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from octavo.benchmarks.gpu.attention_cases import KV, KV_DTYPES, AttentionCase, RopeCase
+from octavo.benchmarks.gpu.attention_cases import KV, KV_DTYPES, AttentionCase, RopeCase, stored
 from octavo.benchmarks.gpu.cases import Dtype
 from octavo.benchmarks.gpu.checks import Place, check
 from octavo.kernels.gpu import attention_plan
@@ -13,7 +13,9 @@ from octavo.kernels.gpu.attention_plan import empty_items, launch_splits, launch
 from octavo.kernels.gpu.device import DEVICES, Device
 from octavo.kernels.gpu.paged_attention import Pages, launch, split_shape
 from octavo.kernels.gpu.workspace import Workspace
-from octavo.kernels.paged_attention import plan_attention, reference
+from octavo.kernels.paged_attention import paged_attention, plan_attention, reference
+
+from .interpreter import products_rounded_once
 
 CPU = torch.device("cpu")
 # Few multiprocessors: fewer blocks that find nothing to do.
@@ -154,3 +156,37 @@ def test_a_row_is_the_same_whatever_else_is_in_the_batch_when_splits_are_fixed()
     plan = plan_attention(starts, context_len, table, num_heads=4, num_kv_heads=2, head_dim=64)
     wanted = reference(q, pages.k, pages.v, plan, scale=0.125, out=torch.empty(3, 4, 64))
     torch.testing.assert_close(rows[1].float(), wanted, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "fp8_e4m3", "int8"])
+def test_a_querys_bits_are_its_own_where_runs_have_to_repeat(kv: KV) -> None:
+    """The last token of a prompt, computed with it or alone as if it had been generated; without the flag it would differ."""
+    context, heads, kind = 300, 4, KV_DTYPES[kv]
+    source = torch.Generator().manual_seed(0)
+    with H100.pretended():  # codes and scales lie as on a GPU
+        pages = [stored(torch.randn(-(-context // 16), 2, 16, 64, generator=source), kind) for _ in range(2)]
+    table = torch.arange(-(-context // 16), dtype=torch.int32)[None]
+    q = torch.randn(context, heads, 64, generator=source).bfloat16()
+
+    def attended(first: int, *, deterministic: bool) -> torch.Tensor:
+        starts = torch.tensor([0, context - first], dtype=torch.int32)
+        out = torch.empty_like(q[first:])
+        with H100.pretended(), products_rounded_once():
+            plan = plan_attention(
+                starts, torch.tensor([context], dtype=torch.int32), table, num_heads=heads, num_kv_heads=2, head_dim=64, kv_dtype=kind,
+                num_tokens=context - first, deterministic=deterministic,
+            )  # fmt: skip
+            return paged_attention(q[first:], *pages, plan, scale=0.125, kv_dtype=kind, out=out)
+
+    whole = attended(0, deterministic=True)
+    with H100.pretended():
+        later = [pages[0][-2:].clone(), pages[1][-2:].clone()]
+        for tensor in pages:  # what no query before them sees
+            tensor[-2:] = stored(100 * torch.randn(2, 2, 16, 64, generator=source), kind)
+    assert torch.equal(attended(0, deterministic=True)[: context - 28], whole[: context - 28])
+    for tensor, before in zip(pages, later, strict=True):
+        tensor[-2:] = before
+    for first in (context - 1, context - 40, 250):
+        assert torch.equal(attended(first, deterministic=True), whole[first:]), first
+    alone, beside = (attended(first, deterministic=False)[-1] for first in (context - 1, context - 40))
+    assert not torch.equal(alone, beside)
