@@ -29,6 +29,7 @@ _AT_LEAST_ONE = (
     "chunked_prefill_size",
     "page_size",
     "context_length",
+    "cuda_graph_max_bs",
     "num_threads",
 )
 
@@ -59,6 +60,8 @@ class EngineConfig:
     page_size: int = 16
     schedule_policy: Policy = "fcfs"
     disable_radix_cache: bool = False
+    disable_cuda_graph: bool = False  # on CUDA: launch every kernel of every step
+    cuda_graph_max_bs: int | None = None  # most decoding requests for which steps are captured; None: 256, or max_running_requests
     disable_overlap_schedule: bool = False  # on CUDA: launch a step only when the one before it has landed
     max_radix_cache_len: int | None = None  # cap on evictable cached tokens
     random_seed: int | None = None
@@ -79,6 +82,8 @@ class EngineConfig:
             raise ValueError(f"--mem-fraction-static {fraction!r} is not valid: give a number between 0 and 1, such as 0.85")
         if self.load_format == "dummy" and self.model_path is None:
             raise ValueError("--load-format dummy makes weights out of a config.json: name its folder or hub id with --model-path")
+        if self.cuda_graph_max_bs is not None and self.disable_cuda_graph:
+            raise ValueError(f"--cuda-graph-max-bs {self.cuda_graph_max_bs} and --disable-cuda-graph contradict each other: leave one out")
         cached = self.max_radix_cache_len
         if cached is not None and (not isinstance(cached, int) or isinstance(cached, bool) or cached < 0):
             raise ValueError(f"--max-radix-cache-len {cached!r} is not valid: give 0 or more tokens")

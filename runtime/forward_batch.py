@@ -37,19 +37,49 @@ def _tokens_of(row: BatchRow) -> list[int]:
     return tokens if len(tokens) == row.count else [*tokens, ~row.request.awaited_row]
 
 
-def make_forward_batch(
-    batch: Batch,
-    awaited: torch.Tensor | None = None,
-    *,
-    page_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    kv_dtype: torch.dtype,
-    device: torch.device,
-    deterministic: bool = False,
-) -> ForwardBatch:
-    """Lay a batch out as tensors on `device`. `awaited` int64 [n], there, are the tokens of the last step, which the host need not know."""
+@dataclass(frozen=True)
+class StepArrays:
+    """A batch laid out for the device, and not there yet: int64 but for query_start, contexts and table, which are int32.
+
+    ids [T], an awaited token as ~i, where i is its place among those that are being sampled; positions, slots [T]; wanted [R], as
+    ForwardBatch.logits_rows; query_start [B + 1], contexts [B], table [B, pages].
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    wanted: np.ndarray
+    query_start: np.ndarray
+    contexts: np.ndarray
+    table: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every row is one token whose logits are wanted."""
+        return len(self.wanted) == len(self.ids) == len(self.contexts)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a model's attention is planned by."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_dtype: torch.dtype
+    deterministic: bool = False
+
+    def plan(self, query_start: torch.Tensor, contexts: torch.Tensor, table: torch.Tensor, *, num_tokens: int) -> AttentionPlan:
+        """`plan_attention` for a step of this model."""
+        return plan_attention(query_start, contexts, table, num_tokens=num_tokens, **vars(self))
+
+
+def lay_out(batch: Batch, page_size: int) -> StepArrays:
+    """A batch as arrays."""
     rows = batch.rows
     counts = np.array([row.count for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
@@ -70,22 +100,19 @@ def make_forward_batch(
         wanted.extend(position + offset for position in row.request.scored_positions(row.start, row.count))
         if row.samples:
             wanted.append(end - 1)
+    contexts = (starts + counts).astype(np.int32)
+    return StepArrays(ids, positions, slots, np.array(wanted, dtype=np.int64), query_start, contexts, table)
 
-    contexts, wanted_rows = (starts + counts).astype(np.int32), np.array(wanted, dtype=np.int64)
-    moved = to_device((ids, positions, slots, wanted_rows, query_start, contexts, table), device)
-    input_ids = moved[0] if awaited is None else _with_awaited(moved[0], awaited)
-    plan = plan_attention(
-        *moved[4:],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        kv_dtype=kv_dtype,
-        num_tokens=total,
-        deterministic=deterministic,
+
+def make_forward_batch(arrays: StepArrays, awaited: torch.Tensor | None, shape: AttentionShape, device: torch.device) -> ForwardBatch:
+    """The arrays as tensors on `device`. `awaited` int64 [n], there, are the tokens of the last step, which the host need not know."""
+    moved = to_device(
+        (arrays.ids, arrays.positions, arrays.slots, arrays.wanted, arrays.query_start, arrays.contexts, arrays.table), device
     )
-    return ForwardBatch(input_ids, moved[1], moved[2], plan, moved[3])
+    input_ids = moved[0] if awaited is None else with_awaited(moved[0], awaited)
+    return ForwardBatch(input_ids, moved[1], moved[2], shape.plan(*moved[4:], num_tokens=arrays.num_tokens), moved[3])
 
 
-def _with_awaited(ids: torch.Tensor, awaited: torch.Tensor) -> torch.Tensor:
+def with_awaited(ids: torch.Tensor, awaited: torch.Tensor) -> torch.Tensor:
     """`ids` with each ~i replaced by awaited[i]; by token 0 where that is -1, for no answer follows from such a row."""
     return torch.where(ids < 0, awaited[(~ids).clamp_(min=0)].clamp_(min=0), ids)

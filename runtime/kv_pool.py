@@ -30,17 +30,33 @@ def kv_bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: int, dty
 
 
 class KVPool:
-    """Keys and values of `dtype`, each [num_pages, num_kv_heads, page_size, row] a layer, laid out as kernels/pages.py says."""
+    """Keys and values of `dtype`, each [num_pages, num_kv_heads, page_size, row] a layer, laid out as kernels/pages.py says.
+
+    `has_spare`: one page more, `spare_page`, that is nobody's; rows that only fill up a batch write there.
+    """
 
     def __init__(
-        self, *, num_pages: int, page_size: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        has_spare: bool = False,
     ) -> None:
-        shape = (num_pages, num_kv_heads, page_size, row_width(head_dim, dtype))
+        shape = (num_pages + has_spare, num_kv_heads, page_size, row_width(head_dim, dtype))
         self.num_pages = num_pages
         self.page_size = page_size
         self.dtype = dtype
         self.k_pages = [torch.empty(shape, dtype=storage_dtype(dtype), device=device) for _ in range(num_layers)]
         self.v_pages = [torch.empty(shape, dtype=storage_dtype(dtype), device=device) for _ in range(num_layers)]
+
+    @property
+    def spare_page(self) -> int:
+        return self.num_pages
 
     @property
     def num_tokens(self) -> int:

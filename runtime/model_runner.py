@@ -18,8 +18,9 @@ from ..quant.module_formats import ModuleFormats
 from ..quant.self_check import SelfCheck
 from .batch import Batch
 from .config import EngineConfig
+from .decode_graphs import Capture, CudaCapture, DecodeGraphs, graph_sizes
 from .dummy_weights import DummySource
-from .forward_batch import make_forward_batch
+from .forward_batch import AttentionShape, ForwardBatch, lay_out, make_forward_batch
 from .kv_pool import KV_DTYPES, KVPool, kv_bytes_per_token, kv_dtype_name
 from .linear_report import LinearReport, check_backend
 from .memory import MemoryBudget, device_memory, plan_memory
@@ -29,6 +30,7 @@ from .models.llama import LlamaModel
 from .weights import WeightSource
 
 logger = logging.getLogger("octavo.runtime")
+_MOST_GRAPH_ROWS = 256
 
 
 class ModelRunner:
@@ -37,7 +39,8 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, files: ModelFiles, *, show_progress: bool = True) -> None:
         """`config` is resolved. Raises CheckpointError, UnsupportedModel, OutOfMemoryPlan or ValueError with the remedy; KernelFault."""
         started = time.perf_counter()
-        self._deterministic = config.deterministic
+        self._config = config
+        self._graphs: DecodeGraphs | None = None
         self.device = choose_device(config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or 1)
@@ -70,7 +73,11 @@ class ModelRunner:
                 head_dim=model.head_dim,
                 dtype=self.kv_dtype,
                 device=self.device,
+                has_spare=is_gpu(self.device),
             )
+            self._shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, self.kv_dtype, config.deterministic)
+            if self.device.type == "cuda" and not config.disable_cuda_graph:
+                self.capture_graphs(CudaCapture(), show_progress=show_progress)
         self.load_seconds = time.perf_counter() - started
         logger.info("%s", self.budget.table())
         self.linear_report = LinearReport.of(self.model.linears, formats.method)
@@ -110,19 +117,33 @@ class ModelRunner:
 
         `awaited` int64 [n] are the tokens that the last step sampled, where the batch's requests await any.
         """
-        model = self.model_config
-        forward_batch = make_forward_batch(
-            batch,
-            awaited,
+        arrays = lay_out(batch, self.pool.page_size)
+        if self._graphs is not None and self._graphs.takes(arrays):
+            return self._graphs.replay(arrays, awaited)
+        return self._compute(make_forward_batch(arrays, awaited, self._shape, self.device))
+
+    def _compute(self, batch: ForwardBatch) -> torch.Tensor:
+        return self.model.forward(batch, self.pool, self._workspace)
+
+    @torch.inference_mode()
+    def capture_graphs(self, capture: Capture, *, show_progress: bool = True) -> None:
+        """Have steps replayed in which all requests decode, up to `cuda_graph_max_bs` of them."""
+        config = self._config
+        most = min(config.cuda_graph_max_bs or _MOST_GRAPH_ROWS, config.max_running_requests)
+        started = time.perf_counter()
+        self._graphs = DecodeGraphs(
+            self._compute,
+            shape=self._shape,
+            sizes=graph_sizes(most),
+            max_pages=-(-self.context_length // self.pool.page_size),
+            max_awaited=config.max_running_requests,
+            spare_page=self.pool.spare_page,
             page_size=self.pool.page_size,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            kv_dtype=self.kv_dtype,
             device=self.device,
-            deterministic=self._deterministic,
+            capture=capture,
+            show_progress=show_progress,
         )
-        return self.model.forward(forward_batch, self.pool, self._workspace)
+        logger.info("CUDA graphs for up to %d decoding requests captured in %.1f s", most, time.perf_counter() - started)
 
     def kernels_in_use(self) -> dict[str, int]:
         """How many linear layers run on which kernel."""

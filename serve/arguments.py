@@ -239,6 +239,13 @@ def _add_memory(parser: Parser) -> None:
 
 def _add_scheduling(parser: Parser) -> None:
     group = parser.add_argument_group("scheduling")
+    group.add_argument("--disable-cuda-graph", action="store_true", help="on a GPU: launch every kernel of every step")
+    group.add_argument(
+        "--cuda-graph-max-bs",
+        type=whole_number,
+        metavar="N",
+        help="on a GPU: most decoding requests for which steps are captured as graphs (default: 256, or --max-running-requests)",
+    )
     group.add_argument(
         "--disable-overlap-schedule",
         action="store_true",
