@@ -13,6 +13,7 @@ from .config import EngineConfig
 
 _GIB = 1 << 30
 _HEADROOM = 0.9  # of what is free now: the rest is for activations, the allocator and other processes
+_MEASURED_MARGIN = 0.02  # of the device, where a step was measured: fragments, captured graphs, libraries that load late
 
 
 class OutOfMemoryPlan(ValueError):
@@ -30,7 +31,10 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What goes where, in bytes; `num_tokens` is the KV pool's size, which the flag in `decided_by` set."""
+    """What goes where, in bytes; `num_tokens` is the KV pool's size, which the flag in `decided_by` set.
+
+    `activations`: what a step allocates at most, where that was measured; weights and workspace are no part of what is free then.
+    """
 
     device: DeviceMemory
     weights: int
@@ -40,14 +44,17 @@ class MemoryBudget:
     num_tokens: int
     decided_by: str  # flag and value
     allowed_more: str | None = None  # the other flag, where both were given
+    activations: int | None = None
 
     def table(self) -> str:
         """The budget for people, with the flags that move it."""
         kv = self.num_tokens * self.kv_per_token
-        left = self.device.free - self.workspace - kv
+        measured = self.activations is not None
+        left = self.device.free - (self.workspace if self.activations is None else self.activations) - kv
         rows = (
             ("weights (loaded)", self.weights, ""),
-            ("workspace", self.workspace, "activations of one step"),
+            ("workspace", self.workspace, "buffers of one step" if measured else "activations of one step"),
+            *((("activations", self.activations, "of the largest step, measured"),) if self.activations is not None else ()),
             ("KV cache", kv, f"{self.num_tokens:,} tokens of {self.kv_per_token / 1024:.1f} KiB ({self.kv_dtype})"),
             ("left", left, f"of {self.device.total / _GIB:.2f} GiB"),
         )
@@ -95,17 +102,31 @@ class _Wish(NamedTuple):
 
 
 def plan_memory(
-    config: EngineConfig, *, device: DeviceMemory, weights: int, workspace: int, kv_per_token: int, kv_dtype: str, context_length: int
+    config: EngineConfig,
+    *,
+    device: DeviceMemory,
+    weights: int,
+    workspace: int,
+    kv_per_token: int,
+    kv_dtype: str,
+    context_length: int,
+    activations: int | None = None,
 ) -> MemoryBudget:
     """Size the KV pool, in whole pages: by --max-total-tokens, by --mem-fraction-static, or by the smaller of both.
 
+    Without `activations` (the CPU) the fraction is for weights, workspace and KV. With them, measured after weights and workspace were
+    allocated, it is as SGLang means it: for all that is on the device and stays, the KV pool included; the rest is for what steps allocate.
     Raises OutOfMemoryPlan when what was asked for, or one page, does not fit.
     """
-    room = int(device.free * _HEADROOM) - workspace
     page = config.page_size
+    if activations is None:
+        used, room = weights + workspace, int(device.free * _HEADROOM) - workspace
+    else:
+        used, room = device.total - device.free, device.free - activations - int(_MEASURED_MARGIN * device.total)
     if room < page * kv_per_token:
         raise OutOfMemoryPlan(
-            f"{device.name} has {device.free / _GIB:.2f} GiB free, not enough for a workspace of {workspace / _GIB:.2f} GiB "
+            f"{device.name} has {device.free / _GIB:.2f} GiB free, not enough for "
+            f"{f'a workspace of {workspace / _GIB:.2f} GiB' if activations is None else f'steps that take {activations / _GIB:.2f} GiB'} "
             "and one page of KV cache: free some memory, or lower --chunked-prefill-size or --page-size"
         )
     asked, fraction = config.max_total_tokens, config.memory_fraction
@@ -113,8 +134,11 @@ def plan_memory(
     if asked is not None:
         wishes.append(_Wish(asked, f"--max-total-tokens {asked}", str(room // kv_per_token // page * page)))
     if asked is None or config.mem_fraction_static is not None:
-        budget = _budget_of(config, device=device, weights=weights, workspace=workspace, page_bytes=page * kv_per_token)
-        most = _rounded_down((weights + workspace + room) / device.total)
+        parts = f"weights ({weights / _GIB:.2f} GiB) and workspace ({workspace / _GIB:.2f} GiB)"
+        if activations is not None:
+            parts += f", {used / _GIB:.2f} GiB with what else is on the device,"
+        budget = _budget_of(config, device=device, used=used, parts=parts, page_bytes=page * kv_per_token)
+        most = _rounded_down((used + room) / device.total)
         wishes.append(_Wish(budget // kv_per_token, f"--mem-fraction-static {fraction:g}", most))
     wish, *more = sorted(wishes)
     is_asked_for = asked is not None or config.mem_fraction_static is not None
@@ -128,18 +152,18 @@ def plan_memory(
         # More than every running request at full context can never be in use at once.
         tokens = min(tokens, config.max_running_requests * (-(-context_length // page) * page))
     return MemoryBudget(
-        device, weights, workspace, kv_per_token, kv_dtype, tokens // page * page, wish.flag, more[0].flag if more else None
+        device, weights, workspace, kv_per_token, kv_dtype, tokens // page * page, wish.flag, more[0].flag if more else None, activations
     )
 
 
-def _budget_of(config: EngineConfig, *, device: DeviceMemory, weights: int, workspace: int, page_bytes: int) -> int:
-    """Bytes of KV cache within the fraction. Raises OutOfMemoryPlan when they hold no page."""
+def _budget_of(config: EngineConfig, *, device: DeviceMemory, used: int, parts: str, page_bytes: int) -> int:
+    """Bytes of KV cache within the fraction, of which `used` are gone for `parts`. Raises OutOfMemoryPlan when they hold no page."""
     fraction = config.memory_fraction
-    budget = int(device.total * fraction) - weights - workspace
+    budget = int(device.total * fraction) - used
     if budget < page_bytes:
-        least = (weights + workspace + page_bytes) / device.total
+        least = (used + page_bytes) / device.total
         raise OutOfMemoryPlan(
-            f"weights ({weights / _GIB:.2f} GiB) and workspace ({workspace / _GIB:.2f} GiB) leave no KV cache within "
+            f"{parts} leave no KV cache within "
             f"--mem-fraction-static {fraction:g} of {device.total / _GIB:.2f} GiB: "
             f"raise it above {min(least + 0.01, 0.99):.2f}, or use a smaller model"
         )

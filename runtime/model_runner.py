@@ -23,10 +23,11 @@ from .dummy_weights import DummySource
 from .forward_batch import AttentionShape, ForwardBatch, lay_out, make_forward_batch
 from .kv_pool import KV_DTYPES, KVPool, kv_bytes_per_token, kv_dtype_name
 from .linear_report import LinearReport, check_backend
-from .memory import MemoryBudget, device_memory, plan_memory
+from .memory import MemoryBudget, OutOfMemoryPlan, device_memory, plan_memory
 from .models.config import ModelConfig
 from .models.kv_scales import is_kv_scale
 from .models.llama import LlamaModel
+from .profile_step import compute_step, largest_step, measured_bytes
 from .weights import WeightSource
 
 logger = logging.getLogger("octavo.runtime")
@@ -53,9 +54,16 @@ class ModelRunner:
             source = self._source(config, files, activation_dtype, show_progress=show_progress)
             formats = source.formats
             with source:
+                memory = device_memory(self.device)
                 scales_for = _kv_scales_made_for(formats) if self.kv_dtype in CODE_RANGE else None
                 reads_scales = scales_for is not None and (self.kv_dtype == torch.int8) == (scales_for == "int8")
-                self.model = LlamaModel(model, source, max_position=self.context_length, has_kv_scales=reads_scales)
+                try:
+                    self.model = LlamaModel(model, source, max_position=self.context_length, has_kv_scales=reads_scales)
+                except torch.OutOfMemoryError as error:
+                    raise OutOfMemoryPlan(
+                        f"the weights do not fit into {memory.name}, which had {memory.free / 2**30:.2f} GiB free before them, of "
+                        f"{memory.total / 2**30:.2f}: free some, use a smaller or a quantized model, or give --quantization fp8 or int4"
+                    ) from error
             _refuse_unread(source, tied=self.model.head is self.model.embedding)
             check_backend(config.linear_backend, self.model.linears)
             if self.kv_dtype in CODE_RANGE:
@@ -64,18 +72,9 @@ class ModelRunner:
                 logger.info("KV cache: %s, %s", kv_dtype_name(self.kv_dtype), self._describe_kv_scales(why))
             assert config.chunked_prefill_size is not None
             self._workspace = self.model.make_workspace(config.chunked_prefill_size + config.max_running_requests)
-            self.budget = self._plan(config)
-            self.pool = KVPool(
-                num_pages=self.budget.num_tokens // config.page_size,
-                page_size=config.page_size,
-                num_layers=model.num_layers,
-                num_kv_heads=model.num_kv_heads,
-                head_dim=model.head_dim,
-                dtype=self.kv_dtype,
-                device=self.device,
-                has_spare=is_gpu(self.device),
-            )
             self._shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, self.kv_dtype, config.deterministic)
+            self.budget = self._plan(config, self._measure_step() if self.device.type == "cuda" else None)
+            self.pool = self._make_pool(self.budget.num_tokens // config.page_size)
             if self.device.type == "cuda" and not config.disable_cuda_graph:
                 self.capture_graphs(CudaCapture(), show_progress=show_progress)
         self.load_seconds = time.perf_counter() - started
@@ -163,17 +162,64 @@ class ModelRunner:
             return f"static scales from the checkpoint in {static} of {len(layers)} layers, {dynamic} in the others"
         return f"{dynamic} ({why_dynamic})"
 
-    def _plan(self, config: EngineConfig) -> MemoryBudget:
+    def _make_pool(self, num_pages: int) -> KVPool:
         model = self.model_config
-        logits = config.max_running_requests * model.vocab_size * 4 * 2
+        return KVPool(
+            num_pages=num_pages,
+            page_size=self._config.page_size,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=self.kv_dtype,
+            device=self.device,
+            has_spare=is_gpu(self.device),
+        )
+
+    @torch.inference_mode()
+    def profile_step(self) -> None:
+        """Compute the largest step that there can be, in a pool of its own, and sample from it with every filter there is."""
+        config = self._config
+        assert config.chunked_prefill_size is not None
+        batch = largest_step(
+            prompt_tokens=config.chunked_prefill_size,
+            max_running_requests=config.max_running_requests,
+            context_length=self.context_length,
+            page_size=config.page_size,
+        )
+        self.pool = self._make_pool(max(len(row.request.pages) for row in batch.rows))
+        compute_step(batch, self.forward, self.device)
+        del self.pool
+
+    def _measure_step(self) -> int:
+        """Bytes that a step allocates, its pool not among them. Raises OutOfMemoryPlan when there is no memory for one."""
+        config = self._config
+        try:
+            peak = measured_bytes(self.profile_step, self.device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryPlan(
+                f"no memory for a step of {config.chunked_prefill_size} prompt tokens and {config.max_running_requests} requests beside "
+                f"the weights ({self.model.weight_bytes / 2**30:.2f} GiB): lower --chunked-prefill-size or --max-running-requests, "
+                "or use a smaller model"
+            ) from error
+        pages = -(-min(config.chunked_prefill_size or 1, self.context_length) // config.page_size) + 1
+        return max(0, peak - pages * config.page_size * self._kv_per_token())
+
+    def _kv_per_token(self) -> int:
+        model = self.model_config
+        return kv_bytes_per_token(
+            num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=self.kv_dtype
+        )
+
+    def _plan(self, config: EngineConfig, activations: int | None) -> MemoryBudget:
+        model = self.model_config
+        logits = 0 if activations is not None else config.max_running_requests * model.vocab_size * 4 * 2
         return plan_memory(
             config,
             device=device_memory(self.device),
             weights=self.model.weight_bytes + self.model.cos_sin.nbytes,
             workspace=self._workspace.nbytes + logits,
-            kv_per_token=kv_bytes_per_token(
-                num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=self.kv_dtype
-            ),
+            activations=activations,
+            kv_per_token=self._kv_per_token(),
             kv_dtype=kv_dtype_name(self.kv_dtype),
             context_length=self.context_length,
         )

@@ -26,11 +26,11 @@ def row(start: int, count: int, tokens: int, *, awaited: int = 0, **params: int)
     return BatchRow(request, start, count, samples=start + count == tokens + awaited)
 
 
-def test_a_step_decodes_when_each_row_is_one_token_that_samples() -> None:
+def test_a_step_decodes_when_each_row_is_one_token_whose_logits_are_wanted() -> None:
     decoding, awaiting, prompt, chunk = row(5, 1, 6), row(6, 1, 6, awaited=1), row(0, 5, 5), row(0, 1, 5)
     scored = row(3, 1, 5, prompt_logprobs=0)
-    assert lay_out(Batch((decoding, awaiting)), 4).is_decoding
-    for other in (prompt, chunk, scored):
+    assert lay_out(Batch((decoding, awaiting, scored)), 4).is_decoding
+    for other in (prompt, chunk):
         assert not lay_out(Batch((decoding, other)), 4).is_decoding
 
 

@@ -185,3 +185,16 @@ def test_decoding_steps_are_replayed(folder: Path, device: Device, options: dict
     assert set(replays) <= {1, 2, 4}
     assert replays.count(4) >= 2, "three requests fill up a graph for four"
     assert_alike(found, wanted, 0.05)
+
+
+def test_the_largest_step_is_computed_and_sampled_before_the_pool_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the GPU's memory is measured by; a chunk longer than a context becomes two prompts."""
+    config = EngineConfig(device="cpu", **{**SIZES, "chunked_prefill_size": 40, "max_running_requests": 4, "context_length": 30})
+    runner = ModelRunner(config.resolve(device="cpu"), resolve_model(str(folder)), show_progress=False)
+    steps: list[tuple[int, ...]] = []
+    monkeypatch.setattr(runner, "forward", lambda batch: (steps.append(tuple(row.count for row in batch.rows)), forward(batch))[1])
+    forward = type(runner).forward.__get__(runner)
+    with pretend(H100):
+        runner.profile_step()
+    assert steps == [(30, 10, 1, 1)]
+    assert not hasattr(runner, "pool"), "the pool that counts is made later"

@@ -11,32 +11,70 @@ import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from octavo.runtime import memory
+from octavo.quant.checkpoint.resolve import resolve_model
+from octavo.runtime import memory, model_runner
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.memory import DeviceMemory, MemoryBudget, OutOfMemoryPlan, device_memory, plan_memory
+
+from .test_dummy_weights import config_folder, config_of
 
 GIB = 1 << 30
 PER_TOKEN = 1 << 20  # one page of 16 tokens takes 16 MiB
 
 
 def plan(
-    *, total: float = 8, free: float = 6, weights: float = 1, workspace: float = 0.25, context_length: int = 100_000, **options: Any
+    *,
+    total: float = 8,
+    free: float = 6,
+    weights: float = 1,
+    workspace: float = 0.25,
+    activations: float | None = None,
+    context_length: int = 100_000,
+    **options: Any,
 ) -> MemoryBudget:
     """Sizes in GiB."""
     return plan_memory(
-        EngineConfig(**options).resolve(device="cpu"),
+        EngineConfig(**options).resolve(device="cpu" if activations is None else "cuda"),
         device=DeviceMemory("the test", int(total * GIB), int(free * GIB)),
         weights=int(weights * GIB),
         workspace=int(workspace * GIB),
         kv_per_token=PER_TOKEN,
         kv_dtype="bfloat16",
         context_length=context_length,
+        activations=None if activations is None else int(activations * GIB),
     )
 
 
 def test_the_fraction_covers_weights_workspace_and_kv() -> None:
     budget = plan(mem_fraction_static=0.5)
     assert budget.num_tokens * PER_TOKEN == (4 - 1 - 0.25) * GIB
+
+
+def test_where_a_step_was_measured_the_fraction_covers_all_that_stays() -> None:
+    """6 of 8 GiB are free after weights, workspace and 0.75 GiB of others': within 0.75 of 8, 4 are left for KV, and 2 for steps."""
+    budget = plan(mem_fraction_static=0.75, activations=1.5)
+    assert budget.num_tokens * PER_TOKEN == 4 * GIB
+    assert "activations" in budget.table()
+    assert [line.split()[0] for line in budget.table().splitlines()[1:6]] == ["weights", "workspace", "activations", "KV", "left"]
+    assert "0.50 GiB  of 8.00" in budget.table().splitlines()[5]
+
+
+def test_what_steps_take_is_kept_free_whatever_the_default_fraction_says() -> None:
+    budget = plan(activations=3, max_running_requests=100)
+    assert budget.num_tokens == int((6 - 3 - 0.02 * 8) * GIB) // PER_TOKEN // 16 * 16
+
+
+def test_measured_plans_that_do_not_fit_are_refused_with_what_works() -> None:
+    with pytest.raises(OutOfMemoryPlan, match=r"--mem-fraction-static 0\.9 asks for 5\.20 GiB") as caught:
+        plan(mem_fraction_static=0.9, activations=1.5)
+    advised = float(re.findall(r"at most ([\d.]+)", str(caught.value))[0])
+    assert plan(mem_fraction_static=advised, activations=1.5).num_tokens > 0
+    with pytest.raises(OutOfMemoryPlan, match=r"2\.00 GiB with what else is on the device, leave no KV cache") as caught:
+        plan(mem_fraction_static=0.2, activations=1.5)
+    advised = float(re.findall(r"raise it above ([\d.]+)", str(caught.value))[0])
+    assert plan(mem_fraction_static=advised, activations=1.5).num_tokens > 0
+    with pytest.raises(OutOfMemoryPlan, match=r"steps that take 5\.90 GiB"):
+        plan(activations=5.9)
 
 
 def test_the_default_fraction_takes_no_more_than_what_is_free() -> None:
@@ -187,3 +225,13 @@ def test_the_smaller_of_machine_and_container_counts(monkeypatch: pytest.MonkeyP
     assert device.name == name
     if name == "this container":
         assert (device.total, device.free) == (1 << 20, (1 << 20) - (1 << 10))
+
+
+def test_weights_that_find_no_memory_are_told_as_a_plan_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(model_runner, "LlamaModel", fail)
+    config = config_of(config_folder(tmp_path, None))
+    with pytest.raises(OutOfMemoryPlan, match=r"the weights do not fit into .* GiB free before them.* --quantization fp8 or int4"):
+        model_runner.ModelRunner(config, resolve_model(str(tmp_path), needs_weights=False), show_progress=False)
