@@ -19,6 +19,7 @@ Source = Literal["plain", "norm", "add_norm", "silu"]
 Inputs = Literal["none", "token", "group", "static"]  # how a linear's inputs are quantized
 
 ROWS = (1, 15, 16, 17, 33, 100, 257, 1000)
+_HALVES: tuple[Dtype, ...] = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,18 @@ class GroupedCase(Named):
 
 
 @dataclass(frozen=True)
+class DenseCase(Named):
+    """kernels/gpu/dense_linear.py: 16-bit weights; and that a row's bits are the same alone."""
+
+    m: int
+    n: int
+    k: int
+    bias: bool = True
+    dtype: Dtype = "bf16"
+    op: str = "dense"
+
+
+@dataclass(frozen=True)
 class DequantizeCase(Named):
     """A packed weight [N, K] taken apart."""
 
@@ -124,12 +137,13 @@ class LinearCase(Named):
     dtype: Dtype = "bf16"
 
 
-Case = ScaledCase | GroupedCase | DequantizeCase | RowsCase | LinearCase
+Case = ScaledCase | GroupedCase | DenseCase | DequantizeCase | RowsCase | LinearCase
 
 
 def all_cases(arch: int) -> tuple[Case, ...]:
     """Everything, for a machine with the GPU."""
-    found = [*quick_cases(arch), *_scaled(arch), *_grouped(arch), *_dequantized(), *_rows(arch, small=False), *_linears(arch)]
+    dense = [DenseCase(m, n, k, bias=n == 300, dtype=dtype) for m in ROWS for n, k in ((300, 1000), (4096, 4096)) for dtype in _HALVES]
+    found = [*quick_cases(arch), *_scaled(arch), *_grouped(arch), *dense, *_dequantized(), *_rows(arch, small=False), *_linears(arch)]
     return tuple(dict.fromkeys(found))
 
 
@@ -141,7 +155,7 @@ def quick_cases(arch: int) -> tuple[Case, ...]:
             continue
         for m in _least_rows(arch, op):
             found += _quick(op, m)
-    found += [DequantizeCase(4, 70, 192, 64, act_order=True), DequantizeCase(8, 10, 128, 64, is_fp8=True)]
+    found += [DenseCase(3, 70, 200), DequantizeCase(4, 70, 192, 64, act_order=True), DequantizeCase(8, 10, 128, 64, is_fp8=True)]
     found += [*_rows(arch, small=True), *_quick_linears(arch)]
     return tuple(dict.fromkeys(found))
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import quantize_rows as rows_contract
-from octavo.kernels.gpu import grouped_format, grouped_linear, quantize_rows, scaled_linear
+from octavo.kernels.gpu import dense_linear, grouped_format, grouped_linear, quantize_rows, scaled_linear
 from octavo.kernels.gpu.config import Tile, tile_for
-from octavo.kernels.gpu.device import Device, pretend
+from octavo.kernels.gpu.device import FIXED_ROWS, Device, pretend
 from octavo.kernels.gpu.launch import Launch
 from octavo.kernels.gpu.workspace import Workspace
 from octavo.kernels.grouped_linear import GroupedWeight, dequantize
@@ -29,7 +29,7 @@ from octavo.quant.platforms import kernels_for_platform
 from octavo.quant.reference_kernel import FloatReference
 
 from . import data
-from .cases import DequantizeCase, GroupedCase, LinearCase, Named, RowsCase, ScaledCase
+from .cases import DenseCase, DequantizeCase, GroupedCase, LinearCase, Named, RowsCase, ScaledCase
 from .data import DTYPES, FP8, generator
 from .guarded import Guarded
 
@@ -130,6 +130,24 @@ def _(case: GroupedCase, place: Place, tile: Tile | None) -> float:
     if packed.scale_rule == "column":  # weights are scaled before they are multiplied, and rounded then
         sums = (sums[0] + 2 * ROUNDING[out_dtype], sums[1] + ROUNDING[out_dtype])
     return _judge(out.tensor, exact, inputs.abs() @ dense.abs().T + exact.abs(), sums)
+
+
+@check_case.register
+def _(case: DenseCase, place: Place, tile: Tile | None) -> float:
+    m, n, k, dtype = case.m, case.n, case.k, DTYPES[case.dtype]
+    facts = replace(place.facts, fixed_rows=FIXED_ROWS)
+    x, w = (data.among_nan(torch.randn(rows, k, generator=generator(rows + k)), dtype, place.device) for rows in (m, n))
+    bias = data.bias(n, dtype, place.device) if case.bias else None
+    out, workspace = Guarded((m, n), dtype, stride=n + 16, device=place.device), Workspace(place.device)
+    tile = tile or tile_for(facts, dense_linear.OP, m)
+    run_twice(dense_linear.launch_tile(tile, x, w, bias, out.tensor, device=facts, workspace=workspace), [out], place)
+    assert int(workspace.arrived.abs().sum()) == 0, "counters of split-K were left above zero"
+    if place.is_gpu:  # the interpreter's products depend on a row's place in its tile
+        alone = torch.empty_like(out.tensor[-1:])
+        dense_linear.launch_tile(tile, x[-1:], w, bias, alone, device=facts, workspace=workspace)()
+        assert torch.equal(alone, out.tensor[-1:]), "a row has other bits when it is alone"
+    exact = x.double() @ w.double().T + (0 if bias is None else bias.double())
+    return _judge(out.tensor, exact, x.double().abs() @ w.double().abs().T + exact.abs(), _sums(place, is_fp8=False))
 
 
 @check_case.register

@@ -12,24 +12,27 @@ from pathlib import Path
 
 import torch
 
+from octavo.kernels.gpu import dense_linear
 from octavo.kernels.gpu.config import operations, table_architectures
 from octavo.kernels.gpu.device import device_of
 
-from . import attention_timings, correctness, report, timings
+from . import attention_timings, correctness, model_timings, report, timings
 from .attention_timings import STEPS, Step
 from .checks import Place
 from .contenders import FORMATS, ROWS, SHAPES, Shape
+from .model_timings import VARIANTS, Load, Variant
 from .peers import Peer, load_peers
 from .record import ROOT, Budget, Record, folder_name, machine_facts
 from .sweep import SWEPT_SHAPES, sweep, told
 
-PARTS = ("correctness", "sanitizer", "timings", "report", "sweep", "quick")
-_USUAL = PARTS[:4]
+PARTS = ("correctness", "sanitizer", "timings", "model", "report", "sweep", "quick")
+_USUAL = PARTS[:5]
 _WRONG, _NO_GPU, _BAD_INPUT = 1, 3, 2
 _EPILOG = """parts, in this order where none is named:
   correctness  every kernel with every entry of its table of tiles, against float64
   sanitizer    the small cases under compute-sanitizer: memcheck, racecheck, synccheck
   timings      linears of Llama-3 8B and 70B by rows, and attention over pages, beside torch's and the peers'
+  model        dummy Llama-3 8B and 70B through the engine, beside transformers' continuous batching
   report       README.md and pictures out of what has been found; needs no GPU
 and by name alone:
   sweep        tiles for the operations of --op, and the entries that were fastest
@@ -45,11 +48,13 @@ class Sizes:
     shapes: tuple[Shape, ...]
     rows: tuple[int, ...]
     steps: tuple[Step, ...]
+    variants: tuple[Variant, ...]
+    load: Load
 
 
 def main(
     argv: Sequence[str], *, place: Place | None = None, shapes: Sequence[Shape] = SHAPES, rows: Sequence[int] = ROWS,
-    steps: Sequence[Step] = STEPS,
+    steps: Sequence[Step] = STEPS, variants: Sequence[Variant] = VARIANTS, load: Load | None = None,
 ) -> int:  # fmt: skip
     """Run the parts: 0, 1 when a result is wrong, 2 for bad arguments, 3 without a GPU. `place` and the sizes are for tests."""
     try:
@@ -65,12 +70,12 @@ def main(
     if place is None and not torch.cuda.is_available():
         print("run.py: torch sees no CUDA device here. `run.py report --out FOLDER`, by itself, needs none.", file=sys.stderr)
         return _NO_GPU
-    return _run(parts, options, place or _place_at_hand(), Sizes(tuple(shapes), tuple(rows), tuple(steps)))
+    return _run(parts, options, place or _place_at_hand(), Sizes(tuple(shapes), tuple(rows), tuple(steps), tuple(variants), load or Load()))
 
 
 def _reason_against(parts: Sequence[str], options: argparse.Namespace) -> str | None:
     """Why the arguments do not go; None when they do."""
-    known = sorted({op for arch in table_architectures() for op in operations(arch)})
+    known = sorted({op for arch in table_architectures() for op in operations(arch)} - {dense_linear.OP})  # which has one tile, for good
     odd_parts, odd_ops = [part for part in parts if part not in PARTS], [op for op in options.op if op not in known]
     has_results = options.out is not None and (options.out / "results.json").is_file()
     reasons = {
@@ -106,6 +111,8 @@ def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, sizes:
         correctness.sanitize(record, place, budget, command=Path(__file__).with_name("run.py"), save=save)
     if "timings" in parts:
         _time(record, place, budget, options, save, sizes)
+    if "model" in parts:
+        model_timings.run(record, place, budget, save=save, variants=sizes.variants, load=sizes.load)
     if "sweep" in parts:
         for op in options.op:
             found = list(sweep(op, place, budget, jobs=options.jobs, shapes=SWEPT_SHAPES if sizes.shapes == SHAPES else sizes.shapes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .contenders import DENSE
 from .timings import floor_us
@@ -19,12 +19,13 @@ Values = Iterable[tuple[str, float]]  # where, and what was found
 
 @dataclass(frozen=True)
 class Goal:
-    """`values` gives what a record has of linears, or of attention; the least must be at least `least`."""
+    """`values` gives what a record has of linears, of attention or of models; the worst must reach `least`, or be no more than it."""
 
     text: str
     least: float
     values: Callable[[Timings, Ceilings], Values]
-    of_attention: bool = False
+    of: Literal["linears", "attention", "model"] = "linears"
+    is_limit: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,17 @@ class Verdict:
     def word(self) -> str:
         if self.worst is None:
             return "untimed"
-        return "met" if self.worst >= self.goal.least else "missed"
+        return "met" if (self.worst <= self.goal.least if self.goal.is_limit else self.worst >= self.goal.least) else "missed"
 
 
-def verdicts(timings: Timings, ceilings: Ceilings | None, attention: Timings | None = None) -> list[Verdict]:
+def verdicts(timings: Timings, ceilings: Ceilings | None, attention: Timings | None = None, model: Timings | None = None) -> list[Verdict]:
     """Each goal with the worst value that was found for it."""
     found = []
     for goal in GOALS:
-        found_of = (attention or {}) if goal.of_attention else timings
-        values = list(goal.values(found_of, ceilings)) if ceilings is not None else []
-        where, worst = min(values, key=lambda pair: pair[1]) if values else ("", None)
+        found_of = {"linears": timings, "attention": attention or {}, "model": model or {}}[goal.of]
+        values = list(goal.values(found_of, ceilings or {})) if ceilings is not None or goal.of == "model" else []
+        worst_of = max if goal.is_limit else min
+        where, worst = worst_of(values, key=lambda pair: pair[1]) if values else ("", None)
         found.append(Verdict(goal, where, worst, len(values)))
     return found
 
@@ -129,6 +131,33 @@ def _fp8_pages(attention: Timings, ceilings: Ceilings) -> Values:
             yield label, bf16 / fp8 if fp8 and bf16 else 0.0
 
 
+def _tokens(variant: str, part: str, load: str) -> Callable[[Timings, Ceilings], Values]:
+    """Tokens per second of one part of a variant's load; 0 where it failed."""
+
+    def values(model: Timings, ceilings: Ceilings) -> Values:
+        if variant in model:
+            found = model[variant].get(part, {}).get(load)
+            if found is not None or model[variant]["fault"]:
+                yield f"{variant}, {load}", found["tokens_s"] if found else 0.0
+
+    return values
+
+
+def _idle(model: Timings, ceilings: Ceilings) -> Values:
+    for variant, found in model.items():
+        for load, step in found.get("decode", {}).items():
+            if step["idle"] is not None:
+                yield f"{variant}, {load}", step["idle"]
+
+
+def _fp8_kv(model: Timings, ceilings: Ceilings) -> Values:
+    """Times as fast as with bfloat16, 64 sequences of 2,048 tokens."""
+    for variant in model:
+        plain, quantized = (model.get(name, {}).get("decode", {}).get("64 x 2048") for name in (variant, f"{variant}, fp8 KV"))
+        if plain and quantized:
+            yield variant, quantized["tokens_s"] / plain["tokens_s"]
+
+
 GOALS = (
     Goal("fp8, 4096 rows, quantization of inputs included: times as fast as _scaled_mm with the same quantization", 1.0,
          _against("fp8", "octavo", "_scaled_mm", 4096, 4096)),
@@ -141,7 +170,13 @@ GOALS = (
     Goal("W4A16, above 256 rows: times as fast as bf16", 0.92, _against("w4a16", "octavo", DENSE, 257, 1 << 20)),
     Goal("W4A8-fp8, above 256 rows: times as fast as bf16", 1.0, _against("w4a16", "octavo w4a8", DENSE, 257, 1 << 20)),
     Goal("W8A16 fp8, up to 16 rows: of the floor", 0.8, _of_floor("w8a16_fp8", "octavo", 16)),
-    Goal("decoding attention, 16 x 2k and beyond: of the bandwidth of copying", 0.85, _decoding, of_attention=True),
-    Goal("attention of whole prompts: TFLOP/s", 450.0, _prompts, of_attention=True),
-    Goal("decoding attention over fp8 pages, 64 x 2k: times as fast as over bfloat16", 1.5, _fp8_pages, of_attention=True),
+    Goal("decoding attention, 16 x 2k and beyond: of the bandwidth of copying", 0.85, _decoding, of="attention"),
+    Goal("attention of whole prompts: TFLOP/s", 450.0, _prompts, of="attention"),
+    Goal("decoding attention over fp8 pages, 64 x 2k: times as fast as over bfloat16", 1.5, _fp8_pages, of="attention"),
+    Goal("8B fp8, one stream: tokens per second", 300.0, _tokens("8B fp8", "decode", "1 x 512"), of="model"),
+    Goal("8B w4, one stream: tokens per second", 400.0, _tokens("8B w4", "decode", "1 x 512"), of="model"),
+    Goal("8B fp8, 1000 in and 1000 out: output tokens per second", 15_220.0, _tokens("8B fp8", "offline", "1000/1000"), of="model"),
+    Goal("8B fp8, 128 in and 128 out: output tokens per second", 28_312.0, _tokens("8B fp8", "offline", "128/128"), of="model"),
+    Goal("decoding: share of a step in which the GPU idles, at most", 0.03, _idle, of="model", is_limit=True),
+    Goal("decoding over fp8 KV, 64 x 2k: times as fast as over bfloat16", 1.3, _fp8_kv, of="model"),
 )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = ("kernels", "quant", "benchmarks/gpu")
+_SOURCES = ("kernels", "quant", "runtime", "benchmarks/gpu")
 
 
 class Budget:
@@ -36,7 +36,7 @@ class Budget:
 @dataclass
 class Record:
     """What results.json holds. `correctness` by case, `sanitizer` by tool, `timings` by format and shape,
-    `attention` by step, `sweeps` by operation."""
+    `attention` by step, `model` by variant, `sweeps` by operation."""
 
     machine: dict[str, Any]
     sources: str
@@ -45,6 +45,7 @@ class Record:
     ceilings: dict[str, float | None] | None = None
     timings: dict[str, dict[str, Any]] = field(default_factory=dict)
     attention: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: dict[str, dict[str, Any]] = field(default_factory=dict)
     peers: dict[str, str] = field(default_factory=dict)
     sweeps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 

@@ -35,7 +35,7 @@ def write(record: Record, folder: Path) -> list[Path]:
 def goal_lines(record: Record) -> list[str]:
     """The goals and what became of them, as rows of a table in markdown."""
     lines = ["| goal | least | worst found | where | values | |", "| --- | --- | --- | --- | --- | --- |"]
-    return lines + [_goal_line(verdict) for verdict in verdicts(record.timings, record.ceilings, record.attention)]
+    return lines + [_goal_line(verdict) for verdict in verdicts(record.timings, record.ceilings, record.attention, record.model)]
 
 
 def _goal_line(verdict: Verdict) -> str:
@@ -69,6 +69,11 @@ def _page(record: Record) -> Iterator[str]:
         yield "Microseconds a call by what pages hold; in brackets TB/s of keys and values, for prompts TFLOP/s."
         yield "`sdpa` is torch's, in bfloat16.\n"
         yield from _attention(record)
+    if record.model:
+        yield "\n## Whole models\n"
+        yield "Dummy weights, greedy, through the engine; in brackets what reading weights alone would take, over the time."
+        yield "Host: milliseconds of a step in which the host was busy; idle: the share in which no kernel ran.\n"
+        yield from _models(record)
     if record.peers:
         yield "\n## Not compared\n"
         yield from (f"- {name}: {reason}" for name, reason in record.peers.items())
@@ -105,6 +110,21 @@ def _table(record: Record, timings: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"| {timing['shape']} | {m} | " + " | ".join(cells) + " |"
     for timing in timings:
         yield from (f"\n{timing['shape']}, {name}: {fault}" for name, fault in timing["faults"].items())
+
+
+def _models(record: Record) -> Iterator[str]:
+    bandwidth = (record.ceilings or {}).get("copy_bytes")
+    yield "| model | load | tokens/s | ms a step | host ms | idle |"
+    yield "| --- " * 6 + "|"
+    for name, found in record.model.items():
+        for load, step in found.get("decode", {}).items():
+            floor = f" ({found['weight_bytes'] / bandwidth * 1e3 / step['step_ms']:.2f})" if bandwidth else ""
+            idle = "-" if step["idle"] is None else f"{step['idle']:.1%}"
+            yield f"| {name} | decode {load} | {step['tokens_s']:.0f} | {step['step_ms']:.2f}{floor} | {step['host_ms']:.2f} | {idle} |"
+        for part in ("prefill", "offline"):
+            yield from (f"| {name} | {part} {load} | {step['tokens_s']:.0f} | | | |" for load, step in found.get(part, {}).items())
+        if found["fault"]:
+            yield f"| {name} | {found['fault']} | | | | |"
 
 
 def _attention(record: Record) -> Iterator[str]:

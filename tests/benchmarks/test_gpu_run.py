@@ -21,6 +21,7 @@ from octavo.benchmarks.gpu.command import main
 from octavo.benchmarks.gpu.contenders import Shape
 from octavo.benchmarks.gpu.goals import verdicts
 from octavo.benchmarks.gpu.guarded import Guarded
+from octavo.benchmarks.gpu.model_timings import LLAMA_8B, PEER, Load, Variant, idle_share
 from octavo.kernels.gpu import grouped_linear, scaled_linear
 from octavo.kernels.gpu.config import Tile, entries, operations
 from octavo.kernels.gpu.device import DEVICES
@@ -49,7 +50,7 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*arguments: str, out: Path) -> int:
     steps = (Step(2, 1, 40), Step(1, 20, 20), Step(1, 5, 40))
-    return main([*arguments, "--out", str(out)], place=H100, shapes=(TINY,), rows=(1,), steps=steps)
+    return main([*arguments, "--out", str(out)], place=H100, shapes=(TINY,), rows=(1,), steps=steps, variants=())
 
 
 @pytest.mark.usefixtures("few_cases")
@@ -237,10 +238,57 @@ def test_goals_of_attention() -> None:
         "decode": {**vars(decode), "bytes": {"bf16": bf16}, "us": {"bf16": bf16 / 2.7e12 * 1e6, "fp8_e4m3": bf16 / 3.6e12 * 1e6}},
         "prompt": {**vars(prompt), "flops": prompt.flops, "us": {"bf16": prompt.flops / 5e14 * 1e6}},
     }
-    bandwidth, rate, fp8 = verdicts({}, ceilings, found)[-3:]
+    bandwidth, rate, fp8 = [verdict for verdict in verdicts({}, ceilings, found) if verdict.goal.of == "attention"]
     assert (bandwidth.word, bandwidth.worst) == ("met", pytest.approx(0.9))
     assert (rate.word, rate.worst) == ("met", pytest.approx(500))
     assert (fp8.word, fp8.worst) == ("missed", pytest.approx(4 / 3))
+
+
+def test_models_are_timed_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The engine on the interpreted GPU with a model of one layer, and transformers beside it."""
+    config = {**LLAMA_8B, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 200, "max_position_embeddings": 256}
+    options = {"max_total_tokens": 512, "chunked_prefill_size": 64}
+    broken = Variant("broken", {**config, "num_attention_heads": 0}, options)
+    load = Load(decode=((2, 20),), prefill=(40,), offline=((3, 5, 2),), steps=2)
+    out = ["model", "report", "--out", str(tmp_path)]
+    assert main(out, place=H100, variants=(Variant("tiny", config, options), broken), load=load) == 0
+    assert "broken: " in capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text())["model"]
+    assert found["tiny"]["fault"] is None
+    assert found["tiny"]["decode"]["2 x 20"]["tokens_s"] == pytest.approx(2 / found["tiny"]["decode"]["2 x 20"]["step_ms"] * 1e3)
+    assert 0 < found["tiny"]["decode"]["2 x 20"]["host_ms"] <= found["tiny"]["decode"]["2 x 20"]["step_ms"]
+    assert set(found["tiny"]["offline"]) == set(found[PEER]["offline"]) == {"5/2"}
+    page = (tmp_path / "README.md").read_text()
+    assert "| tiny | decode 2 x 20 |" in page
+    assert "| tiny | prefill 40 |" in page
+    assert f"| {PEER} | offline 5/2 |" in page
+    assert "| broken | " in page
+    before = (tmp_path / "results.json").read_text()
+    assert main(out, place=H100, variants=(Variant("tiny", config, options), broken), load=load) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["model"] == json.loads(before)["model"], "what is known is not timed again"
+
+
+def test_the_idle_share_is_what_no_kernel_covers() -> None:
+    assert idle_share([]) == 1.0
+    assert idle_share([(0, 4), (1, 2), (5, 8), (7, 10)]) == pytest.approx(0.1)
+    assert idle_share([(3, 7)]) == 0.0
+
+
+def test_goals_of_models() -> None:
+    step = {"tokens_s": 310.0, "step_ms": 3.2, "host_ms": 0.4, "idle": 0.02}
+    model = {
+        "8B fp8": {"fault": None, "decode": {"1 x 512": step, "64 x 2048": {**step, "tokens_s": 1000.0, "idle": 0.05}}, "offline": {}},
+        "8B fp8, fp8 KV": {"fault": None, "decode": {"64 x 2048": {**step, "tokens_s": 1400.0}}},
+        "8B w4": {"fault": "OutOfMemoryError"},
+    }
+    found = {verdict.goal.text: verdict for verdict in verdicts({}, None, None, model)}
+    words = {text.split(":")[0]: verdict.word for text, verdict in found.items() if verdict.goal.of == "model"}
+    assert words["8B fp8, one stream"] == "met"
+    assert words["8B w4, one stream"] == "missed"
+    assert words["8B fp8, 1000 in and 1000 out"] == "untimed"
+    assert words["decoding"] == "missed"
+    assert words["decoding over fp8 KV, 64 x 2k"] == "met"
 
 
 def test_a_sweep_names_the_fastest_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
