@@ -35,7 +35,7 @@ class AttentionPlan:
     """Which queries read which pages in one step; made by `plan_attention`.
 
     `work` is the CPU kernel's task list (empty on other devices), `threads` the size of the team that runs it; `on_gpu` the GPU
-    kernel's StepPlan.
+    kernel's StepPlan; `peer` a FlashInferStep, which then attends in place of it.
     """
 
     query_start: Tensor  # int32 [B + 1], cumulative
@@ -49,6 +49,7 @@ class AttentionPlan:
     partial_rows: int
     threads: int
     on_gpu: Any = None
+    peer: Any = None
 
 
 def plan_attention(
@@ -140,6 +141,9 @@ def paged_attention(
     _check(q, plan, scale, sliding_window, soft_cap, out)
     check_pages(k_pages, v_pages, num_kv_heads=plan.num_kv_heads, head_dim=plan.head_dim, kv_dtype=kv_dtype)
     if plan.num_tokens == 0:
+        return out
+    if plan.peer is not None:
+        plan.peer.attend(q, k_pages, v_pages, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, out=out)
         return out
     kind = kv_dtype or k_pages.dtype
     if plan.on_gpu is not None and q.dtype in PLAIN_DTYPES[1:] and out.dtype == q.dtype and kind != torch.float32:

@@ -13,9 +13,11 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_e5m2", "int8", "fp8"]
+AttentionBackend = Literal["auto", "flashinfer"]
 Policy = Literal["fcfs", "lpm"]
 
 _CHOICES = {
+    "attention_backend": get_args(AttentionBackend),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "kv_cache_dtype": get_args(KVCacheDtype),
@@ -48,6 +50,7 @@ class EngineConfig:
     kv_cache_dtype: KVCacheDtype = "auto"  # auto: the model's dtype; fp8: fp8_e4m3
     quantization: str = "auto"  # auto: as the checkpoint is; fp8, int8, int4 quantize a dense model while it loads
     linear_backend: str | None = None  # the kernel for the linears that it is made for; None: the first that does not refuse
+    attention_backend: AttentionBackend = "auto"  # auto: our own kernels
     allow_reference: bool = False  # serve linears that only the slow float reference computes
     skip_kernel_check: bool = False  # do not hold each kind of kernel against the float reference at start
     context_length: int | None = None  # None: the model's own

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +12,9 @@ import torch
 from ..kernels.paged_attention import AttentionPlan, plan_attention
 from .batch import Batch, BatchRow
 from .transfer import to_device
+
+if TYPE_CHECKING:
+    from ..kernels.gpu.flashinfer_attention import FlashInfer
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,48 @@ class StepArrays:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What a model's attention is planned by."""
+    """What a model's attention is planned by. `peer` attends in place of our kernels."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     kv_dtype: torch.dtype
     deterministic: bool = False
+    peer: FlashInfer | None = None
 
     def plan(self, query_start: torch.Tensor, contexts: torch.Tensor, table: torch.Tensor, *, num_tokens: int) -> AttentionPlan:
         """`plan_attention` for a step of this model."""
-        return plan_attention(query_start, contexts, table, num_tokens=num_tokens, **vars(self))
+        return plan_attention(
+            query_start,
+            contexts,
+            table,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            kv_dtype=self.kv_dtype,
+            num_tokens=num_tokens,
+            deterministic=self.deterministic,
+        )
+
+    def plan_by_peer(self, arrays: StepArrays, moved: Sequence[torch.Tensor], page_size: int) -> AttentionPlan:
+        """The same for the peer, which plans from what the host has."""
+        assert self.peer is not None
+        on_host = (torch.from_numpy(array) for array in (arrays.query_start, arrays.contexts, arrays.table))
+        none = torch.empty(0, 0, dtype=torch.int64)
+        query_start, contexts, table = moved
+        return AttentionPlan(
+            query_start,
+            contexts,
+            table,
+            num_tokens=arrays.num_tokens,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            work=none,
+            partial_rows=0,
+            threads=1,
+            peer=self.peer.plan(*on_host, page_size=page_size),
+        )
 
 
 def lay_out(batch: Batch, page_size: int) -> StepArrays:
@@ -104,13 +140,19 @@ def lay_out(batch: Batch, page_size: int) -> StepArrays:
     return StepArrays(ids, positions, slots, np.array(wanted, dtype=np.int64), query_start, contexts, table)
 
 
-def make_forward_batch(arrays: StepArrays, awaited: torch.Tensor | None, shape: AttentionShape, device: torch.device) -> ForwardBatch:
+def make_forward_batch(
+    arrays: StepArrays, awaited: torch.Tensor | None, shape: AttentionShape, page_size: int, device: torch.device
+) -> ForwardBatch:
     """The arrays as tensors on `device`. `awaited` int64 [n], there, are the tokens of the last step, which the host need not know."""
     moved = to_device(
         (arrays.ids, arrays.positions, arrays.slots, arrays.wanted, arrays.query_start, arrays.contexts, arrays.table), device
     )
     input_ids = moved[0] if awaited is None else with_awaited(moved[0], awaited)
-    return ForwardBatch(input_ids, moved[1], moved[2], shape.plan(*moved[4:], num_tokens=arrays.num_tokens), moved[3])
+    if shape.peer is not None:
+        plan = shape.plan_by_peer(arrays, moved[4:], page_size)
+    else:
+        plan = shape.plan(*moved[4:], num_tokens=arrays.num_tokens)
+    return ForwardBatch(input_ids, moved[1], moved[2], plan, moved[3])
 
 
 def with_awaited(ids: torch.Tensor, awaited: torch.Tensor) -> torch.Tensor:

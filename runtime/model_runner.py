@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +30,9 @@ from .models.kv_scales import is_kv_scale
 from .models.llama import LlamaModel
 from .profile_step import compute_step, largest_step, measured_bytes
 from .weights import WeightSource
+
+if TYPE_CHECKING:
+    from ..kernels.gpu.flashinfer_attention import FlashInfer
 
 logger = logging.getLogger("octavo.runtime")
 _MOST_GRAPH_ROWS = 256
@@ -72,10 +76,17 @@ class ModelRunner:
                 logger.info("KV cache: %s, %s", kv_dtype_name(self.kv_dtype), self._describe_kv_scales(why))
             assert config.chunked_prefill_size is not None
             self._workspace = self.model.make_workspace(config.chunked_prefill_size + config.max_running_requests)
-            self._shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, self.kv_dtype, config.deterministic)
+            self._shape = AttentionShape(
+                model.num_heads,
+                model.num_kv_heads,
+                model.head_dim,
+                self.kv_dtype,
+                config.deterministic,
+                self._attention_peer(activation_dtype),
+            )
             self.budget = self._plan(config, self._measure_step() if self.device.type == "cuda" else None)
             self.pool = self._make_pool(self.budget.num_tokens // config.page_size)
-            if self.device.type == "cuda" and not config.disable_cuda_graph:
+            if self.device.type == "cuda" and not config.disable_cuda_graph and self._shape.peer is None:
                 self.capture_graphs(CudaCapture(), show_progress=show_progress)
         self.load_seconds = time.perf_counter() - started
         logger.info("%s", self.budget.table())
@@ -84,6 +95,25 @@ class ModelRunner:
         advice = self.linear_report.advice(self.device.type)
         if advice:
             logger.info("%s", advice)
+
+    def _attention_peer(self, activation_dtype: torch.dtype) -> FlashInfer | None:
+        """FlashInfer, where it was asked for. Raises ValueError with the remedy where it cannot be."""
+        if self._config.attention_backend != "flashinfer":
+            return None
+        from ..kernels.gpu import flashinfer_attention
+
+        reason = flashinfer_attention.refuses(
+            head_dim=self.model_config.head_dim,
+            kv_dtype=self.kv_dtype,
+            activation_dtype=activation_dtype,
+            deterministic=self._config.deterministic,
+            device=self.device,
+        )
+        if reason is not None:
+            raise ValueError(f"--attention-backend flashinfer: {reason}")
+        if not self._config.disable_cuda_graph:
+            logger.info("FlashInfer plans its steps on the host: they are not captured as CUDA graphs")
+        return flashinfer_attention.FlashInfer(self.device)
 
     def _source(self, config: EngineConfig, files: ModelFiles, activation_dtype: torch.dtype, *, show_progress: bool) -> WeightSource:
         """Where weights come from: the files, or nowhere."""
@@ -119,7 +149,7 @@ class ModelRunner:
         arrays = lay_out(batch, self.pool.page_size)
         if self._graphs is not None and self._graphs.takes(arrays):
             return self._graphs.replay(arrays, awaited)
-        return self._compute(make_forward_batch(arrays, awaited, self._shape, self.device))
+        return self._compute(make_forward_batch(arrays, awaited, self._shape, self.pool.page_size, self.device))
 
     def _compute(self, batch: ForwardBatch) -> torch.Tensor:
         return self.model.forward(batch, self.pool, self._workspace)

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, get_args
 
-from ..runtime.config import Device, Dtype, EngineConfig, KVCacheDtype, LoadFormat, Policy
+from ..runtime.config import AttentionBackend, Device, Dtype, EngineConfig, KVCacheDtype, LoadFormat, Policy
 from .options import LogLevel, ServerOptions
 
 _NEAR = 0.7  # how alike an unknown flag and the one it is taken for are, of 1
@@ -239,6 +239,11 @@ def _add_memory(parser: Parser) -> None:
 
 def _add_scheduling(parser: Parser) -> None:
     group = parser.add_argument_group("scheduling")
+    group.add_argument(
+        "--attention-backend",
+        metavar=choices_of(AttentionBackend),
+        help=_engine("on a GPU: flashinfer in place of our own kernels, where it is installed", "attention_backend"),
+    )
     group.add_argument("--disable-cuda-graph", action="store_true", help="on a GPU: launch every kernel of every step")
     group.add_argument(
         "--cuda-graph-max-bs",
