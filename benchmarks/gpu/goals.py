@@ -10,6 +10,7 @@ from .contenders import DENSE
 from .timings import floor_us
 
 DATASHEET_FP8_FLOPS = 1979e12  # H100 SXM, dense
+_LAYERS_70B, _HEAD_BYTES_70B = 80, 2 * 128_256 * 8192
 _LARGE, _PACKED = 50_000_000, 30_000_000
 
 Timings = dict[str, dict[str, Any]]
@@ -24,7 +25,7 @@ class Goal:
     text: str
     least: float
     values: Callable[[Timings, Ceilings], Values]
-    of: Literal["linears", "attention", "model"] = "linears"
+    of: Literal["linears", "attention", "model", "all"] = "linears"  # all: a dict of the three
     is_limit: bool = False
 
 
@@ -48,7 +49,8 @@ def verdicts(timings: Timings, ceilings: Ceilings | None, attention: Timings | N
     """Each goal with the worst value that was found for it."""
     found = []
     for goal in GOALS:
-        found_of = {"linears": timings, "attention": attention or {}, "model": model or {}}[goal.of]
+        parts = {"linears": timings, "attention": attention or {}, "model": model or {}}
+        found_of = parts if goal.of == "all" else parts[goal.of]
         values = list(goal.values(found_of, ceilings or {})) if ceilings is not None or goal.of == "model" else []
         worst_of = max if goal.is_limit else min
         where, worst = worst_of(values, key=lambda pair: pair[1]) if values else ("", None)
@@ -158,6 +160,19 @@ def _fp8_kv(model: Timings, ceilings: Ceilings) -> Values:
             yield variant, quantized["tokens_s"] / plain["tokens_s"]
 
 
+def _as_predicted(parts: Timings, ceilings: Ceilings) -> Values:
+    """The time that a step of 70B in W4 should take by what its linears and attention took, over the time that it takes."""
+    linears = {timing["shape"]: timing["rows"] for timing in parts["linears"].values() if timing["format"] == "w4a16"}
+    for load, step in parts["model"].get("70B w4", {}).get("decode", {}).items():
+        rows = load.partition(" x ")[0]
+        found = [linears.get(f"70B {name}", {}).get(rows, {}).get("octavo", {}).get("us") for name in ("qkv", "o", "gate_up", "down")]
+        attended = parts["attention"].get(f"decode {load}", {}).get("us", {}).get("bf16")
+        bandwidth = ceilings.get("read_bytes")
+        if all(found) and attended and bandwidth:
+            predicted_us = _LAYERS_70B * (sum(found) + attended) + _HEAD_BYTES_70B / bandwidth * 1e6
+            yield load, predicted_us / 1e3 / step["step_ms"]
+
+
 GOALS = (
     Goal("fp8, 4096 rows, quantization of inputs included: times as fast as _scaled_mm with the same quantization", 1.0,
          _against("fp8", "octavo", "_scaled_mm", 4096, 4096)),
@@ -178,5 +193,6 @@ GOALS = (
     Goal("8B fp8, 1000 in and 1000 out: output tokens per second", 15_220.0, _tokens("8B fp8", "offline", "1000/1000"), of="model"),
     Goal("8B fp8, 128 in and 128 out: output tokens per second", 28_312.0, _tokens("8B fp8", "offline", "128/128"), of="model"),
     Goal("decoding: share of a step in which the GPU idles, at most", 0.03, _idle, of="model", is_limit=True),
+    Goal("70B w4, decoding: the time that linears and attention predict, over the time", 0.87, _as_predicted, of="all"),
     Goal("decoding over fp8 KV, 64 x 2k: times as fast as over bfloat16", 1.3, _fp8_kv, of="model"),
 )  # fmt: skip

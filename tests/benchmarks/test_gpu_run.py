@@ -291,6 +291,18 @@ def test_goals_of_models() -> None:
     assert words["decoding over fp8 KV, 64 x 2k"] == "met"
 
 
+def test_a_70b_is_held_against_what_its_parts_took() -> None:
+    """80 layers of 4 x 100 us and 50 us, and 2.1 GB of head at 3 TB/s: 36.7 ms."""
+    ceilings = {"read_bytes": 3e12, "copy_bytes": 3e12, "bf16_flops": 8e14, "fp8_flops": None, "int8_flops": None}
+    linears = {name: {**_timing("w4a16", {"octavo": 100.0}), "shape": f"70B {name}"} for name in ("qkv", "o", "gate_up", "down")}
+    attention = {"decode 16 x 2048": {**vars(Step(16, 1, 2048)), "us": {"bf16": 50.0}, "bytes": {"bf16": 1e9}}}
+    step = {"tokens_s": 1.0, "step_ms": 40.0, "host_ms": 0.4, "idle": None}
+    model = {"70B w4": {"fault": None, "decode": {"16 x 2048": step, "1 x 512": step}}}
+    (verdict,) = [verdict for verdict in verdicts(linears, ceilings, attention, model) if verdict.goal.of == "all"]
+    assert (verdict.word, verdict.where, verdict.num_values) == ("met", "16 x 2048", 1)
+    assert verdict.worst == pytest.approx((80 * 450 + 2 * 128_256 * 8192 / 3e12 * 1e6) / 40_000)
+
+
 def test_a_sweep_names_the_fastest_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     tiles = (Tile("split", 16, 64, 128, 8, 2), Tile("split", 16, 64, 128, 8, 3))
     monkeypatch.setattr(sweep, "candidates", lambda op, present, m: tiles)
