@@ -73,7 +73,7 @@ class EngineCore:
             policy=config.schedule_policy,
         )
         self.scheduler = Scheduler(allocator, cache, limits)
-        self.sampler = Sampler(device=runner.device, random_seed=config.random_seed, fetch=fetch)
+        self.sampler = Sampler(device=runner.device, random_seed=config.random_seed, fetch=fetch, draw=runner.draw)
         self._fetch = fetch
         self._overlap = runner.device.type == "cuda" and not config.disable_overlap_schedule if overlap is None else overlap
         self._flight: _Flight | None = None

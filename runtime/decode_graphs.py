@@ -1,11 +1,13 @@
-"""DecodeGraphs: steps in which every request decodes, captured once for each size and replayed. Knows no queue and no sampling.
+"""DecodeGraphs: steps in which every request decodes, and drawing from their logits, captured for each size and replayed. Knows no queue.
 
 A graph has no arguments: it reads buffers that stay where they are, and each step's arrays are copied into them first. It is for so many
-rows; a smaller batch is filled up with rows that write to a page of nobody's. All sizes share the memory of the largest.
+rows; a smaller batch is filled up with rows that write to a page of nobody's. All sizes share the memory of the largest. Drawing is a graph
+of its own, one for each way of filtering: between the two, logits may be edited.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..kernels.sampling import greedy_tokens, sample_tokens
 from .forward_batch import AttentionShape, ForwardBatch, StepArrays, with_awaited
 from .transfer import to_device
 
@@ -60,6 +63,65 @@ class _Buffers:
     table: torch.Tensor
 
 
+class _Drawing:
+    """Graphs that draw tokens from the logits of the model's graphs, by size and by which filters there are."""
+
+    def __init__(self, most: int, device: torch.device, capture: Capture) -> None:
+        self._capture = capture
+        self._temperature, self._top_p, self._min_p = (torch.zeros(most, device=device) for _ in range(3))
+        self._top_k = torch.zeros(most, dtype=torch.int32, device=device)
+        self._uniform = torch.zeros(most, dtype=torch.float64, device=device)
+        self._graphs: dict[tuple[int, bool, bool, bool], tuple[Replay, torch.Tensor]] = {}
+        self._size_at: dict[int, int] = {}
+        self._filled: tuple[int, tuple[torch.Tensor | None, ...]] | None = None
+
+    def add(self, logits: torch.Tensor) -> None:
+        """Capture every way of drawing from the logits [size, V] that a model's graph fills."""
+        size = logits.shape[0]
+        self._size_at[logits.data_ptr()] = size
+        for draws, has_k, has_p in ((False, False, False), *itertools.product((True,), (False, True), (False, True))):
+
+            def draw(draws: bool = draws, has_k: bool = has_k, has_p: bool = has_p) -> torch.Tensor:
+                if not draws:
+                    return greedy_tokens(logits)
+                return sample_tokens(
+                    logits,
+                    self._temperature[:size],
+                    top_k=self._top_k[:size] if has_k else None,
+                    top_p=self._top_p[:size] if has_p else None,
+                    min_p=self._min_p[:size],
+                    uniform=self._uniform[:size],
+                )
+
+            self._graphs[size, draws, has_k, has_p] = self._capture(draw)
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor | None,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        min_p: torch.Tensor | None,
+        uniform: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        size = self._size_at.get(logits.data_ptr())
+        if size is None or logits.shape[0] > size:
+            return None
+        rows = logits.shape[0]
+        run, tokens = self._graphs[size, temperature is not None, top_k is not None, top_p is not None]
+        if temperature is not None and uniform is not None:
+            filters = (temperature, top_k, top_p, min_p)
+            if self._filled is None or self._filled[0] != size or any(a is not b for a, b in zip(self._filled[1], filters, strict=True)):
+                for buffer, values in zip((self._temperature, self._top_k, self._top_p, self._min_p), filters, strict=True):
+                    buffer[:size].zero_()  # rows that only fill up are greedy
+                    if values is not None:
+                        buffer[:rows].copy_(values)
+                self._filled = size, filters
+            self._uniform[:rows].copy_(uniform)
+        run()
+        return tokens[:rows]
+
+
 class DecodeGraphs:
     """Graphs of `compute`, by number of rows."""
 
@@ -102,9 +164,14 @@ class DecodeGraphs:
 
             return step
 
-        bar = tqdm(sorted(sizes, reverse=True), desc="Capturing CUDA graphs", unit="graph", disable=not show_progress, leave=False)
-        self._graphs = {rows: capture(step_of(rows)) for rows in bar}  # the largest first: the others find memory that is large enough
+        self._graphs: dict[int, tuple[Replay, torch.Tensor]] = {}
+        drawing = _Drawing(most, device, capture)
+        # The largest first: the others find memory that is large enough.
+        for rows in tqdm(sorted(sizes, reverse=True), desc="Capturing CUDA graphs", unit="size", disable=not show_progress, leave=False):
+            self._graphs[rows] = capture(step_of(rows))
+            drawing.add(self._graphs[rows][1])
         self._sizes = sorted(self._graphs)
+        self.draw = drawing.draw  # as `Draw` in sampler.py
 
     def takes(self, arrays: StepArrays) -> bool:
         """Whether every row is one token that samples, and there are no more than the largest graph is for."""

@@ -29,6 +29,7 @@ from .models.config import ModelConfig
 from .models.kv_scales import is_kv_scale
 from .models.llama import LlamaModel
 from .profile_step import compute_step, largest_step, measured_bytes
+from .sampler import Draw
 from .weights import WeightSource
 
 if TYPE_CHECKING:
@@ -150,6 +151,11 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.takes(arrays):
             return self._graphs.replay(arrays, awaited)
         return self._compute(make_forward_batch(arrays, awaited, self._shape, self.pool.page_size, self.device))
+
+    @property
+    def draw(self) -> Draw | None:
+        """What draws from the logits of replayed steps, where there are any."""
+        return None if self._graphs is None else self._graphs.draw
 
     def _compute(self, batch: ForwardBatch) -> torch.Tensor:
         return self.model.forward(batch, self.pool, self._workspace)

@@ -7,7 +7,7 @@ order, and a retracted request goes on as if nothing had happened. Stages that n
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -41,6 +41,13 @@ class SampleResult:
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
+
+
+# Draws tokens int64 [B] from logits [B, V] by temperature, top_k, top_p, min_p and uniform numbers, as `sample_tokens`; None: it cannot.
+Draw = Callable[
+    [torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    torch.Tensor | None,
+]
 
 
 class PendingSample:
@@ -137,8 +144,14 @@ class _Plan:
 class Sampler:
     """Samples for the requests that were added. Not thread-safe: one engine loop owns it."""
 
-    def __init__(self, *, device: torch.device | str = "cpu", random_seed: int | None = None, fetch: Fetch = HostCopy) -> None:
-        """`random_seed` seeds the generator from which requests without a seed draw theirs; None takes it from the system."""
+    def __init__(
+        self, *, device: torch.device | str = "cpu", random_seed: int | None = None, fetch: Fetch = HostCopy, draw: Draw | None = None
+    ) -> None:
+        """`random_seed` seeds the generator from which requests without a seed draw theirs; None takes it from the system.
+
+        `draw` is asked first, and may have captured what it does. What it gives may be overwritten by the next launch but one.
+        """
+        self._draw = draw
         self._device = torch.device(device)
         self._fetch = fetch
         self._generator = random.Random(random_seed)
@@ -186,16 +199,23 @@ class Sampler:
         raw = self._raw_rows(logits, plan)
         steps = [row.step for row in rows]
         self._edit(logits, plan, steps)
-        if plan.temperature is None:
-            tokens = greedy_tokens(logits)
-        else:
-            (uniform,) = to_device([uniform_numbers(plan.seeds, steps).numpy()], self._device)
-            tokens = sample_tokens(logits, plan.temperature, top_k=plan.top_k, top_p=plan.top_p, min_p=plan.min_p, uniform=uniform)
+        tokens = self._tokens(logits, plan, steps)
         reported = () if raw is None else _token_logprobs(raw, tokens[plan.logprob_index].clamp_(min=0), max(plan.num_logprobs))
         arrival = self._fetch([tokens, *reported])
         if plan.penalties is not None:
             plan.penalties.record(tokens)  # last: what fails before it may be sampled again
         return PendingSample(tokens, arrival, plan)
+
+    def _tokens(self, logits: torch.Tensor, plan: _Plan, steps: Sequence[int]) -> torch.Tensor:
+        uniform = None
+        if plan.temperature is not None:
+            (uniform,) = to_device([uniform_numbers(plan.seeds, steps).numpy()], self._device)
+        drawn = None if self._draw is None else self._draw(logits, plan.temperature, plan.top_k, plan.top_p, plan.min_p, uniform)
+        if drawn is not None:
+            return drawn
+        if plan.temperature is None or uniform is None:
+            return greedy_tokens(logits)
+        return sample_tokens(logits, plan.temperature, top_k=plan.top_k, top_p=plan.top_p, min_p=plan.min_p, uniform=uniform)
 
     def _plan_for(self, rows: Sequence[SampleRow]) -> _Plan:
         request_ids = [row.request_id for row in rows]

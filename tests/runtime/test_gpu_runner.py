@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from octavo.kernels.paged_attention import AttentionPlan, reference
 from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.core import EngineCore
+from octavo.runtime.decode_graphs import Capture
 from octavo.runtime.model_runner import ModelRunner
 from octavo.runtime.sampling_params import SamplingParams
 
@@ -154,36 +155,52 @@ def test_deterministic_answers_repeat_to_the_bit(folder: Path, device: Device, o
     assert crowded == cold
 
 
+class Copies:
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = [tensor.clone() for tensor in tensors]
+
+    def wait(self) -> list[torch.Tensor]:
+        return self._tensors
+
+
+copied = Copies  # as a GPU's tensors go to the host: what is written to them later does not change the copy
+
+
+def recorder(replays: list[torch.Size]) -> Capture:
+    """A graph that is run anew at each replay, from its buffers alone; `replays` gets the shape of what it gave."""
+
+    def capture(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        out = run()
+
+        def replay() -> None:
+            replays.append(out.shape)
+            out.copy_(run())
+
+        out.fill_(-7)
+        return replay, out
+
+    return capture
+
+
 @pytest.mark.parametrize(
     ("device", "options"),
     [(H100, {}), pytest.param(A100, {"quantization": "int4", "kv_cache_dtype": "int8"}, marks=pytest.mark.long)],
     ids=["plain", "int4 and int8 pages"],
 )
 def test_decoding_steps_are_replayed(folder: Path, device: Device, options: dict[str, Any]) -> None:
-    """With steps launched ahead, and a graph that is run anew at each replay, from its buffers alone."""
-    replays: list[int] = []
-
-    def capture(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
-        out = run()
-        rows = out.shape[0]
-
-        def replay() -> None:
-            replays.append(rows)
-            out.copy_(run())
-
-        out.fill_(torch.nan)
-        return replay, out
-
+    """With steps launched ahead."""
+    replays: list[torch.Size] = []
     with pretend(device):
         wanted, _ = generate(folder, **options)
         config = EngineConfig(device="cpu", cuda_graph_max_bs=4, **{**SIZES, **options}).resolve(device="cpu")
         runner = ModelRunner(config, resolve_model(str(folder)), show_progress=False)
-        runner.capture_graphs(capture, show_progress=False)
-        core = EngineCore(config, runner, overlap=True)
+        runner.capture_graphs(recorder(replays), show_progress=False)
+        core = EngineCore(config, runner, overlap=True, fetch=copied)
         found = answers(core)
         core.scheduler.check_integrity()
-    assert set(replays) <= {1, 2, 4}
-    assert replays.count(4) >= 2, "three requests fill up a graph for four"
+    assert {shape[0] for shape in replays} <= {1, 2, 4}
+    assert replays.count(torch.Size((4, VOCAB))) >= 2, "three requests fill up a graph for four"
+    assert replays.count(torch.Size((4,))) == replays.count(torch.Size((4, VOCAB))), "and draw from it by another"
     assert_alike(found, wanted, 0.05)
 
 
@@ -198,3 +215,31 @@ def test_the_largest_step_is_computed_and_sampled_before_the_pool_is_made(folder
         runner.profile_step()
     assert steps == [(30, 10, 1, 1)]
     assert not hasattr(runner, "pool"), "the pool that counts is made later"
+
+
+def test_tokens_are_drawn_by_graphs_as_they_are_without(folder: Path) -> None:
+    """Every way of filtering, beside penalties and biases, and batches that do not fill their graph."""
+    ways: tuple[dict[str, Any], ...] = (
+        {"top_k": 20, "logprobs": 2}, {"top_p": 0.8, "min_p": 0.05}, {"repetition_penalty": 1.3, "logit_bias": {5: 2.0}},
+        {"temperature": 0.0, "frequency_penalty": 1.0},
+    )  # fmt: skip
+    replays: list[torch.Size] = []
+
+    def drawn(core: EngineCore) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for number, way in enumerate(ways):  # fewer and fewer stay: four that no graph is for, then two mixtures and one alone
+            core.add(str(number), [number + 1, 7, 9], SamplingParams(max_tokens=2 + number, seed=number, ignore_eos=True, **way))
+        while core.has_work:
+            for output in core.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+        return found
+
+    with pretend(H100), products_rounded_once():
+        options = {**SIZES, "cuda_graph_max_bs": 3, "deterministic": True}
+        config = EngineConfig(device="cpu", **options).resolve(device="cpu")
+        runner = ModelRunner(config, resolve_model(str(folder)), show_progress=False)
+        wanted = drawn(EngineCore(config, runner))
+        runner.capture_graphs(recorder(replays), show_progress=False)
+        found = drawn(EngineCore(config, runner, overlap=True, fetch=copied))
+    assert found == wanted
+    assert {torch.Size((1,)), torch.Size((2,)), torch.Size((3,))} <= set(replays)
