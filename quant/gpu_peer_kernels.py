@@ -108,6 +108,7 @@ class AwqExtension(LinearKernel):
     """autoawq-kernels' GEMM: float16 inputs, int4 weights in AutoAWQ's own layout."""
 
     name: ClassVar[str] = "autoawq_kernels"
+    can_be_captured: ClassVar[bool] = False  # nobody has seen on which stream it launches
     repeats: ClassVar[bool] = False
 
     @staticmethod

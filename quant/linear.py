@@ -147,6 +147,7 @@ class LinearKernel(ABC):
 
     name: ClassVar[str]
     is_reference: ClassVar[bool] = False
+    can_be_captured: ClassVar[bool] = True  # in a CUDA graph
     repeats: ClassVar[bool] = True  # can give a row the same bits however many rows there are, when the spec asks for it
 
     @staticmethod

@@ -28,6 +28,7 @@ class FloatReference(LinearKernel):
     """Weights dequantized to float32 at every call, on any device: right, slow, and the last in every list."""
 
     name: ClassVar[str] = "reference"
+    can_be_captured: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
     is_reference: ClassVar[bool] = True
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .admission import EngineLimits, admit
@@ -27,7 +28,7 @@ from .request import Request
 from .sampler import PendingPromptLogprobs, PendingSample, Sampler, SampleResult, SampleRow, launch_prompt_logprobs
 from .sampling_params import SamplingParams
 from .scheduler import QueueFull, Scheduler, SchedulerLimits
-from .transfer import Fetch, HostCopy
+from .transfer import Fetch, HostCopy, to_device
 
 _MIXED_CHUNK = {"cpu": 32, "cuda": 512}
 _RATE_WINDOW_S = 10.0
@@ -107,7 +108,8 @@ class EngineCore:
             raise RequestRefused(str(error), status_code=503, code="queue_full") from error
         except ValueError as error:
             raise RequestRefused(str(error), param="rid") from error
-        self.sampler.add(request_id, params, tokens, tuple(stop_token_ids) if params.min_tokens else ())
+        known = tuple(token for token in stop_token_ids if token < self.limits.vocab_size)  # tokenizers may end texts with more
+        self.sampler.add(request_id, params, tokens, known if params.min_tokens else ())
         if on_logits is not None:
             self._logits_sinks[request_id] = on_logits
 
@@ -153,7 +155,9 @@ class EngineCore:
         rows = [row.request for row in batch.rows if row.samples]
         if not rows:
             return _Flight(batch, rows, None, scored)
-        wanted = logits if len(sampled_rows) == logits.shape[0] else logits[sampled_rows]
+        wanted = logits
+        if len(sampled_rows) < logits.shape[0]:
+            wanted = logits.index_select(0, *to_device([np.array(sampled_rows, dtype=np.int64)], logits.device))
         sample = self.sampler.launch(wanted, [SampleRow(request.request_id, request.num_sampled) for request in rows])
         return _Flight(batch, rows, sample, scored)
 

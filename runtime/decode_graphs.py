@@ -72,13 +72,11 @@ class _Drawing:
         self._top_k = torch.zeros(most, dtype=torch.int32, device=device)
         self._uniform = torch.zeros(most, dtype=torch.float64, device=device)
         self._graphs: dict[tuple[int, bool, bool, bool], tuple[Replay, torch.Tensor]] = {}
-        self._size_at: dict[int, int] = {}
         self._filled: tuple[int, tuple[torch.Tensor | None, ...]] | None = None
 
     def add(self, logits: torch.Tensor) -> None:
         """Capture every way of drawing from the logits [size, V] that a model's graph fills."""
         size = logits.shape[0]
-        self._size_at[logits.data_ptr()] = size
         for draws, has_k, has_p in ((False, False, False), *itertools.product((True,), (False, True), (False, True))):
 
             def draw(draws: bool = draws, has_k: bool = has_k, has_p: bool = has_p) -> torch.Tensor:
@@ -97,16 +95,15 @@ class _Drawing:
 
     def draw(
         self,
+        size: int,
         logits: torch.Tensor,
         temperature: torch.Tensor | None,
         top_k: torch.Tensor | None,
         top_p: torch.Tensor | None,
         min_p: torch.Tensor | None,
         uniform: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        size = self._size_at.get(logits.data_ptr())
-        if size is None or logits.shape[0] > size:
-            return None
+    ) -> torch.Tensor:
+        """Tokens int64 [rows] for the first rows of what the model's graph for `size` gave."""
         rows = logits.shape[0]
         run, tokens = self._graphs[size, temperature is not None, top_k is not None, top_p is not None]
         if temperature is not None and uniform is not None:
@@ -127,11 +124,12 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        compute: Callable[[ForwardBatch], torch.Tensor],
+        compute: Callable[[ForwardBatch, torch.Tensor], torch.Tensor],
         *,
         shape: AttentionShape,
         sizes: Sequence[int],
         max_pages: int,
+        vocab_size: int,
         max_awaited: int,
         spare_page: int,
         page_size: int,
@@ -139,7 +137,7 @@ class DecodeGraphs:
         capture: Capture,
         show_progress: bool = True,
     ) -> None:
-        """`compute` gives logits of a step and allocates what it needs; `spare_page` is one that no request gets.
+        """`compute` puts the logits of a step into what it is given, and allocates what it needs; `spare_page` is one that no request gets.
 
         `max_pages`: of one request; `max_awaited`: rows of the largest step that samples.
         """
@@ -160,18 +158,21 @@ class DecodeGraphs:
             def step() -> torch.Tensor:
                 plan = shape.plan(buffers.query_start[: rows + 1], buffers.contexts[:rows], buffers.table[:rows], num_tokens=rows)
                 ids = with_awaited(buffers.ids[:rows], buffers.awaited)
-                return compute(ForwardBatch(ids, buffers.positions[:rows], buffers.slots[:rows], plan, buffers.places[:rows]))
+                batch = ForwardBatch(ids, buffers.positions[:rows], buffers.slots[:rows], plan, buffers.places[:rows])
+                return compute(batch, self._logits[:rows])
 
             return step
 
+        # One buffer for all: what graphs give stays, so that none may give memory of its own.
+        self._logits = torch.zeros(most, vocab_size, device=device)
         self._graphs: dict[int, tuple[Replay, torch.Tensor]] = {}
-        drawing = _Drawing(most, device, capture)
+        self._drawing = _Drawing(most, device, capture)
+        self._size = 0  # of the graph that was replayed last
         # The largest first: the others find memory that is large enough.
         for rows in tqdm(sorted(sizes, reverse=True), desc="Capturing CUDA graphs", unit="size", disable=not show_progress, leave=False):
             self._graphs[rows] = capture(step_of(rows))
-            drawing.add(self._graphs[rows][1])
+            self._drawing.add(self._graphs[rows][1])
         self._sizes = sorted(self._graphs)
-        self.draw = drawing.draw  # as `Draw` in sampler.py
 
     def takes(self, arrays: StepArrays) -> bool:
         """Whether every row is one token that samples, and there are no more than the largest graph is for."""
@@ -200,4 +201,19 @@ class DecodeGraphs:
             buffers.awaited[: awaited.shape[0]].copy_(awaited)
         run, logits = self._graphs[size]
         run()
+        self._size = size
         return logits[:rows]
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor | None,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        min_p: torch.Tensor | None,
+        uniform: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Draw from what was replayed last, as `sample_tokens`, by a graph; None for other logits. Tokens stay until the next draw."""
+        if logits.data_ptr() != self._logits.data_ptr() or logits.shape[0] > self._size:
+            return None
+        return self._drawing.draw(self._size, logits, temperature, top_k, top_p, min_p, uniform)

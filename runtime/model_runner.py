@@ -87,8 +87,11 @@ class ModelRunner:
             )
             self.budget = self._plan(config, self._measure_step() if self.device.type == "cuda" else None)
             self.pool = self._make_pool(self.budget.num_tokens // config.page_size)
-            if self.device.type == "cuda" and not config.disable_cuda_graph and self._shape.peer is None:
+            reason = self._reason_against_graphs()
+            if reason is None:
                 self.capture_graphs(CudaCapture(), show_progress=show_progress)
+            elif reason:
+                logger.info("Steps are not captured as CUDA graphs: %s", reason)
         self.load_seconds = time.perf_counter() - started
         logger.info("%s", self.budget.table())
         self.linear_report = LinearReport.of(self.model.linears, formats.method)
@@ -112,8 +115,6 @@ class ModelRunner:
         )
         if reason is not None:
             raise ValueError(f"--attention-backend flashinfer: {reason}")
-        if not self._config.disable_cuda_graph:
-            logger.info("FlashInfer plans its steps on the host: they are not captured as CUDA graphs")
         return flashinfer_attention.FlashInfer(self.device)
 
     def _source(self, config: EngineConfig, files: ModelFiles, activation_dtype: torch.dtype, *, show_progress: bool) -> WeightSource:
@@ -153,31 +154,52 @@ class ModelRunner:
         return self._compute(make_forward_batch(arrays, awaited, self._shape, self.pool.page_size, self.device))
 
     @property
+    def _most_graph_rows(self) -> int:
+        return min(self._config.cuda_graph_max_bs or _MOST_GRAPH_ROWS, self._config.max_running_requests)
+
+    def _reason_against_graphs(self) -> str | None:
+        """Why steps are not captured; None when they are."""
+        if self.device.type != "cuda" or self._config.disable_cuda_graph:
+            return ""
+        if self._shape.peer is not None:
+            return "FlashInfer plans its steps on the host"
+        if torch.float32 in (self.dtype, self.kv_dtype):
+            return "attention in float32 is computed by the reference, which asks the device for lengths"
+        names = sorted({built.kernel.name for linear in self.model.linears for built in linear.kernels if not built.kernel.can_be_captured})
+        return f"{', '.join(names)} cannot be captured" if names else None
+
+    @property
     def draw(self) -> Draw | None:
         """What draws from the logits of replayed steps, where there are any."""
         return None if self._graphs is None else self._graphs.draw
 
-    def _compute(self, batch: ForwardBatch) -> torch.Tensor:
-        return self.model.forward(batch, self.pool, self._workspace)
+    def _compute(self, batch: ForwardBatch, into: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model.forward(batch, self.pool, self._workspace, into=into)
 
     @torch.inference_mode()
     def capture_graphs(self, capture: Capture, *, show_progress: bool = True) -> None:
         """Have steps replayed in which all requests decode, up to `cuda_graph_max_bs` of them."""
-        config = self._config
-        most = min(config.cuda_graph_max_bs or _MOST_GRAPH_ROWS, config.max_running_requests)
+        config, most = self._config, self._most_graph_rows
         started = time.perf_counter()
-        self._graphs = DecodeGraphs(
-            self._compute,
-            shape=self._shape,
-            sizes=graph_sizes(most),
-            max_pages=-(-self.context_length // self.pool.page_size),
-            max_awaited=config.max_running_requests,
-            spare_page=self.pool.spare_page,
-            page_size=self.pool.page_size,
-            device=self.device,
-            capture=capture,
-            show_progress=show_progress,
-        )
+        try:
+            self._graphs = DecodeGraphs(
+                self._compute,
+                shape=self._shape,
+                sizes=graph_sizes(most),
+                max_pages=-(-self.context_length // self.pool.page_size),
+                vocab_size=self.model_config.vocab_size,
+                max_awaited=config.max_running_requests,
+                spare_page=self.pool.spare_page,
+                page_size=self.pool.page_size,
+                device=self.device,
+                capture=capture,
+                show_progress=show_progress,
+            )
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryPlan(
+                f"no memory to capture CUDA graphs for up to {most} requests: lower --mem-fraction-static "
+                f"(now {config.memory_fraction:g}), --max-total-tokens or --cuda-graph-max-bs, or give --disable-cuda-graph"
+            ) from error
         logger.info("CUDA graphs for up to %d decoding requests captured in %.1f s", most, time.perf_counter() - started)
 
     def kernels_in_use(self) -> dict[str, int]:
@@ -238,7 +260,8 @@ class ModelRunner:
                 "or use a smaller model"
             ) from error
         pages = -(-min(config.chunked_prefill_size or 1, self.context_length) // config.page_size) + 1
-        return max(0, peak - pages * config.page_size * self._kv_per_token())
+        graphs = 0 if config.disable_cuda_graph else self._most_graph_rows * self.model_config.vocab_size * 4  # the logits that they fill
+        return max(0, peak - pages * config.page_size * self._kv_per_token()) + graphs
 
     def _kv_per_token(self) -> int:
         model = self.model_config

@@ -137,7 +137,7 @@ class DevicePenalties:
             self.counts[slot].zero_()
             prompt = np.unique(np.asarray(self._prompts[request_id], dtype=np.int64))
             if prompt.size:
-                self.counts[slot, to_device([prompt[prompt < vocab]], self._device)[0]] = IN_PROMPT
+                self.counts[slot].index_fill_(0, to_device([prompt[prompt < vocab]], self._device)[0], IN_PROMPT)
             self._slots[request_id] = self._free.pop()
         return slot
 

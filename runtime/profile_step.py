@@ -5,15 +5,19 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from .batch import Batch, BatchRow
 from .request import Request
-from .sampler import Sampler, SampleRow
+from .sampler import Sampler, SampleRow, launch_prompt_logprobs
 from .sampling_params import SamplingParams
+from .transfer import to_device
 
 # Everything that a request can make the sampler do.
-_DEMANDING = SamplingParams(top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logit_bias={0: 1.0}, logprobs=20, seed=0)
+_DEMANDING = SamplingParams(
+    top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logit_bias={0: 1.0}, logprobs=20, prompt_logprobs=20, seed=0
+)
 
 
 def largest_step(*, prompt_tokens: int, max_running_requests: int, context_length: int, page_size: int) -> Batch:
@@ -38,7 +42,13 @@ def compute_step(batch: Batch, forward: Callable[[Batch], torch.Tensor], device:
     for row in batch.rows:
         sampler.add(row.request.request_id, row.request.params, row.request.tokens, ())
     logits = forward(batch)
-    sampler.sample(logits, [SampleRow(row.request.request_id, 0) for row in batch.rows])
+    ends, at = [], -1
+    for row in batch.rows:
+        at += len(row.request.scored_positions(row.start, row.count)) + 1
+        ends.append(at)
+    (wanted,) = to_device([np.array(ends, dtype=np.int64)], device)
+    launch_prompt_logprobs(logits, [0] * logits.shape[0], k=20).wait()
+    sampler.sample(logits.index_select(0, wanted), [SampleRow(row.request.request_id, 0) for row in batch.rows])
 
 
 def measured_bytes(compute: Callable[[], None], device: torch.device) -> int:

@@ -116,7 +116,7 @@ def run(
         save()
     if variants and PEER not in record.model and budget.has(_SECONDS if place.is_gpu else 0.0):
         try:
-            record.model[PEER] = time_peer(variants[0], place, load)
+            record.model[PEER] = time_peer(variants[0], place, load, budget)
         except Exception as error:
             record.model[PEER] = {"fault": one_line(error)}
             print(f"  {PEER}: {record.model[PEER]['fault']}")
@@ -159,8 +159,11 @@ def time_variant(variant: Variant, place: Place, load: Load, budget: Budget) -> 
         }  # fmt: skip
         _finish(core, _add(core, min(2, most), 8, 3))  # whatever loads at the first call
         for sequences, context in load.decode:
-            if sequences <= config.max_running_requests and sequences * (context + load.steps + 8) <= runner.pool.num_tokens:
-                result["decode"][f"{sequences} x {context}"] = _decode(core, fetch, sequences, context, load.steps, place)
+            # Those whose prompts are computed first decode while the others' are: for two steps a chunk at most, beside what is timed.
+            steps = load.steps + _TRACED_STEPS + 8 + 2 * sequences * (-(-context // (config.chunked_prefill_size or 1)) + 1)
+            steps = min(steps, runner.context_length - context)
+            if sequences <= config.max_running_requests and sequences * (context + steps) <= runner.pool.num_tokens:
+                result["decode"][f"{sequences} x {context}"] = _decode(core, fetch, sequences, context, load.steps, steps, place)
         for tokens in load.prefill:
             seconds = min(_finish(core, _add(core, 1, tokens, 1)) for _ in range(2))
             result["prefill"][str(tokens)] = {"tokens_s": tokens / seconds}
@@ -192,22 +195,21 @@ def _finish(core: EngineCore, wanted: int) -> float:
     return time.perf_counter() - started
 
 
-def _decode(core: EngineCore, fetch: TimedFetch, sequences: int, context: int, steps: int, place: Place) -> dict[str, Any]:
-    """Steady decoding: all prompts are computed before the clock starts."""
+def _decode(core: EngineCore, fetch: TimedFetch, sequences: int, context: int, steps: int, answer: int, place: Place) -> dict[str, Any]:
+    """Steady decoding: all prompts are computed before the clock starts, and no request ends before it stops."""
     from octavo.runtime.outputs import FinishReason
 
-    total = steps + _TRACED_STEPS + 8
-    _add(core, sequences, context - steps // 2, total)
+    _add(core, sequences, context - steps // 2, answer)
     while core.scheduler.waiting or any(request.is_prefilling for request in core.scheduler.running):
         core.step()
     for _ in range(3):
         core.step()
     fetch.waited_s, started = 0.0, time.perf_counter()
-    for _ in range(steps):
-        core.step()
+    tokens = sum(len(output.token_ids) for _ in range(steps) for output in core.step())
     seconds = time.perf_counter() - started
+    assert tokens == sequences * steps, f"{tokens} tokens came in {steps} steps of {sequences} sequences"
     found = {
-        "tokens_s": sequences * steps / seconds, "step_ms": seconds / steps * 1e3, "host_ms": (seconds - fetch.waited_s) / steps * 1e3,
+        "tokens_s": tokens / seconds, "step_ms": seconds / steps * 1e3, "host_ms": (seconds - fetch.waited_s) / steps * 1e3,
         "idle": _idle_share(core) if place.is_gpu else None,
     }  # fmt: skip
     core.abort_all(FinishReason("abort"))
@@ -216,8 +218,8 @@ def _decode(core: EngineCore, fetch: TimedFetch, sequences: int, context: int, s
     return found
 
 
-def _idle_share(core: EngineCore) -> float:
-    """The share of some steps in which no kernel ran, from a trace."""
+def _idle_share(core: EngineCore) -> float | None:
+    """The share of some steps in which no kernel ran, from a trace; None where nothing can be traced."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as traced:
@@ -225,7 +227,7 @@ def _idle_share(core: EngineCore) -> float:
             core.step()
         torch.cuda.synchronize()
     spans = sorted((event.time_range.start, event.time_range.end) for event in traced.events() or [] if event.device_type.name == "CUDA")
-    return idle_share(spans)
+    return idle_share(spans) if spans else None
 
 
 def idle_share(spans: Sequence[tuple[float, float]]) -> float:
@@ -239,7 +241,7 @@ def idle_share(spans: Sequence[tuple[float, float]]) -> float:
     return 1.0 - busy / (reached - spans[0][0]) if reached > spans[0][0] else 0.0
 
 
-def time_peer(variant: Variant, place: Place, load: Load) -> dict[str, Any]:
+def time_peer(variant: Variant, place: Place, load: Load, budget: Budget) -> dict[str, Any]:
     """Offline throughput of transformers' continuous batching, the same model and load, random weights in bfloat16."""
     import transformers
 
@@ -251,6 +253,9 @@ def time_peer(variant: Variant, place: Place, load: Load) -> dict[str, Any]:
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
     result: dict[str, Any] = {"fault": None, "version": transformers.__version__, "offline": {}}
     for requests, prompt, answer in load.offline:
+        if place.is_gpu and not budget.has(_SECONDS):
+            result["fault"] = f"out of time before {prompt}/{answer}"
+            break
         source = random.Random(requests + prompt)
         prompts = [[source.randrange(config.vocab_size) for _ in range(prompt)] for _ in range(requests)]
         wish = transformers.GenerationConfig(max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -258,5 +263,6 @@ def time_peer(variant: Variant, place: Place, load: Load) -> dict[str, Any]:
         outputs = model.generate_batch(inputs=prompts, generation_config=wish, progress_bar=False)
         seconds = time.perf_counter() - started
         tokens = sum(len(output.generated_tokens) for output in outputs.values())
+        assert tokens == requests * answer, f"{tokens} tokens came, not {requests * answer}"
         result["offline"][f"{prompt}/{answer}"] = {"requests": requests, "tokens_s": tokens / seconds}
     return result

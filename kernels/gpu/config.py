@@ -46,9 +46,12 @@ class Tile:
 def tile_for(device: Device, op: str, m: int) -> Tile:
     """The table's entry for `m` rows, or the device's fixed ones. Raises KeyError for an operation that no table has."""
     rows = device.fixed_rows or m
+    before: Tile | None = None
     for most, tile in entries(device.arch, op):
         if most is None or rows <= most:
-            return tile
+            # torch multiplies on the route "dense", in an order that depends on the rows.
+            return before if device.fixed_rows and tile.route == "dense" and before is not None else tile
+        before = tile
     raise AssertionError("the last entry of a table has no max_m")
 
 

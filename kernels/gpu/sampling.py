@@ -179,11 +179,10 @@ def _search(
             above = tl.load(place + _ABOVE)
             reached = tl.sum(parts, 0) + above
             does = (reached >= tl.load(place + _TARGET)) & (index < _NUM_PIVOTS)
-            count = tl.sum(does.to(tl.int32), 0)
+            fails = (~does) & (index < _NUM_PIVOTS)  # pivots need not rise: interpolation rounds
             tl.store(place + _LOW, tl.maximum(tl.max(tl.where(does, pivots.to(tl.int64), low), 0), low).to(tl.float64))
-            if count < _NUM_PIVOTS:
-                tl.store(place + _HIGH, tl.sum(tl.where(index == count, pivots.to(tl.int64), 0), 0).to(tl.float64))
-                tl.store(place + _ABOVE, tl.sum(tl.where(index == count, reached, 0.0), 0))
+            tl.store(place + _HIGH, tl.min(tl.where(fails, pivots.to(tl.int64), high), 0).to(tl.float64))
+            tl.store(place + _ABOVE, tl.max(tl.where(fails, reached, above), 0))
 
 
 @triton.jit

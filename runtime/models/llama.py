@@ -165,17 +165,18 @@ class LlamaModel:
         widths = (hidden, hidden, hidden, first.qkv.out_features, query, first.gate_up.out_features, first.down.in_features)
         return Workspace(*(torch.zeros(max_tokens, width, dtype=self.activation_dtype, device=self.device) for width in widths))
 
-    def forward(self, batch: ForwardBatch, pool: KVPool, space: Workspace) -> torch.Tensor:
-        """Logits of `batch.logits_rows`, float32 [R, vocab_size]. Writes the new keys and values into `pool`."""
+    def forward(self, batch: ForwardBatch, pool: KVPool, space: Workspace, *, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of `batch.logits_rows`, float32 [R, vocab_size], in `into` where it is given. Writes new keys and values into `pool`."""
         tokens = batch.num_tokens
         space = Workspace(*(buffer[:tokens] for buffer in vars(space).values()))
         space.residual.copy_(self.embedding.rows(batch.input_ids))
         for index, layer in enumerate(self.layers):
             layer.forward(batch, space, self.cos_sin, pool.k_pages[index], pool.v_pages[index], pool.dtype, is_first=index == 0)
         add_rms_norm(space.hidden, space.residual, self._final_norm, self.config.norm_eps, out=space.normed)
-        return self.logits(space.normed[batch.logits_rows])
+        return self.logits(space.normed[batch.logits_rows], into=into)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, *, into: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [R, vocab_size] of final hidden states [R, hidden_size]."""
         out = torch.empty(hidden.shape[0], self.config.vocab_size, dtype=self.activation_dtype, device=self.device)
-        return self.head(hidden, out=out).float()
+        self.head(hidden, out=out)
+        return out.float() if into is None else into.copy_(out)

@@ -182,9 +182,10 @@ def recorder(replays: list[torch.Size]) -> Capture:
     return capture
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("device", "options"),
-    [(H100, {}), pytest.param(A100, {"quantization": "int4", "kv_cache_dtype": "int8"}, marks=pytest.mark.long)],
+    [(H100, {}), (A100, {"quantization": "int4", "kv_cache_dtype": "int8"})],
     ids=["plain", "int4 and int8 pages"],
 )
 def test_decoding_steps_are_replayed(folder: Path, device: Device, options: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from octavo.kernels.gpu import dense_linear
+from octavo.kernels.gpu.config import operations, table_architectures, tile_for
 from octavo.kernels.gpu.device import DEVICES, FIXED_ROWS, Device
 from octavo.kernels.gpu.workspace import Workspace
 
@@ -49,3 +50,12 @@ def test_more_rows_than_counters_are_refused() -> None:
     x, weight, out = (torch.empty(shape, dtype=torch.bfloat16, device=meta) for shape in ((1 << 23, 1024), (64, 1024), (1 << 23, 64)))
     with pytest.raises(ValueError, match="too many to sum in parts: lower --chunked-prefill-size"):
         dense_linear.launch(x, weight, None, out, device=FEW_SMS, workspace=Workspace(meta))
+
+
+@pytest.mark.parametrize("arch", table_architectures())
+def test_where_rows_are_fixed_torch_multiplies_nothing(arch: int) -> None:
+    fixed = replace(DEVICES[arch], fixed_rows=FIXED_ROWS)
+    for op in operations(arch):
+        tiles = {tile_for(fixed, op, m) for m in (1, 16, 17, 64, 65, 512, 5000)}
+        assert len(tiles) == 1, op
+        assert tiles.pop().route != "dense", op

@@ -64,6 +64,7 @@ def test_tokens_are_the_references(kind: str, vocab: int) -> None:
     assert exact >= 14
 
 
+@pytest.mark.long
 def test_a_cut_among_logits_that_no_list_holds() -> None:
     """Half of the row is equal, so that searches read it whole to the last; and half of a 16-bit float's values are ties."""
     generator = torch.Generator().manual_seed(0)
@@ -84,6 +85,19 @@ def test_logits_on_both_sides_of_zero_and_far_from_it() -> None:
         top_k, heat, drawn = per_row(2, k, torch.int32), per_row(2, temperature), per_row(2, 0.999, torch.float64)
         tokens = on_gpu.sample_tokens(logits, heat, top_k, None, None, drawn)
         assert tokens.tolist() == sampling.reference_sample_tokens(logits, heat, top_k=top_k, uniform=drawn).tolist(), (k, temperature)
+
+
+def test_the_two_best_a_few_roundings_apart() -> None:
+    """Pivots between them do not rise: interpolation rounds."""
+    cases = ((6.5610527992248535, 1), (2.7344870567321777, 2), (3.7245540618896484, 3), (6.377475738525391, 4), (4.5, 12))
+    logits, rows = torch.full((len(cases), 50), -3.0), len(cases)
+    for row, (best, apart) in enumerate(cases):
+        logits[row, 3] = best
+        logits[row, 40] = (logits[row, 3].view(torch.int32) - apart).view(torch.float32)
+    tokens = on_gpu.sample_tokens(
+        logits, per_row(rows, 1.0), per_row(rows, 2, torch.int32), per_row(rows, 0.9), None, per_row(rows, 0.75, torch.float64)
+    )
+    assert tokens.tolist() == [40] * rows
 
 
 @pytest.mark.parametrize("vocab", [1, 70, 4100])
