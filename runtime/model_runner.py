@@ -50,6 +50,8 @@ class ModelRunner:
         self.device = choose_device(config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or 1)
+            if ignored := _for_gpus_alone(config):
+                logger.info("no effect on the CPU: %s", ", ".join(ignored))
         self.model_config = model = ModelConfig.from_hf(read_config(files))
         self.context_length = model.context_length(config.context_length)
         self.dtype = weight_dtype(config, files, model)
@@ -282,6 +284,16 @@ class ModelRunner:
             kv_dtype=kv_dtype_name(self.kv_dtype),
             context_length=self.context_length,
         )
+
+
+def _for_gpus_alone(config: EngineConfig) -> list[str]:
+    """The flags that were given and are about steps on a GPU."""
+    given = {
+        "--disable-cuda-graph": config.disable_cuda_graph,
+        f"--cuda-graph-max-bs {config.cuda_graph_max_bs}": config.cuda_graph_max_bs is not None,
+        "--disable-overlap-schedule": config.disable_overlap_schedule,
+    }
+    return [flag for flag, is_given in given.items() if is_given]
 
 
 def choose_device(config: EngineConfig) -> torch.device:

@@ -23,10 +23,10 @@ def refuses(
     *, head_dim: int, kv_dtype: torch.dtype, activation_dtype: torch.dtype, deterministic: bool, device: torch.device
 ) -> str | None:
     """Why FlashInfer cannot attend for such a model here, with the remedy; None when it can."""
-    if importlib.util.find_spec(MODULE) is None:
-        return "FlashInfer is not installed: pip install flashinfer-python, or leave the option out"
     if device.type != "cuda":
         return f"FlashInfer runs on NVIDIA GPUs, not on {device.type}: leave the option out"
+    if importlib.util.find_spec(MODULE) is None:
+        return "FlashInfer is not installed: pip install flashinfer-python, or leave the option out"
     if head_dim not in HEAD_DIMS:
         return f"FlashInfer takes heads of {', '.join(map(str, HEAD_DIMS))} elements, not {head_dim}: leave the option out"
     if kv_dtype not in (torch.bfloat16, torch.float16) or kv_dtype != activation_dtype:

@@ -94,3 +94,10 @@ def test_what_has_no_config_is_refused(tmp_path: Path) -> None:
         EngineConfig(load_format="dummy")
     with pytest.raises(ValueError, match=r"--load-format 'dumy' is not valid: give auto or dummy"):
         EngineConfig(model_path="x", load_format="dumy")  # type: ignore[arg-type]
+
+
+def test_flags_for_gpus_are_said_to_have_no_effect_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = config_folder(tmp_path, None)
+    with caplog.at_level("INFO"):
+        load(folder, cuda_graph_max_bs=4, disable_overlap_schedule=True)
+    assert "no effect on the CPU: --cuda-graph-max-bs 4, --disable-overlap-schedule" in caplog.text

@@ -121,10 +121,14 @@ def test_what_it_cannot_do_is_told(monkeypatch: pytest.MonkeyPatch, changes: dic
     monkeypatch.setattr(flashinfer_attention.importlib.util, "find_spec", lambda name: name)
     reason = refuses(**{**usual, "device": torch.device("cuda"), **changes})
     assert reason is None if words is None else words in (reason or "")
+    monkeypatch.setattr(flashinfer_attention.importlib.util, "find_spec", lambda name: None)
+    assert "pip install flashinfer-python" in (refuses(**usual, device=torch.device("cuda")) or "")
 
 
 def test_an_engine_that_cannot_have_it_says_so_at_start(tmp_path: Path) -> None:
     folder = config_folder(tmp_path, None)
     config = EngineConfig(model_path=str(folder), load_format="dummy", device="cpu", attention_backend="flashinfer", max_total_tokens=64)
-    with pytest.raises(ValueError, match="--attention-backend flashinfer: FlashInfer is not installed: pip install flashinfer-python"):
+    with pytest.raises(
+        ValueError, match="--attention-backend flashinfer: FlashInfer runs on NVIDIA GPUs, not on cpu: leave the option out"
+    ):
         ModelRunner(config.resolve(device="cpu"), resolve_model(str(folder), needs_weights=False), show_progress=False)
