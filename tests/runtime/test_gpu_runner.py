@@ -97,7 +97,8 @@ def test_greedy_answers_are_the_cpus(folder: Path, device: Device, options: dict
     assert_alike(found, wanted, tolerance)
 
 
-@pytest.mark.parametrize(("device", "kv"), [(H100, "fp8_e4m3"), pytest.param(A100, "int8", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("device", "kv"), [(H100, "fp8_e4m3"), (A100, "int8")])
 def test_quantized_pages(folder: Path, device: Device, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the float reference over the same pages: the CPU rounds keys of 32 bits, and gets other codes."""
     with pretend(device):

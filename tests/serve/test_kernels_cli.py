@@ -128,6 +128,12 @@ def test_a_dense_model_in_float32_has_nothing_to_compile(tmp_path, run):
     done = run("compile", *words, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert "nothing was compiled" in done.stdout
+
+
+@pytest.mark.long
+def test_a_dense_model_compiles_its_attention(tmp_path, run):
+    model = make(tmp_path, lambda n, k, seed: writers.dense(n, k, seed=seed)).folder
+    words = ["--arch", "sm_90", "--model", str(model), "--max-rows", "2", "--cache-dir", str(tmp_path / "cache")]
     done = run("compile", *words, "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert "  attend: " in done.stdout

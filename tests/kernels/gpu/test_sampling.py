@@ -31,7 +31,7 @@ def acceptable(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.T
     return found
 
 
-QUICK = (("flat", 1), ("flat", 100), ("equal", 100), ("ties", 4097), ("masked", 4097))
+QUICK = (("flat", 1), ("flat", 100), ("equal", 100), ("ties", 4097))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_greedy_takes_the_lowest_id_among_equals_of_strided_rows() -> None:
 
 def test_frequencies_are_the_probabilities() -> None:
     generator = torch.Generator().manual_seed(7)
-    vocab, draws = 30, 200
+    vocab, draws = 30, 150
     row = torch.randn(vocab, generator=generator) * 1.5
     uniform = torch.rand(draws, generator=generator, dtype=torch.float64)
     tokens = on_gpu.sample_tokens(row.repeat(draws, 1), per_row(draws, 0.9), None, None, None, uniform)

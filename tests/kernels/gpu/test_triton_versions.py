@@ -51,6 +51,7 @@ def test_versions_are_what_they_are_called() -> None:
     assert newest >= (3, 9)
 
 
+@pytest.mark.long
 def test_interpreted_under_each_version() -> None:
     command = ("-m", "pytest", "-q", "-k", SELECTED, *(str(HERE / name) for name in INTERPRETED))
     printed = finished({version: start(folder, *command, interpret=True) for version, folder in FOLDERS.items()})
