@@ -30,6 +30,11 @@ def _gpu_kernels() -> Any:
     return on_gpu
 
 
+def _on_gpu(logits: torch.Tensor, *columns: torch.Tensor | None) -> torch.Tensor:
+    tokens: torch.Tensor = _gpu_kernels().sample_tokens(logits, *columns)
+    return tokens
+
+
 def sample_tokens(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -61,7 +66,7 @@ def sample_tokens(
         if tensor is not None:
             _check_per_row(name, tensor, dtype, logits)
     if is_gpu(logits.device):
-        return _gpu_kernels().sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)  # type: ignore[no-any-return]
+        return _on_gpu(logits, temperature, top_k, top_p, min_p, uniform)
     if logits.device.type == "cpu":
         return cpu_sampling.sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)
     return reference_sample_tokens(logits, temperature, top_k=top_k, top_p=top_p, min_p=min_p, uniform=uniform)
@@ -71,7 +76,7 @@ def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     """`sample_tokens` with every temperature 0: the largest logit's id (lowest among equals), or -1; int64 [B]."""
     _check_logits(logits)
     if is_gpu(logits.device):
-        return _gpu_kernels().sample_tokens(logits, None, None, None, None, None)  # type: ignore[no-any-return]
+        return _on_gpu(logits, None, None, None, None, None)
     if logits.device.type == "cpu":
         return cpu_sampling.sample_tokens(logits, None, None, None, None, None)
     return reference_greedy_tokens(logits)

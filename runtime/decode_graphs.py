@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..kernels.sampling import greedy_tokens, sample_tokens
 from .forward_batch import AttentionShape, ForwardBatch, StepArrays, with_awaited
+from .sampler import Filters
 from .transfer import to_device
 
 Replay = Callable[[], object]
@@ -72,7 +73,7 @@ class _Drawing:
         self._top_k = torch.zeros(most, dtype=torch.int32, device=device)
         self._uniform = torch.zeros(most, dtype=torch.float64, device=device)
         self._graphs: dict[tuple[int, bool, bool, bool], tuple[Replay, torch.Tensor]] = {}
-        self._filled: tuple[int, tuple[torch.Tensor | None, ...]] | None = None
+        self._filled: tuple[int, Filters] | None = None
 
     def add(self, logits: torch.Tensor) -> None:
         """Capture every way of drawing from the logits [size, V] that a model's graph fills."""
@@ -93,22 +94,11 @@ class _Drawing:
 
             self._graphs[size, draws, has_k, has_p] = self._capture(draw)
 
-    def draw(
-        self,
-        size: int,
-        logits: torch.Tensor,
-        temperature: torch.Tensor | None,
-        top_k: torch.Tensor | None,
-        top_p: torch.Tensor | None,
-        min_p: torch.Tensor | None,
-        uniform: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def draw(self, size: int, rows: int, filters: Filters, uniform: torch.Tensor | None) -> torch.Tensor:
         """Tokens int64 [rows] for the first rows of what the model's graph for `size` gave."""
-        rows = logits.shape[0]
-        run, tokens = self._graphs[size, temperature is not None, top_k is not None, top_p is not None]
-        if temperature is not None and uniform is not None:
-            filters = (temperature, top_k, top_p, min_p)
-            if self._filled is None or self._filled[0] != size or any(a is not b for a, b in zip(self._filled[1], filters, strict=True)):
+        run, tokens = self._graphs[size, filters.temperature is not None, filters.top_k is not None, filters.top_p is not None]
+        if uniform is not None:
+            if self._filled is None or self._filled[0] != size or self._filled[1] is not filters:
                 for buffer, values in zip((self._temperature, self._top_k, self._top_p, self._min_p), filters, strict=True):
                     buffer[:size].zero_()  # rows that only fill up are greedy
                     if values is not None:
@@ -175,7 +165,7 @@ class DecodeGraphs:
         self._sizes = sorted(self._graphs)
 
     def takes(self, arrays: StepArrays) -> bool:
-        """Whether every row is one token that samples, and there are no more than the largest graph is for."""
+        """Whether every row is one token whose logits are wanted, and there are no more than the largest graph is for."""
         return arrays.num_tokens <= self._sizes[-1] and arrays.is_decoding and arrays.table.shape[1] <= self._buffers.table.shape[1]
 
     def replay(self, arrays: StepArrays, awaited: torch.Tensor | None) -> torch.Tensor:
@@ -204,16 +194,11 @@ class DecodeGraphs:
         self._size = size
         return logits[:rows]
 
-    def draw(
-        self,
-        logits: torch.Tensor,
-        temperature: torch.Tensor | None,
-        top_k: torch.Tensor | None,
-        top_p: torch.Tensor | None,
-        min_p: torch.Tensor | None,
-        uniform: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """Draw from what was replayed last, as `sample_tokens`, by a graph; None for other logits. Tokens stay until the next draw."""
+    def draw(self, logits: torch.Tensor, filters: Filters, uniform: torch.Tensor | None) -> torch.Tensor | None:
+        """Tokens int64 [B] of what was replayed last, as `sample_tokens` draws them; None for other logits. They stay until the next draw.
+
+        logits float32 [B, V], uniform float64 [B], None where all rows are greedy.
+        """
         if logits.data_ptr() != self._logits.data_ptr() or logits.shape[0] > self._size:
             return None
-        return self._drawing.draw(self._size, logits, temperature, top_k, top_p, min_p, uniform)
+        return self._drawing.draw(self._size, logits.shape[0], filters, uniform)

@@ -43,11 +43,17 @@ class SampleResult:
     logprobs: list[TokenLogprob | None]
 
 
-# Draws tokens int64 [B] from logits [B, V] by temperature, top_k, top_p, min_p and uniform numbers, as `sample_tokens`; None: it cannot.
-Draw = Callable[
-    [torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    torch.Tensor | None,
-]
+class Filters(NamedTuple):
+    """Arguments of `sample_tokens` that stay while the same requests stand in the same rows; no temperature: all rows are greedy."""
+
+    temperature: torch.Tensor | None
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+    min_p: torch.Tensor | None
+
+
+# Draws tokens int64 [B] from logits float32 [B, V] and uniform numbers, as `sample_tokens` would; None: it cannot.
+Draw = Callable[[torch.Tensor, Filters, torch.Tensor | None], torch.Tensor | None]
 
 
 class PendingSample:
@@ -125,10 +131,7 @@ class _Plan:
     """Everything that stays the same while the same requests stand in the same rows."""
 
     request_ids: list[str]
-    temperature: torch.Tensor | None  # None when all rows are greedy
-    top_k: torch.Tensor | None
-    top_p: torch.Tensor | None
-    min_p: torch.Tensor | None
+    filters: Filters
     seeds: np.ndarray[tuple[int], np.dtype[np.uint64]]
     penalties: PenaltyPlan | None
     min_tokens: list[tuple[int, int]]  # (row, min_tokens) of rows that forbid tokens for a while
@@ -149,7 +152,7 @@ class Sampler:
     ) -> None:
         """`random_seed` seeds the generator from which requests without a seed draw theirs; None takes it from the system.
 
-        `draw` is asked first, and may have captured what it does. What it gives may be overwritten by the next launch but one.
+        `draw` is asked first, and may have captured what it does. What it gives may be overwritten by the next launch.
         """
         self._draw = draw
         self._device = torch.device(device)
@@ -207,15 +210,15 @@ class Sampler:
         return PendingSample(tokens, arrival, plan)
 
     def _tokens(self, logits: torch.Tensor, plan: _Plan, steps: Sequence[int]) -> torch.Tensor:
-        uniform = None
-        if plan.temperature is not None:
+        filters, uniform = plan.filters, None
+        if filters.temperature is not None:
             (uniform,) = to_device([uniform_numbers(plan.seeds, steps).numpy()], self._device)
-        drawn = None if self._draw is None else self._draw(logits, plan.temperature, plan.top_k, plan.top_p, plan.min_p, uniform)
+        drawn = None if self._draw is None else self._draw(logits, filters, uniform)
         if drawn is not None:
             return drawn
-        if plan.temperature is None or uniform is None:
+        if filters.temperature is None or uniform is None:
             return greedy_tokens(logits)
-        return sample_tokens(logits, plan.temperature, top_k=plan.top_k, top_p=plan.top_p, min_p=plan.min_p, uniform=uniform)
+        return sample_tokens(logits, filters.temperature, top_k=filters.top_k, top_p=filters.top_p, min_p=filters.min_p, uniform=uniform)
 
     def _plan_for(self, rows: Sequence[SampleRow]) -> _Plan:
         request_ids = [row.request_id for row in rows]
@@ -276,10 +279,12 @@ def _make_plan(request_ids: list[str], requests: list[_Request], penalties: Pena
     )
     return _Plan(
         request_ids=request_ids,
-        temperature=temperature if drawn else None,
-        top_k=top_k if any(p.top_k > 0 for p in drawn) else None,
-        top_p=top_p if any(p.top_p < 1 for p in drawn) else None,
-        min_p=min_p if any(p.min_p > 0 for p in drawn) else None,
+        filters=Filters(
+            temperature if drawn else None,
+            top_k if any(p.top_k > 0 for p in drawn) else None,
+            top_p if any(p.top_p < 1 for p in drawn) else None,
+            min_p if any(p.min_p > 0 for p in drawn) else None,
+        ),
         seeds=np.array([request.seed for request in requests], dtype=np.uint64),
         penalties=penalties.plan(penalised) if penalised else None,
         min_tokens=[(row, r.params.min_tokens) for row, r in enumerate(requests) if r.forbidden_until_min],
