@@ -13,8 +13,8 @@ from torch import Tensor
 from .config import Tile, tile_for
 from .device import Device
 from .launch import Launch
-from .split_k import add_parts, workspace_bytes
-from .workspace import MAX_TILES, Workspace
+from .split_k import add_parts, parts_of, workspace_bytes
+from .workspace import Workspace
 
 OP = "dense"
 
@@ -62,11 +62,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, devic
 def launch_tile(tile: Tile, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, device: Device, workspace: Workspace) -> Launch:
     """`launch` with a tile of the caller's."""
     (m, k), n = x.shape, weight.shape[0]
-    steps, tiles = -(-k // tile.block_k), -(-m // tile.block_m) * -(-n // tile.block_n)
-    wanted = tile.splits(device, m, n, k)
-    num_parts = -(-steps // -(-steps // wanted))
-    if num_parts > 1 and tiles > MAX_TILES:
-        raise ValueError(f"{m} rows at once are too many to sum in parts: lower --chunked-prefill-size")
+    steps = -(-k // tile.block_k)
+    num_parts, tiles = parts_of(tile, device, m, n, k, steps=steps)
     scratch = workspace.take("parts", workspace_bytes(tiles=tiles, num_parts=num_parts, block_m=tile.block_m, block_n=tile.block_n))
     args = (
         x, weight, bias, out, scratch.view(torch.float32), workspace.arrived, m, n, k,

@@ -19,8 +19,8 @@ from .config import Tile, tile_for
 from .device import Device
 from .grouped_format import LOWER_BITS, ROWS, Packed
 from .launch import Launch
-from .split_k import add_parts, workspace_bytes
-from .workspace import MAX_TILES, Workspace
+from .split_k import add_parts, parts_of, workspace_bytes
+from .workspace import Workspace
 
 
 @triton.constexpr_function
@@ -259,7 +259,7 @@ def _launch(
     x_scale: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     (m, k), n = x.shape, weight.out_features
-    num_parts, tiles = _parts(tile, weight, device, m)
+    num_parts, tiles = parts_of(tile, device, m, n, weight.in_features, steps=weight.num_steps)
     scratch = workspace.take("parts", workspace_bytes(tiles=tiles, num_parts=num_parts, block_m=tile.block_m, block_n=tile.block_n))
     args = (
         x, x_scale, weight.data, weight.scale, weight.zeros, weight.offset, bias, out, scratch.view(torch.float32),
@@ -291,14 +291,3 @@ def _layout(weight: Packed) -> dict[str, Any]:
         "GROUP": weight.group_size, "BITS": weight.bits, "IS_FP8": weight.kind == "fp8", "DEPTH": weight.depth, "SLOTS": weight.slots,
         "ROW_WORDS": weight.data.shape[3], "BAND": ROWS, "HAS_ZEROS": weight.zeros is not None, "HAS_OFFSET": weight.offset is not None,
     }  # fmt: skip
-
-
-def _parts(tile: Tile, weight: Packed, device: Device, m: int) -> tuple[int, int]:
-    """Parts that K is cut into, none of them empty, and tiles of the output."""
-    tiles = -(-m // tile.block_m) * -(-weight.out_features // tile.block_n)
-    wanted = tile.splits(device, m, weight.out_features, weight.in_features)
-    if tiles > MAX_TILES and wanted > 1:
-        if device.fixed_rows:
-            raise ValueError(f"{m} rows at once are too many to sum in fixed parts: lower --chunked-prefill-size")
-        wanted = 1
-    return -(-weight.num_steps // -(-weight.num_steps // wanted)), tiles

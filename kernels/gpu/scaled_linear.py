@@ -20,8 +20,8 @@ from ..scaled_linear import ScaledWeight
 from .config import Tile, tile_for
 from .device import Device
 from .launch import Launch
-from .split_k import add_parts, workspace_bytes
-from .workspace import MAX_TILES, Workspace
+from .split_k import add_parts, parts_of, workspace_bytes
+from .workspace import Workspace
 
 ALIGNMENT = 16  # bytes that a row of codes is padded to, so that loads are 16 bytes wide and descriptors may describe it
 
@@ -206,8 +206,8 @@ def _launch(
             m, n, k, x_scale_stride, weight.scale.stride(0), out.stride(0), num_blocks,
         )  # fmt: skip
         return Launch(_stream, (num_blocks,), args, {**options, "TILES_ASIDE": 8})
-    num_parts, tiles = _parts(tile, block_k, device, m, n, k)
     steps = -(-k // block_k)
+    num_parts, tiles = parts_of(tile, device, m, n, k, steps=steps)
     steps_each = -(-steps // num_parts)
     scratch = workspace.take("parts", workspace_bytes(tiles=tiles, num_parts=num_parts, block_m=tile.block_m, block_n=tile.block_n))
     parts: tuple[Any, ...] = (
@@ -224,15 +224,3 @@ def _step_within(block_k: int, x_group: int, weight: Packed) -> int:
     while any(size % block_k for size in sizes):
         block_k //= 2
     return block_k
-
-
-def _parts(tile: Tile, block_k: int, device: Device, m: int, n: int, k: int) -> tuple[int, int]:
-    """Parts that K is cut into, none of them empty, and tiles of the output."""
-    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
-    wanted = tile.splits(device, m, n, k)
-    if tiles > MAX_TILES and wanted > 1:
-        if device.fixed_rows:
-            raise ValueError(f"{m} rows at once are too many to sum in fixed parts: lower --chunked-prefill-size")
-        wanted = 1
-    steps = -(-k // block_k)
-    return -(-steps // -(-steps // wanted)), tiles

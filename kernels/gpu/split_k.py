@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .config import Tile
+from .device import Device
+from .workspace import MAX_TILES
+
 
 @triton.jit
 def add_parts(total, parts, arrived, tile, part, num_parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -29,3 +33,17 @@ def add_parts(total, parts, arrived, tile, part, num_parts, ROWS: tl.constexpr, 
 def workspace_bytes(*, tiles: int, num_parts: int, block_m: int, block_n: int) -> int:
     """Bytes of partial sums of one launch; nothing where K is not split."""
     return tiles * num_parts * block_m * block_n * 4 if num_parts > 1 else 0
+
+
+def parts_of(tile: Tile, device: Device, m: int, n: int, k: int, *, steps: int) -> tuple[int, int]:
+    """Parts that K, of `steps` steps, is cut into, none of them empty, and tiles of the output [m, n].
+
+    Raises ValueError where rows are fixed and there are more tiles than counters: another number of parts would give other bits.
+    """
+    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
+    wanted = tile.splits(device, m, n, k)
+    if tiles > MAX_TILES and wanted > 1:
+        if device.fixed_rows:
+            raise ValueError(f"{m} rows at once are too many to sum in fixed parts: lower --chunked-prefill-size")
+        wanted = 1
+    return -(-steps // -(-steps // wanted)), tiles

@@ -48,7 +48,7 @@ def test_a_rows_bits_do_not_depend_on_the_others() -> None:
 def test_more_rows_than_counters_are_refused() -> None:
     meta = torch.device("meta")
     x, weight, out = (torch.empty(shape, dtype=torch.bfloat16, device=meta) for shape in ((1 << 23, 1024), (64, 1024), (1 << 23, 64)))
-    with pytest.raises(ValueError, match="too many to sum in parts: lower --chunked-prefill-size"):
+    with pytest.raises(ValueError, match="too many to sum in fixed parts: lower --chunked-prefill-size"):
         dense_linear.launch(x, weight, None, out, device=FEW_SMS, workspace=Workspace(meta))
 
 
