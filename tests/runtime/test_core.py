@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.batch import Batch
@@ -25,6 +24,8 @@ from octavo.runtime.kv_pool import KVPool
 from octavo.runtime.model_runner import ModelRunner
 from octavo.runtime.outputs import FinishReason, TokenLogprob, TokenOutput
 from octavo.runtime.sampling_params import SamplingParams
+
+from .tiny_models import tiny_llama
 
 VOCAB = 131
 POISON = 130  # in one of the two models its embedding is not a number; no prompt but one holds it
@@ -42,18 +43,7 @@ def overlap(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=88,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny_llama(intermediate_size=88, initializer_range=0.2)
 
 
 def load(model: Any, folder: Path, **options: Any) -> ModelRunner:

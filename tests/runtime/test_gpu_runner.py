@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from octavo.kernels.gpu import paged_attention
 from octavo.kernels.gpu.device import DEVICES, Device, pretend
@@ -21,6 +20,7 @@ from octavo.runtime.model_runner import ModelRunner
 from octavo.runtime.sampling_params import SamplingParams
 
 from ..kernels.gpu.interpreter import mend, products_rounded_once
+from .tiny_models import tiny_llama
 
 mend()
 H100 = Device(90, 4, DEVICES[90].shared_bytes)
@@ -32,19 +32,8 @@ TIE = 0.08  # log-probabilities nearer than that may change places, where one si
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
     path = tmp_path_factory.mktemp("tiny")
-    transformers.LlamaForCausalLM(config).eval().half().save_pretrained(path)
+    tiny_llama().half().save_pretrained(path)
     return path
 
 

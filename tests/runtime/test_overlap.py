@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import octavo
 from octavo.quant.checkpoint.resolve import resolve_model
@@ -22,6 +21,8 @@ from octavo.runtime.core import EngineCore
 from octavo.runtime.model_runner import ModelRunner
 from octavo.runtime.outputs import FinishReason
 from octavo.runtime.sampling_params import SamplingParams
+
+from .tiny_models import tiny_llama
 
 VOCAB = 131
 LATE_MS = 50.0
@@ -59,19 +60,10 @@ class FakeDevice:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
     path = tmp_path_factory.mktemp("tiny")
-    transformers.LlamaForCausalLM(config).eval().save_pretrained(path)
+    tiny_llama(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1).save_pretrained(
+        path
+    )
     return path
 
 

@@ -92,6 +92,16 @@ CASES = {
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
+def tiny_llama(**changes: Any) -> Any:
+    """A Llama of two layers with large weights, the same at every call."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **changes})).eval()
+
+
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     """Norms around 1, biases around 0, matrices that keep their input's size, with queries and keys large enough to look somewhere."""
     generator = torch.Generator().manual_seed(seed)

@@ -122,21 +122,15 @@ def test_a_model_is_compiled_for_all_rows_and_found_again(tmp_path, run):
     assert all(row["matrix_instructions"][0].startswith("QGMMA") for row in rows if row["name"] == "split")
 
 
-def test_a_dense_model_in_float32_has_nothing_to_compile(tmp_path, run):
+@pytest.mark.parametrize(
+    ("dtype", "told"), [("float32", "nothing was compiled"), pytest.param("bfloat16", "  attend: ", marks=pytest.mark.long)]
+)
+def test_of_a_dense_model_attention_is_compiled_and_in_float32_nothing(tmp_path, run, dtype, told):
     model = make(tmp_path, lambda n, k, seed: writers.dense(n, k, seed=seed)).folder
-    words = ["--arch", "sm_90", "--model", str(model), "--max-rows", "2", "--cache-dir", str(tmp_path / "cache")]
-    done = run("compile", *words, "--dtype", "float32")
+    words = ["--arch", "sm_90", "--model", str(model), "--max-rows", "2", "--cache-dir", str(tmp_path / "cache"), "--dtype", dtype]
+    done = run("compile", *words)
     assert done.returncode == 0, done.stderr
-    assert "nothing was compiled" in done.stdout
-
-
-@pytest.mark.long
-def test_a_dense_model_compiles_its_attention(tmp_path, run):
-    model = make(tmp_path, lambda n, k, seed: writers.dense(n, k, seed=seed)).folder
-    words = ["--arch", "sm_90", "--model", str(model), "--max-rows", "2", "--cache-dir", str(tmp_path / "cache")]
-    done = run("compile", *words, "--dtype", "bfloat16")
-    assert done.returncode == 0, done.stderr
-    assert "  attend: " in done.stdout
+    assert told in done.stdout
 
 
 def test_what_no_kernel_takes_is_left_to_the_reference_and_said(tmp_path, run):
