@@ -57,6 +57,7 @@ class ModelRunner:
         self.dtype = weight_dtype(config, files, model)
         self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.dtype)
         activation_dtype = self.dtype if is_gpu(self.device) else torch.float32
+        peer = self._attention_peer(activation_dtype)  # refused before minutes of loading
         with torch.inference_mode():
             source = self._source(config, files, activation_dtype, show_progress=show_progress)
             formats = source.formats
@@ -85,7 +86,7 @@ class ModelRunner:
                 model.head_dim,
                 self.kv_dtype,
                 config.deterministic,
-                self._attention_peer(activation_dtype),
+                peer,
             )
             self.budget = self._plan(config, self._measure_step() if self.device.type == "cuda" else None)
             self.pool = self._make_pool(self.budget.num_tokens // config.page_size)
