@@ -11,12 +11,17 @@ _PUBLIC = {
     "Engine": "octavo.runtime.engine",
     "EvalResult": "octavo.calibration.eval_run",
     "SamplingParams": "octavo.runtime.sampling_params",
+    "QuantizeResult": "octavo.calibration.quantize_run",
+    "Recipe": "octavo.calibration.recipe",
     "evaluate": "octavo.calibration.eval_run",
+    "quantize": "octavo.calibration.quantize_run",
 }
-__all__ = ["Engine", "EvalResult", "SamplingParams", "__version__", "evaluate"]
+__all__ = ["Engine", "EvalResult", "QuantizeResult", "Recipe", "SamplingParams", "__version__", "evaluate", "quantize"]
 
 if TYPE_CHECKING:
     from octavo.calibration.eval_run import EvalResult, evaluate
+    from octavo.calibration.quantize_run import QuantizeResult, quantize
+    from octavo.calibration.recipe import Recipe
     from octavo.runtime.engine import Engine
     from octavo.runtime.sampling_params import SamplingParams
 

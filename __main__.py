@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 from . import __version__
 from .serve.exit_code import exit_code_of
 
+
+class _Command(NamedTuple):
+    module: str  # of its `main`
+    about: str
+
+
 _COMMANDS = {
-    "serve": "serve a model over an OpenAI-compatible API",
-    "bench": "measure a running server",
-    "eval": "perplexity of a model, and how far it is from another",
-    "kernels": "compile GPU kernels ahead, on a machine without a GPU, and what they are made of",
-    "doctor": "what this machine has, which kernels it gets, whether they compute right",
+    "serve": _Command(".serve.cli", "serve a model over an OpenAI-compatible API"),
+    "bench": _Command(".benchmarks.cli", "measure a running server"),
+    "quantize": _Command(".calibration.quantize_cli", "make a quantized checkpoint of a model, and measure what that cost"),
+    "eval": _Command(".calibration.eval_cli", "perplexity of a model, and how far it is from another"),
+    "kernels": _Command(".serve.kernels_cli", "compile GPU kernels ahead, on a machine without a GPU, and what they are made of"),
+    "doctor": _Command(".serve.doctor_cli", "what this machine has, which kernels it gets, whether they compute right"),
 }
 _USAGE = "\n".join(
     [
         "usage: octavo COMMAND [options]     octavo COMMAND --help explains a command",
         "",
-        *(f"  {name:<8} {text}" for name, text in _COMMANDS.items()),
+        *(f"  {name:<8} {command.about}" for name, command in _COMMANDS.items()),
         "",
         "  --version, --help",
     ]
@@ -34,28 +44,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    match command:
-        case "serve":
-            from .serve.cli import main as run_serve
-
-            return run_serve(rest)
-        case "bench":
-            from .benchmarks.cli import main as run_bench
-
-            return run_bench(rest)
-        case "eval":
-            from .calibration.eval_cli import main as run_eval
-
-            return run_eval(rest)
-        case "kernels":
-            from .serve.kernels_cli import main as run_kernels
-
-            return run_kernels(rest)
-        case "doctor":
-            from .serve.doctor_cli import main as run_doctor
-
-            return run_doctor(rest)
-    return _answer(command)
+    if command not in _COMMANDS:
+        return _answer(command)
+    run: Callable[[list[str]], int] = importlib.import_module(_COMMANDS[command].module, __package__).main
+    return run(rest)
 
 
 def _answer(word: str) -> int:
@@ -72,6 +64,11 @@ def _answer(word: str) -> int:
 def serve() -> int:
     """The bare `serve` command."""
     return main(["serve", *sys.argv[1:]])
+
+
+def quantize() -> int:
+    """The bare `quantize` command."""
+    return main(["quantize", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from .command import BAD_INPUT, FAILED, INTERRUPTED, CommandParser, at_least, fail
 from .eval_run import DEFAULT_SEQLEN, EvalResult, EvalSetup, ModelInfo, evaluate
 
-_BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
 _MIB = 1 << 20
 
 
@@ -21,7 +19,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "octavo eval") -> int
     from octavo import Engine
 
     options = Engine.options()
-    args = _parser(prog, options).parse(argv)
+    parser = _parser(prog, options)
+    args = parser.parse(argv)
+    if args.text is None:
+        parser.error("--text FILE is missing: give the text to evaluate on; --help explains")
     try:
         _check_output(args.output_json)
         result = evaluate(
@@ -37,15 +38,15 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "octavo eval") -> int
             engine_options={name: value for name in options if name != "model_path" and (value := getattr(args, name, None)) is not None},
         )
     except UnicodeDecodeError as error:
-        return _fail(prog, f"{args.text} is not UTF-8 ({error.reason} at byte {error.start}): convert it first", _BAD_INPUT)
+        return fail(prog, f"{args.text} is not UTF-8 ({error.reason} at byte {error.start}): convert it first", BAD_INPUT)
     except OSError as error:
-        return _fail(prog, f"{error.filename}: {error.strerror}; give an existing text file" if error.filename else str(error), _BAD_INPUT)
+        return fail(prog, f"{error.filename}: {error.strerror}; give an existing text file" if error.filename else str(error), BAD_INPUT)
     except (ValueError, TypeError) as error:
-        return _fail(prog, str(error), _BAD_INPUT)
+        return fail(prog, str(error), BAD_INPUT)
     except RuntimeError as error:
-        return _fail(prog, str(error), _FAILED)
+        return fail(prog, str(error), FAILED)
     except KeyboardInterrupt:
-        return _fail(prog, "stopped, nothing was written", _INTERRUPTED)
+        return fail(prog, "stopped, nothing was written", INTERRUPTED)
     return _tell(prog, result, args.output_json)
 
 
@@ -70,55 +71,17 @@ def _tell(prog: str, result: EvalResult, file: Path | None) -> int:
             file.write_text(result.to_json() + "\n", encoding="utf-8")
             written = [f"wrote {file}"]
         except OSError as error:
-            code = _fail(prog, f"cannot write {file}: {error.strerror or error}", _FAILED)
+            code = fail(prog, f"cannot write {file}: {error.strerror or error}", FAILED)
     print("\n".join([table(result), *written]))
-    return code
-
-
-def _fail(prog: str, text: str, code: int) -> int:
-    print(f"{prog}: {text}", file=sys.stderr)
     return code
 
 
 # -- flags ------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, an unknown flag before one that is missing."""
-
-    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The flags in `argv` (None: the process's own); ends the process where they are wrong."""
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            flags = {flag.strip("-"): flag for flag in self._option_string_actions}
-            near = difflib.get_close_matches(name.strip("-"), flags, n=1)  # without dashes, which all flags share
-            what = "unknown flag" if name.startswith("-") else "unexpected argument"
-            self.error(f"{what} {name}; " + (f"did you mean {flags[near[0]]}?" if near else "--help lists the flags"))
-        if args.text is None:
-            self.error("--text FILE is missing: give the text to evaluate on; --help explains")
-        return args
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(_BAD_INPUT, f"{self.prog}: {message.removeprefix('argument ')}\n")
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is not valid: give at least {low}")
-        return value
-
-    return parse
-
-
-def _parser(prog: str, engine: Mapping[str, Any]) -> _Parser:
+def _parser(prog: str, engine: Mapping[str, Any]) -> CommandParser:
     """`engine`: the options that Engine has, with their defaults."""
-    parser = _Parser(
+    parser = CommandParser(
         prog=prog,
         usage=f"{prog} --text FILE [--model-path PATH] [--reference PATH] [flags]",
         allow_abbrev=False,
@@ -134,16 +97,16 @@ def _parser(prog: str, engine: Mapping[str, Any]) -> _Parser:
     group = parser.add_argument_group("text")
     add = group.add_argument
     add("--text", type=Path, metavar="FILE", help="UTF-8; read as it is, without chat template; required")
-    add("--seqlen", type=_at_least(2), default=DEFAULT_SEQLEN, metavar="N", help="tokens in a window (default: %(default)s)")
+    add("--seqlen", type=at_least(2), default=DEFAULT_SEQLEN, metavar="N", help="tokens in a window (default: %(default)s)")
     add(
         "--stride",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="tokens from window to window; below --seqlen, tokens get more context and still count once (default: --seqlen)",
     )
     how_much = group.add_mutually_exclusive_group()
-    how_much.add_argument("--max-tokens", type=_at_least(2), metavar="N", help="only the first N tokens of the text (default: all)")
-    how_much.add_argument("--max-windows", type=_at_least(1), metavar="N", help="only the first N windows (default: all)")
+    how_much.add_argument("--max-tokens", type=at_least(2), metavar="N", help="only the first N tokens of the text (default: all)")
+    how_much.add_argument("--max-windows", type=at_least(1), metavar="N", help="only the first N windows (default: all)")
     add(
         "--add-bos",
         choices=("auto", "yes", "no"),
@@ -159,7 +122,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser, engine: Mapping[str, Any]
     """Those of `octavo serve` that change figures, speed or memory here. Engine knows their values; what it lacks is not offered."""
     title = "engine", "as for octavo serve; --quantization, --linear-backend, --dtype and --kv-cache-dtype are not the reference's"
     group = parser.add_argument_group(*title)
-    number = _at_least(1)
+    number = at_least(1)
     flags: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
         ("quantization", "METHOD", str, "of weights: fp8, int8 and int4 quantize a dense model while it loads"),
         ("linear_backend", "NAME", str, "the kernel for the linear layers that it is made for"),

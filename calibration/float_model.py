@@ -1,0 +1,286 @@
+"""FloatModel: a transformers model whose weights come and go block by block. Knows no quantization and no text.
+
+Parameters begin on the meta device. Those outside the blocks (embedding, last norm, head) and those of one block are read from the
+checkpoint when asked for, and let go again. The blocks' inputs beside the hidden state (masks, rotary tables) are taken from the model
+itself: it is run with blocks that hand their input on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.checkpoint.reader import WeightReader
+from ..quant.schemes.base import check_finite
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+class UnknownArchitectureError(ValueError):
+    """A model whose blocks cannot be run one after the other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a block is called with beside the hidden state, which is its first argument or the keyword `hidden_name`."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    hidden_name: str | None
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The hidden state [B, T, H] that the block makes of `hidden`."""
+        if self.hidden_name is None:
+            out = block(hidden, *self.args, **self.kwargs)
+        else:
+            out = block(*self.args, **{**self.kwargs, self.hidden_name: hidden})
+        result: Tensor = out[0] if isinstance(out, tuple | list) else out
+        return result
+
+
+class FloatModel:
+    """A causal language model in float32. Raises UnknownArchitectureError where there are no blocks to be found."""
+
+    def __init__(self, config: Any, reader: WeightReader, *, dtype: torch.dtype = torch.float32) -> None:
+        from transformers import AutoModelForCausalLM
+
+        with _parameters_on_meta():
+            self.module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+        self.module.eval().requires_grad_(False)
+        self._reader = reader
+        self.blocks_path, self.blocks = _find_blocks(self.module)
+        self.names = _Names(self.module, reader)
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the hidden state that goes from block to block."""
+        size: int = self.module.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        return size
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self.module.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+        return size
+
+    def block_prefix(self, index: int) -> str:
+        return f"{self.blocks_path}.{index}."
+
+    def load_outer(self) -> None:
+        """Read every parameter outside the blocks."""
+        prefix = self.blocks_path + "."
+        self._load([name for name, target in self.names.targets.items() if not target.startswith(prefix)])
+        self.module.tie_weights()  # type: ignore[operator]
+        left = [name for name, tensor in self.module.state_dict().items() if tensor.is_meta and not name.startswith(prefix)]
+        if left:
+            raise UnknownArchitectureError(f"the checkpoint lacks {', '.join(left[:3])}, which {type(self.module).__name__} needs")
+
+    def load_block(self, index: int) -> nn.Module:
+        """Read a block's parameters; gives the block."""
+        prefix = self.block_prefix(index)
+        self._load([name for name, target in self.names.targets.items() if target.startswith(prefix)])
+        left = [name for name, tensor in self.blocks[index].state_dict().items() if tensor.is_meta]
+        if left:
+            raise UnknownArchitectureError(f"the checkpoint lacks {prefix}{left[0]}, which {type(self.module).__name__} needs")
+        return self.blocks[index]
+
+    def load_all(self) -> None:
+        """Read every parameter that is not there."""
+        self.load_outer()
+        for index in range(len(self.blocks)):
+            self.load_block(index)
+
+    def free_block(self, index: int) -> None:
+        """Let a block's parameters go."""
+        for module in self.blocks[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def _load(self, sources: Sequence[str]) -> None:
+        self.names.put(self.module, {name: self._read(name) for name in sources})
+
+    def _read(self, name: str) -> Tensor:
+        """Raises ValueError for a tensor that is not finite."""
+        tensor = self._reader.read(name)
+        return check_finite(name, tensor) if tensor.is_floating_point() else tensor
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def calls(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """The hidden state [B, T, H] that enters the first block for `tokens` int64 [B, T], and what each block is called with."""
+        for as_tuple in self._tuple_first():
+            recorder = _Recorder(self.blocks, as_tuple)
+            with recorder, torch.no_grad(), contextlib.suppress(_NotFollowing):
+                self.module(input_ids=tokens, use_cache=False)
+                return recorder.first, recorder.calls
+        raise UnknownArchitectureError(
+            f"{type(self.module).__name__} does not hand a block's output to the next as it is: it cannot be quantized block by block"
+        )
+
+    def _tuple_first(self) -> tuple[bool, ...]:
+        return (False, True)
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The logits [B, T, vocab_size] after the last block gave `hidden` for `tokens`."""
+        for as_tuple in self._tuple_first():
+            with _Recorder(self.blocks, as_tuple, replace=hidden), contextlib.suppress(_NotFollowing):
+                out: Tensor = self.module(input_ids=tokens, use_cache=False).logits
+                return out
+        raise UnknownArchitectureError(f"{type(self.module).__name__} does not hand the last block's output on as it is")
+
+
+class _NotFollowing(Exception):  # a signal, caught here
+    """A block was handed something else than the one before it gave."""
+
+
+class _Recorder:
+    """Stands in for the blocks: each hands its hidden state on (the last one `replace`), and what it was called with is kept."""
+
+    def __init__(self, blocks: Sequence[nn.Module], as_tuple: bool, *, replace: Tensor | None = None) -> None:
+        self._blocks, self._as_tuple, self._replace = blocks, as_tuple, replace
+        self.calls: list[Call] = []
+        self.first: Tensor = torch.empty(0)
+        self._previous: Tensor | None = None
+
+    def __enter__(self) -> _Recorder:
+        for index, block in enumerate(self._blocks):
+            block.forward = self._stand_in(index, inspect.signature(type(block).forward))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for block in self._blocks:
+            del block.forward
+
+    def _stand_in(self, index: int, signature: inspect.Signature) -> Callable[..., Any]:
+        names = list(signature.parameters)[1:]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            name = None if args else names[0]
+            hidden = args[0] if args else kwargs[names[0]]
+            if index and (not isinstance(hidden, Tensor) or self._previous is None or hidden is not self._previous):
+                raise _NotFollowing
+            if not index:
+                self.first = hidden
+            kept = {key: value for key, value in kwargs.items() if key != name}
+            self.calls.append(Call(args[1:], kept, name))
+            if self._replace is not None and index == len(self._blocks) - 1:
+                hidden = self._replace
+            self._previous = hidden
+            return (hidden,) if self._as_tuple else hidden
+
+        return forward
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have their parameters on the meta device, and their buffers, which no checkpoint holds, for real."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None and not param.is_meta:
+            self._parameters[name] = type(param)(param.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
+    """The list of blocks: of all module lists that are in no other, the one with the most parameters."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    outer = [(name, module) for name, module in lists if not any(name.startswith(other + ".") for other, _ in lists)]
+    if not outer:
+        raise UnknownArchitectureError(f"{type(model).__name__} has no list of blocks: it cannot be quantized block by block")
+    name, found = max(outer, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    return name, list(found)
+
+
+class _Names:
+    """Which tensor of the checkpoint goes to which parameter, by transformers' own rules, and how to put it there."""
+
+    def __init__(self, model: nn.Module, reader: WeightReader) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self._mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        state = model.state_dict()
+        self.targets: dict[str, str] = {}  # a converted tensor stands for the first parameter that it goes to
+        self.stored: dict[str, torch.dtype] = {}  # by parameter: what its values are written as where they stay floats
+        self.unused: list[str] = []
+        self._converted: set[str] = set()  # checkpoint names that are not simply a parameter
+        self._used: list[Any] = []  # of the mapping
+        for name, info in reader.tensors().items():
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            if target not in state and name in state:
+                target = name
+            if target in state:
+                self.targets[name] = target
+                self.stored[target] = info.dtype if info.stored in _FLOATS else torch.bfloat16
+                if pattern is not None:
+                    self._converted.add(name)
+            else:
+                self.unused.append(name)
+
+        self._simple = {target: name for name, target in self.targets.items() if name not in self._converted}
+
+    def simple(self, parameter: str) -> str:
+        """The checkpoint's name of a parameter that is one of its tensors. Raises UnknownArchitectureError for others."""
+        if parameter not in self._simple:
+            raise UnknownArchitectureError(f"{parameter} is stored transposed and made of several tensors: --ignore it")
+        return self._simple[parameter]
+
+    def put(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Convert tensors by checkpoint names and make them the model's parameters."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging
+
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            info, _ = convert_and_load_state_dict_in_model(
+                model, dict(tensors), LoadStateDictConfig(weight_mapping=self._mapping, dtype=None)
+            )
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        used = {id(entry) for entry in (*self._used, *model._weight_conversions)}  # type: ignore[misc]
+        self._used = [entry for entry in self._mapping if id(entry) in used]
+        if info.conversion_errors or info.mismatched_keys:
+            what = [
+                *info.conversion_errors.values(),
+                *(f"{name} has another shape than the config says" for name, *_ in info.mismatched_keys),
+            ]
+            raise UnknownArchitectureError(f"the checkpoint does not fit {type(model).__name__}: {what[0]}")
+
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by parameter name under the checkpoint's names, cut or joined as they lie there. Those that belong together are given
+        together. What is true of weights [N, K] is of anything with their first axes, such as the scales of their groups."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found = {self._simple[name]: tensor for name, tensor in tensors.items() if name in self._simple}
+        others = {name: tensor for name, tensor in tensors.items() if name not in self._simple}
+        if others:
+            model._weight_conversions = self._used  # type: ignore[assignment]
+            for name, tensor in revert_weight_conversion(model, others).items():
+                found[self._known(name, model)] = tensor
+        return found
+
+    def _known(self, name: str, model: nn.Module) -> str:
+        """A reverted name with or without the prefix that this checkpoint's names have."""
+        prefix = str(model.base_model_prefix) + "."
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in self.targets:
+                return candidate
+        return name

@@ -1,0 +1,64 @@
+"""Text drawn from the float model: by Octavo's Engine where it serves the architecture, else by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .self_text import TEMPERATURE, TOP_P, Generate
+
+BATCH = 32
+
+
+def served(model_path: str | None) -> bool:
+    """Whether Octavo's Engine serves this architecture."""
+    from octavo import Engine
+
+    try:
+        Engine.inspect(model_path)
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def drawing(model_path: str | None, root: str) -> Iterator[Generate]:
+    """A Generate of the model, which is in memory inside."""
+    if not served(model_path):
+        yield _by_transformers(root)
+        return
+    from octavo import Engine
+
+    with Engine(model_path, show_progress=False, max_running_requests=BATCH) as engine:
+
+        def generate(prompts: Sequence[Sequence[int]], count: int, seed: int) -> Sequence[Sequence[int]]:
+            params = [
+                {"max_new_tokens": count, "temperature": TEMPERATURE, "top_p": TOP_P, "sampling_seed": seed + i}
+                for i in range(len(prompts))
+            ]
+            return [
+                result["output_ids"] for result in engine.generate(input_ids=[list(prompt) for prompt in prompts], sampling_params=params)
+            ]
+
+        yield generate
+
+
+def _by_transformers(root: str) -> Generate:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(root, dtype="auto").eval()
+
+    @torch.no_grad()
+    def generate(prompts: Sequence[Sequence[int]], count: int, seed: int) -> Sequence[Sequence[int]]:
+        torch.manual_seed(seed)
+        answers = []
+        for prompt in prompts:  # one at a time: padding is not every architecture's to read
+            given = torch.tensor([list(prompt)])
+            drawn = model.generate(given, max_new_tokens=count, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0)
+            answers.append(drawn[0, len(prompt) :].tolist())
+        return answers
+
+    return generate

@@ -1,0 +1,85 @@
+"""Moments: what calibration keeps of the inputs of a block's sites. Sites that are given one and the same tensor share one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from .sites import Site, watching
+
+
+class Moments:
+    """Sums over the rows x [K] of an input: how many, x x^T, |x| and the largest |x|. float32."""
+
+    def __init__(self, k: int) -> None:
+        self.count = 0
+        self._products = torch.zeros(k, k)
+        self._magnitudes = torch.zeros(k)
+        self.largest = torch.zeros(k)
+
+    def add(self, x: Tensor) -> None:
+        """More rows, [R, K]."""
+        self.count += len(x)
+        self._products.addmm_(x.t(), x)
+        magnitude = x.abs()
+        self._magnitudes.add_(magnitude.sum(0))
+        if len(x):
+            self.largest = torch.maximum(self.largest, magnitude.amax(0))
+
+    @property
+    def hessian(self) -> Tensor:
+        """Mean of x x^T [K, K]; the identity where no row was seen."""
+        return self._products / self.count if self.count else torch.eye(len(self._products))
+
+    @property
+    def magnitude(self) -> Tensor:
+        """Mean of |x| [K]; 1 where no row was seen."""
+        return self._magnitudes / self.count if self.count else torch.ones_like(self._magnitudes)
+
+    def rescaled(self, factors: Tensor) -> None:
+        """The input is now divided by `factors` [K]."""
+        self._products.div_(factors[:, None] * factors)
+        self._magnitudes.div_(factors)
+        self.largest = self.largest / factors
+
+
+class Collector:
+    """Gathers Moments while a block runs inside `collecting`."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._wanted = set(sites)
+        self._shared: dict[Site, Site] = {}  # a site -> the first that was given the same tensor
+        self._moments: dict[Site, Moments] = {}
+        self._last: tuple[Site, Tensor] | None = None
+
+    def watch(self, site: Site, x: Tensor) -> None:
+        """A watcher of sites."""
+        if site not in self._wanted:
+            return
+        first = self._shared.get(site)
+        if first is None:
+            same = self._last is not None and self._last[1].data_ptr() == x.data_ptr() and self._last[1].shape == x.shape
+            first = self._shared[site] = self._last[0] if same and self._last is not None else site
+        if first == site:
+            rows = x.reshape(-1, x.shape[-1])
+            self._moments.setdefault(site, Moments(rows.shape[1])).add(rows)
+            self._last = (site, x)
+
+    def collecting(self, block: nn.Module) -> AbstractContextManager[None]:
+        """The context in which `block` is to be run."""
+        return watching(block, self.watch)
+
+    def of(self, site: Site, k: int) -> Moments:
+        """The moments of a site's input; empty ones for a site that saw nothing."""
+        first = self._shared.get(site)
+        return Moments(k) if first is None else self._moments[first]
+
+    def groups(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """`sites` by the input that they share."""
+        by_input: dict[Site, list[Site]] = {}
+        for site in sites:
+            by_input.setdefault(self._shared.get(site, site), []).append(site)
+        return list(by_input.values())

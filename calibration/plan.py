@@ -1,0 +1,176 @@
+"""Plan: what a quantization will do, and what memory and disk it will take, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from torch import nn
+
+from .float_model import FloatModel
+from .grid import Grid
+from .recipe import Recipe
+from .streams import CHUNK_TOKENS
+from .tune_model import bytes_needed
+from .tuning import TuningSchedule
+
+_GROUP_SIZES = (64, 128, 32, 16)  # what is tried where nobody said, and what is offered
+_PACKED = 8  # outputs and inputs come in whole words of eight
+_BASE_BYTES = 700 << 20  # of Python, torch and transformers
+_DEFAULT_SHARE = 0.8  # of the memory that is free
+_GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`linears`: [N, K] of those to be quantized, by path; `kept`: those that stay. Bytes are estimates."""
+
+    model: str
+    recipe: Recipe
+    num_blocks: int
+    linears: Mapping[str, tuple[int, int]]
+    kept: tuple[str, ...]
+    group_size: int
+    schedule: TuningSchedule | None
+    skipped_tuning: str | None  # why the last pass does not run though the method has it
+    on_disk: bool  # activations
+    bytes_before: int
+    bytes_after: int
+    work_bytes: int  # on disk, until the run is done
+    peak_bytes: int
+    max_memory: int
+
+    def grid_of(self, path: str, n: int, k: int) -> Grid | None:
+        """The grid of a linear [n, k]; None where it stays as it is."""
+        if path not in self.linears:
+            return None
+        return Grid(
+            self.recipe.bits,
+            k if self.group_size == -1 else self.group_size,
+            self.recipe.is_symmetric,
+            self.recipe.scale_dtype,
+            self.recipe.lowest_zero,
+        )
+
+    def describe(self) -> str:
+        """For people."""
+        recipe = self.recipe
+        size = "a row" if self.group_size == -1 else self.group_size
+        where = "on disk" if self.on_disk else "in memory"
+        tuning = f"{self.schedule.steps} steps over the whole model" if self.schedule else self.skipped_tuning or "none"
+        rows = [
+            ("model", f"{self.model}: {self.num_blocks} blocks, {self.bytes_before / _GIB:.2f} GiB"),
+            (
+                "quantized",
+                f"{len(self.linears)} linears; method {recipe.method}, {recipe.bits} bits, groups of {size}, written as {recipe.layout}",
+            ),
+            ("left as they are", _some(self.kept) or "embedding and head"),
+            (
+                "calibration",
+                f"{recipe.samples} x {recipe.seqlen} tokens: {recipe.calibration}; activations {where}",
+            ),
+            ("tuning", tuning),
+            ("written", f"about {self.bytes_after / _GIB:.2f} GiB, and {self.work_bytes / _GIB:.2f} GiB meanwhile"),
+            ("peak memory", f"about {self.peak_bytes / _GIB:.1f} GiB of the {self.max_memory / _GIB:.1f} allowed"),
+        ]
+        return "\n".join(f"{name:<18}{value}" for name, value in rows)
+
+
+def make_plan(
+    name: str, model: FloatModel, recipe: Recipe, found: Mapping[str, tuple[int, int]], schedule: TuningSchedule | None, bytes_before: int
+) -> Plan:
+    """Raises ValueError where nothing is to be quantized, or a group size does not fit, naming every linear that it does not."""
+    linears = {path: shape for path, shape in found.items() if not recipe.ignores(path) and not any(size % _PACKED for size in shape)}
+    if not linears:
+        raise ValueError("there is no linear to quantize: --ignore leaves none, or the model has none that can be packed")
+    size = group_size_of(recipe, linears)
+    max_memory = recipe.max_memory or int(psutil.virtual_memory().available * _DEFAULT_SHARE)
+    weights = sum(n * k for n, k in linears.values())
+    overhead = 20 / (size if size > 0 else 1024)
+    after = bytes_before - weights * 2 + int(weights * (recipe.bits + overhead) / 8)
+    streams = 2 * recipe.samples * recipe.seqlen * model.hidden_size * 4
+    fixed = _BASE_BYTES + _outer_bytes(model) + _block_bytes(model)
+    on_disk = fixed + streams > max_memory
+    peak = fixed + (0 if on_disk else streams)
+    skipped = None
+    if schedule is not None:
+        needed = _BASE_BYTES + bytes_needed(model, schedule, recipe.seqlen) + (0 if on_disk else streams)
+        if needed > max_memory:
+            skipped = f"left out: it needs {needed / _GIB:.1f} GiB, above the {max_memory / _GIB:.1f} allowed (--max-memory)"
+            schedule = None
+        else:
+            peak = max(peak, needed)
+    return Plan(
+        model=name,
+        recipe=recipe,
+        num_blocks=len(model.blocks),
+        linears=linears,
+        kept=tuple(sorted(set(found) - set(linears))),
+        group_size=size,
+        schedule=schedule,
+        skipped_tuning=skipped,
+        on_disk=on_disk,
+        bytes_before=bytes_before,
+        bytes_after=after,
+        work_bytes=int(weights * 1.1) * (2 if schedule else 1) + (streams if on_disk else 0),
+        peak_bytes=peak,
+        max_memory=max_memory,
+    )
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """Raises OSError where the disk has less room than the run will need."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(place).free, plan.bytes_after + plan.work_bytes
+    if free < needed:
+        raise OSError(
+            f"{place} has {free / _GIB:.1f} GiB free, and this run needs about {needed / _GIB:.1f}: make room, or give --out elsewhere"
+        )
+
+
+def _outer_bytes(model: FloatModel) -> int:
+    inside = {id(parameter) for block in model.blocks for parameter in block.parameters()}
+    return sum(4 * parameter.numel() for parameter in model.module.parameters() if id(parameter) not in inside)
+
+
+def _block_bytes(model: FloatModel) -> int:
+    """Of the largest block: its weights, one copy, second moments, the activations of a chunk."""
+
+    def of(block: nn.Module) -> int:
+        shapes = [parameter.shape for parameter in block.parameters()]
+        weights = sum(math.prod(shape) for shape in shapes)
+        moments = sum((shape[0] if len(shape) == 3 else 1) * min(shape[-1], shape[-2]) ** 2 for shape in shapes if len(shape) > 1)
+        widest = max(sum(shape[-2:]) for shape in shapes if len(shape) > 1)
+        return int(4 * (2 * weights + moments + 4 * CHUNK_TOKENS * widest))
+
+    return max(map(of, model.blocks))
+
+
+def group_size_of(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> int:
+    """The group size of every linear ([N, K] by path). Raises ValueError listing all that it does not divide, and the sizes that do."""
+    widths = {k for _, k in linears.values()}
+    sizes = [size for size in _GROUP_SIZES if all(k % size == 0 for k in widths)]
+    if recipe.group_size == "auto":
+        if not sizes:
+            raise ValueError(
+                f"no group size of {', '.join(map(str, _GROUP_SIZES))} divides the inputs {sorted(widths)}: "
+                "give --group-size -1, or --ignore some"
+            )
+        return sizes[0]
+    size = recipe.group_size
+    if size == -1:
+        return -1
+    bad = {path: k for path, (_, k) in linears.items() if k % size}
+    if bad:
+        lines = "".join(f"\n  {path}: {k} inputs" for path, k in bad.items())
+        offer = f"{', '.join(map(str, sizes))} or -1" if sizes else f"{math.gcd(*widths)} or -1"
+        raise ValueError(f"group size {size} does not divide the inputs of {len(bad)} linears; {offer} would:{lines}")
+    return size
+
+
+def _some(names: Sequence[str], count: int = 6) -> str:
+    return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])

@@ -1,0 +1,109 @@
+"""What a quantization cost: perplexity, KL and agreement against the original, and tokens a second before and after.
+
+By Octavo's Engine where it serves the architecture, else by transformers with the weights as they read back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .evaluate import Piece, Scores, score_windows
+from .float_model import FloatModel
+from .windows import windows_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Measured over `num_tokens` of `text`. KL is KL(original || quantized), nats a token."""
+
+    text: str
+    num_tokens: int
+    seqlen: int
+    by: str  # who computed: "octavo" or "transformers"
+    perplexity: float
+    original_perplexity: float
+    kl_mean: float
+    top1_agreement_percent: float
+
+    @property
+    def ppl_increase(self) -> float:
+        """Relative: 0.03 is 3 % above the original's."""
+        return self.perplexity / self.original_perplexity - 1
+
+
+def by_engine(original: str | None, quantized: Path, tokens: Sequence[int], *, seqlen: int, text: str) -> Quality:
+    """With Octavo's Engine, which reads and computes both as it would serve them."""
+    from octavo import evaluate
+
+    found = evaluate(str(quantized), reference=original, token_ids=tokens, seqlen=seqlen, show_progress=True)
+    assert found.reference_perplexity is not None
+    assert found.kl_mean is not None
+    assert found.top1_agreement_percent is not None
+    return Quality(
+        text=text,
+        num_tokens=found.num_tokens,
+        seqlen=seqlen,
+        by="octavo",
+        perplexity=found.perplexity,
+        original_perplexity=found.reference_perplexity,
+        kl_mean=found.kl_mean,
+        top1_agreement_percent=found.top1_agreement_percent,
+    )
+
+
+def by_transformers(original: FloatModel, quantized: FloatModel, tokens: Sequence[int], *, seqlen: int, text: str) -> Quality:
+    """With transformers in float32, both models whole in memory."""
+    for model in (original, quantized):
+        model.load_all()
+
+    def source(model: FloatModel) -> Any:
+        @torch.no_grad()
+        def logits(ids: Sequence[int]) -> Iterable[Piece]:
+            yield 0, model.module(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+        return logits
+
+    scores: Scores = score_windows(tokens, windows_of(len(tokens), seqlen=seqlen, stride=seqlen), source(quantized), source(original))
+    assert scores.reference_perplexity is not None
+    assert scores.kl is not None
+    assert scores.agreement is not None
+    return Quality(
+        text=text,
+        num_tokens=scores.num_tokens,
+        seqlen=seqlen,
+        by="transformers",
+        perplexity=scores.perplexity,
+        original_perplexity=scores.reference_perplexity,
+        kl_mean=float(scores.kl.mean()),
+        top1_agreement_percent=100 * scores.agreement,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Generated tokens a second on this machine, of one sequence and of several together."""
+
+    alone: float
+    together: float
+    num_together: int
+
+
+def speed_of(model_path: str | None, prompt: Sequence[int], *, new_tokens: int = 48, together: int = 16) -> Speed:
+    """Measured once each after a warm-up: for a first impression, `octavo bench` measures."""
+    from octavo import Engine
+
+    def timed(engine: Any, count: int) -> float:
+        started = time.perf_counter()
+        params = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+        engine.generate(input_ids=[list(prompt)] * count, sampling_params=params)
+        return count * new_tokens / (time.perf_counter() - started)
+
+    with Engine(model_path, show_progress=False, max_running_requests=together) as engine:
+        timed(engine, 1)
+        return Speed(alone=timed(engine, 1), together=timed(engine, together), num_together=together)

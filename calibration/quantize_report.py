@@ -1,0 +1,113 @@
+"""What a quantization did, for people and programs: a summary, report.json, report.html and a model card. Computes nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .quantize_page import page_of
+from .quantize_run import QuantizeResult
+
+REPORTS = "report.html"
+_MIB, _GIB = 1 << 20, 1 << 30
+
+
+def summary(result: QuantizeResult) -> str:
+    """The table that is printed at the end."""
+    rows = [(name, value) for name, value in facts(result)]
+    width = max(len(name) for name, _ in rows) + 2
+    lines = [f"{name:<{width}}{value}" for name, value in rows]
+    lines += [
+        "",
+        "size by kind of tensor (MiB)",
+        *(f"  {name:<30}{before:>10.1f} -> {after:>8.1f}" for name, before, after in sizes(result)),
+    ]
+    lines += ["", "serve it", *(f"  {line}" for line in commands(result))]
+    return "\n".join(lines)
+
+
+def facts(result: QuantizeResult) -> list[tuple[str, str]]:
+    """What there is to say, as names and values."""
+    recipe = result.recipe
+    size = "a row" if result.group_size == -1 else str(result.group_size)
+    form = (
+        recipe.method
+        if recipe.eight_bit
+        else f"{recipe.bits} bits, {'symmetric' if recipe.is_symmetric else 'asymmetric'}, groups of {size}"
+    )
+    rows = [
+        ("model", result.model),
+        ("written to", f"{result.out} ({recipe.layout}; {form}; method {recipe.method}, effort {recipe.effort})"),
+        ("linears", f"{len(result.modules)} quantized, {result.bits_per_weight:.2f} bits a weight; {len(result.kept)} left as they are"),
+        ("read back", f"every tensor equal; logits within {result.verified:.1g} of the largest"),
+    ]
+    quality = result.quality
+    if quality is not None:
+        rows += [
+            ("measured on", f"{quality.num_tokens:,} tokens of {quality.text}, windows of {quality.seqlen}, by {quality.by}"),
+            ("perplexity", f"{quality.original_perplexity:.4f} -> {quality.perplexity:.4f} ({quality.ppl_increase:+.2%})"),
+            ("KL(original || quantized)", f"{quality.kl_mean:.4f} nats a token"),
+            ("top-1 agreement", f"{quality.top1_agreement_percent:.2f} %"),
+        ]
+    before, after = result.speed_before, result.speed_after
+    if before is not None and after is not None:
+        rows.append(
+            (
+                "tokens/s on this machine",
+                f"alone {before.alone:.1f} -> {after.alone:.1f}, "
+                f"{before.num_together} together {before.together:.1f} -> {after.together:.1f}",
+            )
+        )
+    rows.append(
+        ("time", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items() if seconds >= 0.5) or "under a second")
+    )
+    rows.append(("peak memory", f"{result.peak_bytes / _GIB:.2f} GiB (estimated: {result.estimated_peak_bytes / _GIB:.2f})"))
+    rows += [("note", note) for note in result.notes]
+    return rows
+
+
+def sizes(result: QuantizeResult) -> list[tuple[str, float, float]]:
+    """Kinds of tensors, with their MiB before and after."""
+    rows = [(name, size["before"] / _MIB, size["after"] / _MIB) for name, size in result.groups.items()]
+    return [*rows, ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))]
+
+
+def commands(result: QuantizeResult) -> list[str]:
+    """Commands that serve the folder."""
+    return [
+        f"octavo serve --model-path {result.out}",
+        f"vllm serve {result.out}",
+        f"python -m sglang.launch_server --model-path {result.out}",
+    ]
+
+
+def write_reports(result: QuantizeResult, report: Path | None = None) -> list[Path]:
+    """report.json, the HTML report (at `report`, or in the folder) and the model card; gives their paths."""
+    page = report or result.out / REPORTS
+    data = result.out / "report.json"
+    card = result.out / "README.md"
+    data.write_text(to_json(result) + "\n", encoding="utf-8")
+    page.write_text(page_of(result, facts(result), sizes(result), commands(result)), encoding="utf-8")
+    card.write_text(model_card(result), encoding="utf-8")
+    return [data, page, card]
+
+
+def to_json(result: QuantizeResult) -> str:
+    """All of a result as a JSON object, format 1."""
+    content: dict[str, Any] = {"format": 1, **asdict(result), "out": str(result.out), "recipe": result.recipe.to_dict()}
+    if result.quality is not None:
+        content["quality"]["ppl_increase"] = result.quality.ppl_increase
+    return json.dumps(content, indent=1)
+
+
+def model_card(result: QuantizeResult) -> str:
+    """A README for the folder."""
+    table = "".join(f"| {name} | {value} |\n" for name, value in facts(result))
+    serve, recipe = "\n".join(commands(result)), json.dumps(result.recipe.to_dict(), indent=1)
+    return (
+        f"---\nlibrary_name: transformers\ntags:\n- quantized\n- {result.recipe.layout}\n- octavo\n---\n\n"
+        f"# {Path(result.model).name}, quantized\n\nMade by `octavo quantize`.\n\n| | |\n|---|---|\n{table}\n"
+        f"```\n{serve}\n```\n\nThe recipe, from which `octavo.quantize` makes the same again:\n\n```json\n{recipe}\n```\n"
+    )

@@ -1,0 +1,371 @@
+"""`octavo.quantize`: from a model to a quantized folder, stage by stage. Knows the order of things; each stage is another file's."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quant.checkpoint.hf_config import read_config
+from ..quant.checkpoint.open_reader import open_reader
+from ..quant.checkpoint.quantization_config import read_quantization_config
+from ..quant.checkpoint.reader import WeightReader
+from ..quant.checkpoint.resolve import ModelFiles, resolve_model
+from .eval_run import DEFAULT_SEQLEN
+from .float_model import FloatModel
+from .float_text import BATCH, drawing, served
+from .output import Written, by_source, copy_tokenizer, quantization_config, write_config, write_weights
+from .plan import Plan, check_disk, make_plan
+from .quality import Quality, Speed, by_engine, by_transformers, speed_of
+from .recipe import Recipe
+from .samples import hub_texts, read_texts, rows_of
+from .self_text import write_samples
+from .solve import Steps
+from .streams import Hidden, Inputs
+from .tune_model import tune_model
+from .tuning import TuningSchedule
+from .verify import DequantizingReader, check_logits, check_module
+from .walk import Walk, block_name, put, shapes
+from .work import Results, WorkFolder
+
+logger = logging.getLogger(__name__)
+
+_HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
+_EVAL_TOKENS = 1 << 15
+_PROBE_TOKENS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeResult:
+    """What was written, and what it cost. `modules`: by path, the relative output error, how it was rounded, the tokens that it saw."""
+
+    out: Path
+    model: str
+    recipe: Recipe
+    group_size: int
+    modules: Mapping[str, Mapping[str, Any]]
+    kept: tuple[str, ...]  # linears that stayed as they were
+    notes: tuple[str, ...]  # what was left out, and why
+    groups: Mapping[str, Mapping[str, int]]  # bytes before and after, by kind of tensor
+    bits_per_weight: float  # of the quantized linears, scales and zero points included
+    quality: Quality | None
+    speed_before: Speed | None
+    speed_after: Speed | None
+    verified: float  # largest difference of the logits as read back, relative to the largest logit
+    estimated_peak_bytes: int  # before the start
+    peak_bytes: int  # the most that was resident, of the process
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> list[tuple[str, float]]:
+        """Modules by their error, the largest first."""
+        return sorted(((name, float(note["error"])) for name, note in self.modules.items()), key=lambda item: -item[1])
+
+
+class GateError(RuntimeError):
+    """The quantized model costs more quality than the recipe allows. It was written all the same; `result` tells of it."""
+
+    def __init__(self, message: str, result: QuantizeResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def steps_of(recipe: Recipe) -> Steps:
+    """What each method does to a block."""
+    match recipe.method:
+        case "rtn":
+            return Steps()
+        case "awq":
+            return Steps(scale=True)
+        case "gptq":
+            return Steps(orders=("groups",))
+        case "best":
+            return Steps(scale=True, orders=("groups", "columns", "natural"), damps=(0.003, 0.01, 0.05))
+    return Steps(orders=("groups",))
+
+
+def schedule_of(recipe: Recipe) -> TuningSchedule | None:
+    """How long the whole model is tuned; None: not at all."""
+    if recipe.method not in ("auto", "best") or recipe.effort == "fast":
+        return None
+    return TuningSchedule(steps=40 if recipe.method == "auto" else 128, seed=recipe.seed)
+
+
+def quantize(
+    model_path: str | None,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    eval_text: Path | None = None,
+    measure_speed: bool = True,
+    resume: bool = False,
+    **options: Any,
+) -> QuantizeResult:
+    """Quantize a model into the folder `out`, which must be empty or not exist.
+
+    `options` are the Recipe's fields, given in place of one. Quality is measured on `eval_text`, or on samples held back from the
+    calibration. Raises ValueError for what cannot be (named with its remedy), OSError for files, GateError where the recipe's gate does
+    not hold, VerificationError where the folder does not read back as what was meant.
+    """
+    if recipe is not None and options:
+        raise ValueError(f"give either a recipe or its fields, not both: {', '.join(options)}")
+    chosen = Recipe.from_dict(options) if recipe is None else recipe
+    check_out(Path(out), resume=resume)
+    return _Run(model_path, chosen, eval_text=eval_text).all(Path(out), measure_speed=measure_speed, resume=resume)
+
+
+def plan(model_path: str | None, recipe: Recipe) -> Plan:
+    """What `quantize` would do. Raises ValueError as it would."""
+    return _Run(model_path, recipe, eval_text=None).plan()[1]
+
+
+class _Run:
+    def __init__(self, model_path: str | None, recipe: Recipe, *, eval_text: Path | None) -> None:
+        self.model_path, self.recipe, self.eval_text = model_path, recipe, eval_text
+        if eval_text is not None and not eval_text.is_file():
+            raise ValueError(f"there is no file {eval_text} to evaluate on")
+        self.files = resolve_model(model_path)
+        self.config = read_config(self.files)
+        self.reader = open_reader(self.files)
+        refuse_quantized(self.files, self.config, self.reader)
+        self.served = served(model_path)
+        self.seconds: dict[str, float] = {}
+
+    def plan(self) -> tuple[FloatModel, Plan]:
+        """The model, what is outside its blocks read, and what will be done to it."""
+        model = FloatModel(self._transformers_config(), self.reader)
+        model.load_outer()
+        found = shapes(model, _probe_inputs(model))
+        size = sum(info.nbytes for info in self.reader.tensors().values())
+        return model, make_plan(self.files.name, model, self.recipe, found, schedule_of(self.recipe), size)
+
+    def all(self, out: Path, *, measure_speed: bool, resume: bool) -> QuantizeResult:
+        model, plan = self.plan()
+        check_disk(plan, out)
+        logger.info("%s", plan.describe())
+        work = WorkFolder(out, self._identity(), resume=resume)
+        with self._timed("samples"):
+            tokens, held_back = self._samples(work)
+        floats = self._hidden(plan, model, work, "floats")
+        with self._timed("blocks"):
+            self._walk(model, Inputs(model, tokens), work, plan, floats)
+        results = Results(work, [block_name(index) for index in range(plan.num_blocks)])
+        if plan.schedule is not None:
+            with self._timed("tuning"):
+                results = self._tune(model, tokens, work, results, floats, plan.schedule)
+        with self._timed("writing"):
+            written = self._write(out, model, results, plan)
+        with self._timed("verifying"):
+            verified = self._verify(out, model, results, written, tokens[:1])
+        with self._timed("evaluating"):
+            quality = self._evaluate(out, held_back, written)
+            before, after = self._speeds(out, tokens[0].tolist()) if measure_speed and self.served else (None, None)
+        modules = {name: note for notes in results.notes() for name, note in notes["modules"].items()}
+        work.remove()
+        result = QuantizeResult(
+            out=out,
+            model=self.files.name,
+            recipe=self.recipe,
+            group_size=plan.group_size,
+            modules=modules,
+            kept=plan.kept,
+            notes=() if plan.skipped_tuning is None else (f"tuning {plan.skipped_tuning}",),
+            groups=written.groups,
+            bits_per_weight=8 * written.packed_bytes / written.num_packed,
+            quality=quality,
+            speed_before=before,
+            speed_after=after,
+            verified=verified,
+            estimated_peak_bytes=plan.peak_bytes,
+            peak_bytes=_peak_bytes(),
+            seconds=self.seconds,
+        )
+        check_gate(result)
+        return result
+
+    def _hidden(self, plan: Plan, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
+        shape = (self.recipe.samples, self.recipe.seqlen, model.hidden_size)
+        return Hidden(shape, work.path / f"{name}.bin" if plan.on_disk else None)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - started
+
+    def _transformers_config(self) -> Any:
+        from transformers import AutoConfig
+
+        if self.files.kind == "hf":
+            return AutoConfig.from_pretrained(self.files.root)  # type: ignore[no-untyped-call, unused-ignore]
+        return AutoConfig.for_model(**self.config)
+
+    def _identity(self) -> Mapping[str, Any]:
+        weights = {file.name: file.stat().st_size for file in self.files.weight_files}
+        return {"recipe": self.recipe.to_dict(), "model": self.files.name, "weights": weights}
+
+    # -- samples ------------------------------------------------------------------------------------------------------
+
+    def _samples(self, work: WorkFolder) -> tuple[Tensor, Tensor]:
+        """Rows to calibrate on, and rows held back to measure on."""
+        if not work.has("tokens"):
+            work.save_tokens(self._rows())
+        rows = work.load_tokens()
+        return rows[: self.recipe.samples], rows[self.recipe.samples :]
+
+    def _rows(self) -> Tensor:
+        recipe, tokenizer = self.recipe, self._tokenizer()
+        held_back = 0 if self.eval_text is not None else max(1, round(recipe.samples * _HELD_BACK))
+        count = recipe.samples + held_back
+        if recipe.calibration == "self":
+            from tqdm import tqdm
+
+            with (
+                drawing(self.model_path, str(self.files.root)) as generate,
+                tqdm(total=count * recipe.seqlen, desc="writing text", unit="tok", disable=None) as bar,
+            ):
+                return write_samples(
+                    generate, tokenizer, samples=count, seqlen=recipe.seqlen, seed=recipe.seed, batch=BATCH, on_tokens=bar.update
+                )
+        file = recipe.calibration_file()
+        texts = hub_texts(recipe.calibration, tokenizer) if file is None else read_texts(file, tokenizer)
+        rows = rows_of(texts, tokenizer, samples=count, seqlen=recipe.seqlen, where=recipe.calibration)
+        order = torch.arange(count) if not held_back else torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed))
+        return rows[order]
+
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        if self.files.gguf_file is not None:
+            return AutoTokenizer.from_pretrained(self.files.root, gguf_file=self.files.gguf_file.name)
+        return AutoTokenizer.from_pretrained(self.files.root)
+
+    # -- blocks -------------------------------------------------------------------------------------------------------
+
+    def _walk(self, model: FloatModel, inputs: Inputs, work: WorkFolder, plan: Plan, floats: Hidden) -> None:
+        from tqdm import tqdm
+
+        walk = Walk(model, inputs, work, floats, self._hidden(plan, model, work, "quantized"), plan.grid_of)
+        steps = steps_of(self.recipe)
+        with tqdm(total=plan.num_blocks, desc="quantizing", unit="block", disable=None) as bar:
+            for index in range(plan.num_blocks):
+                notes = walk.block(index, steps).notes
+                bar.set_postfix_str(f"error {notes['error'] or 0:.2g}, {_peak_bytes() / 2**30:.1f} GiB")
+                bar.update()
+
+    def _tune(
+        self, model: FloatModel, tokens: Tensor, work: WorkFolder, results: Results, floats: Hidden, schedule: TuningSchedule
+    ) -> Results:
+        from tqdm import tqdm
+
+        names = [f"tuned-{index:05}" for index in range(len(results))]
+        if not work.has(names[-1]):
+            with tqdm(total=schedule.steps, desc="tuning", unit="step", disable=None) as bar:
+
+                def on_step(kl: float) -> None:
+                    bar.set_postfix_str(f"KL {kl:.4f}")
+                    bar.update()
+
+                tuned, _ = tune_model(model, tokens, floats, results, schedule, on_step=on_step)
+            for name, result in zip(names, tuned, strict=True):
+                work.save_block(name, result)
+        return Results(work, names)
+
+    # -- writing and proving ------------------------------------------------------------------------------------------
+
+    def _write(self, out: Path, model: FloatModel, results: Results, plan: Plan) -> Written:
+        written = write_weights(out, model, self.reader, results, self.recipe)
+        write_config(out, self.config, quantization_config(self.recipe, plan.group_size, written.example, ["lm_head", *plan.kept]))
+        copy_tokenizer(self.files, out)
+        return written
+
+    @torch.no_grad()
+    def _verify(self, out: Path, model: FloatModel, results: Results, written: Written, tokens: Tensor) -> float:
+        with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
+            again = FloatModel(self._transformers_config(), reader)
+            again.load_outer()
+            meant, calls = model.calls(tokens)
+            found, their_calls = again.calls(tokens)
+            for index, result in enumerate(results):
+                for path, weight in by_source(model, index, result).weights.items():
+                    check_module(reader, path, weight)
+                block = model.load_block(index)
+                put(block, result)
+                meant = calls[index].run(block, meant)
+                model.free_block(index)
+                found = their_calls[index].run(again.load_block(index), found)
+                again.free_block(index)
+            return check_logits(again.logits(tokens, found), model.logits(tokens, meant))
+
+    def _evaluate(self, out: Path, held_back: Tensor, written: Written) -> Quality:
+        recipe = self.recipe
+        if self.eval_text is not None:
+            tokens = self._tokenizer()(self.eval_text.read_text(encoding="utf-8")).input_ids[:_EVAL_TOKENS]
+            seqlen, text = min(DEFAULT_SEQLEN, len(tokens)), self.eval_text.name
+        else:
+            tokens, seqlen = held_back.flatten().tolist(), recipe.seqlen
+            text = "text of the model's own" if recipe.calibration == "self" else f"samples held back from {recipe.calibration}"
+        if self.served:
+            return by_engine(self.model_path, out, tokens, seqlen=seqlen, text=text)
+        with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
+            original, quantized = (FloatModel(self._transformers_config(), one) for one in (self.reader, reader))
+            return by_transformers(original, quantized, tokens, seqlen=seqlen, text=text)
+
+    def _speeds(self, out: Path, prompt: list[int]) -> tuple[Speed, Speed]:
+        return speed_of(self.model_path, prompt), speed_of(str(out), prompt)
+
+
+def _probe_inputs(model: FloatModel) -> Inputs:
+    """A few tokens, to look at the structure with."""
+    inputs = Inputs(model, torch.arange(_PROBE_TOKENS)[None] % model.vocab_size)
+    inputs.start(Hidden((1, _PROBE_TOKENS, model.hidden_size)))
+    return inputs
+
+
+def _peak_bytes() -> int:
+    """The most resident memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_gate(result: QuantizeResult) -> None:
+    """Raises GateError where the recipe's gate does not hold."""
+    recipe, quality = result.recipe, result.quality
+    if quality is None:
+        return
+    over = []
+    if recipe.max_ppl_increase is not None and not quality.ppl_increase <= recipe.max_ppl_increase:
+        over.append(
+            f"perplexity rose by {quality.ppl_increase:.2%} (from {quality.original_perplexity:.3f} to {quality.perplexity:.3f}), "
+            f"above {recipe.max_ppl_increase:.2%}"
+        )
+    if recipe.max_kl is not None and not quality.kl_mean <= recipe.max_kl:
+        over.append(f"KL is {quality.kl_mean:.4f} nats a token, above {recipe.max_kl:g}")
+    if over:
+        worst = "".join(f"\n  {name}: {error:.3g}" for name, error in result.worst[:8])
+        raise GateError(f"{' and '.join(over)}. The modules that lose most (relative output error):{worst}", result)
+
+
+def check_out(out: Path, *, resume: bool) -> None:
+    """Raises ValueError where `out` holds something else than an unfinished run."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder")
+    others = [path.name for path in out.iterdir() if path.name != ".quantize"]
+    if others and not (resume and (out / ".quantize").is_dir()):
+        raise ValueError(f"{out} is not empty ({', '.join(sorted(others)[:3])}): give another folder, or empty it")
+
+
+def refuse_quantized(files: ModelFiles, config: Mapping[str, Any], reader: WeightReader) -> None:
+    """Raises ValueError for a checkpoint whose weights are quantized already; a GGUF file's are read as floats."""
+    found = read_quantization_config(files, config, reader.tensors())
+    if found is not None:
+        raise ValueError(f"{files.name} is quantized already ({found.method}, says {found.source}): give the original model")

@@ -1,0 +1,163 @@
+"""Recipe: what a quantization is asked to be. Checked as soon as it exists; knows no model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import torch
+
+Method = Literal["auto", "awq", "gptq", "best", "fp8", "int8", "rtn"]
+Format = Literal["auto", "awq", "gptq", "compressed-tensors"]
+Effort = Literal["fast", "default", "best"]
+KVCache = Literal["fp8"]
+
+_BITS: Mapping[str, tuple[int, ...]] = {"awq": (4,), "gptq": (2, 4, 8), "compressed-tensors": (4, 8)}
+_EIGHT_BIT = ("fp8", "int8")
+MIN_SEQLEN, MIN_SAMPLES = 16, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is to be quantized. Raises ValueError, naming value and remedy, for what cannot be.
+
+    method          rtn, awq, gptq and best make weights of `bits`; fp8 and int8 make 8-bit weights and inputs; auto climbs from cheap to
+                    thorough until the gate holds
+    group_size      inputs that share a scale; "auto": 64, or what divides every linear, at most 128
+    format          of the checkpoint; auto: awq for asymmetric 4 bits, gptq for symmetric ones, compressed-tensors for the others
+    symmetric       one zero point for all; None: what every engine reads (asymmetric for awq, symmetric for the others)
+    calibration     "self": the model writes its own; else a text, JSONL or chat file, or a hub data set
+    activations     of fp8: inputs rounded by a scale found for each token as it comes ("dynamic") or from calibration ("static")
+    weight_scales   of fp8: one a channel, one a tensor, or one a block of 128 x 128
+    ignore          regular expressions over module paths: what matches stays as it is
+    max_ppl_increase, max_kl    the gate: share of the original's perplexity; nats a token
+    max_memory      bytes that activations and weights may take; beyond, activations go to disk
+    """
+
+    method: Method = "auto"
+    bits: int = 4
+    group_size: int | Literal["auto"] = "auto"
+    format: Format = "auto"
+    symmetric: bool | None = None
+    calibration: str = "self"
+    samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+    kv_cache: KVCache | None = None
+    activations: Literal["dynamic", "static"] = "dynamic"
+    weight_scales: Literal["channel", "tensor", "block"] = "channel"
+    effort: Effort = "default"
+    ignore: tuple[str, ...] = ()
+    max_ppl_increase: float | None = None
+    max_kl: float | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("method", Method), ("format", Format), ("effort", Effort)):
+            _choice(name, getattr(self, name), get_args(kind))
+        _choice("kv_cache", self.kv_cache, (None, "fp8"))
+        _choice("activations", self.activations, ("dynamic", "static"))
+        _choice("weight_scales", self.weight_scales, ("channel", "tensor", "block"))
+        for name, least in (("samples", MIN_SAMPLES), ("seqlen", MIN_SEQLEN)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} is not valid: give at least {least}")
+        if self.group_size != "auto" and (not isinstance(self.group_size, int) or (self.group_size < 8 and self.group_size != -1)):
+            raise ValueError(
+                f"group_size {self.group_size!r} is not valid: give auto, -1 (one group a row), or 8 and more, such as 64 or 128"
+            )
+        self._check_form()
+        for pattern in self.ignore:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"ignore {pattern!r} is no regular expression: {error}") from None
+        for name in ("max_ppl_increase", "max_kl", "max_memory"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} {value} is not valid: give more than 0")
+
+    def _check_form(self) -> None:
+        if self.eight_bit:
+            if self.format not in ("auto", "compressed-tensors"):
+                raise ValueError(f"method {self.method} is written as compressed-tensors, not {self.format}: leave format out")
+            if self.bits not in (4, 8):  # 4 is what nobody asked for
+                raise ValueError(f"method {self.method} makes weights of 8 bits, not {self.bits}: leave bits out")
+            return
+        allowed = _BITS[self.layout]
+        if self.bits not in allowed:
+            others = [name for name, bits in _BITS.items() if self.bits in bits]
+            remedy = f"; {self.bits} bits can be written as {' or '.join(others)}" if others else ""
+            raise ValueError(f"bits {self.bits} cannot be written as {self.layout}, which holds {' or '.join(map(str, allowed))}{remedy}")
+        if self.layout == "awq" and self.symmetric:
+            raise ValueError("awq is read with zero points everywhere: for symmetric weights choose format gptq or compressed-tensors")
+        if self.kv_cache is not None and self.layout != "compressed-tensors":
+            raise ValueError(f"kv_cache {self.kv_cache} is written in compressed-tensors alone, not in {self.layout}: choose that format")
+
+    @property
+    def eight_bit(self) -> bool:
+        return self.method in _EIGHT_BIT
+
+    @property
+    def layout(self) -> Literal["awq", "gptq", "compressed-tensors"]:
+        """The format, decided."""
+        if self.format != "auto":
+            return self.format
+        if self.eight_bit or self.kv_cache is not None or self.bits not in (2, 4):
+            return "compressed-tensors"
+        return "gptq" if self.symmetric or self.bits == 2 else "awq"
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Symmetry, decided: readers of GPTQ agree on symmetric weights alone, and transformers with compressed-tensors 0.20 reads no others."""
+        return self.symmetric if self.symmetric is not None else self.layout != "awq"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are written as."""
+        return torch.bfloat16 if self.layout == "compressed-tensors" else torch.float16
+
+    @property
+    def lowest_zero(self) -> int:
+        """The least zero point that the format holds."""
+        return 1 if self.layout == "gptq" else 0
+
+    def ignores(self, module: str) -> bool:
+        """Whether a module, by its path, is to stay as it is."""
+        return any(re.search(pattern, module) for pattern in self.ignore)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A recipe from JSON's values. Raises ValueError for a key that does not exist."""
+        known = {field.name for field in fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise ValueError(
+                    f"a recipe has no {key!r}" + (f"; did you mean {near[0]!r}?" if near else f": it has {', '.join(sorted(known))}")
+                )
+        given = dict(values)
+        if "ignore" in given:
+            given["ignore"] = tuple(given["ignore"])
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON's values, from which `from_dict` makes an equal recipe."""
+        return {**asdict(self), "ignore": list(self.ignore)}
+
+    def calibration_file(self) -> Path | None:
+        """The file of the calibration text; None where it is none."""
+        path = Path(self.calibration).expanduser()
+        return path if self.calibration != "self" and path.is_file() else None
+
+
+def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+        told = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"{name} {value!r} is not valid: choose from {', '.join(str(choice) for choice in choices if choice is not None)}{told}"
+        )

@@ -1,0 +1,135 @@
+"""Calibration samples: rows of tokens from a text, JSONL or chat file, a hub data set, or written by the model itself. Knows no method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_TEXT_KEYS = ("text", "content", "prompt", "document")
+_CHAT_KEYS = ("messages", "conversations", "conversation")
+
+
+class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer."""
+
+    chat_template: Any
+    bos_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool) -> Any: ...
+
+
+class NotEnoughTextError(ValueError):
+    """A calibration text that is too short."""
+
+
+def rows_of(texts: Iterable[str], tokenizer: Tokenizer, *, samples: int, seqlen: int, where: str) -> Tensor:
+    """int64 [samples, seqlen]: the texts' tokens one after the other, cut into rows, each with the BOS token that a text gets.
+
+    Raises NotEnoughTextError, saying how many rows there would be.
+    """
+    start = list(tokenizer("").input_ids)[:1]
+    if start and start[0] != tokenizer.bos_token_id:
+        start = []
+    room = seqlen - len(start)
+    wanted = samples * room
+    tokens: list[int] = []
+    for text in texts:
+        if len(tokens) >= wanted:
+            break
+        tokens += tokenizer(text, add_special_tokens=False).input_ids
+    rows = min(samples, len(tokens) // room)
+    if rows < samples:
+        remedy = f"give --samples {rows}, a smaller --seqlen" if rows else f"give --seqlen {max(16, len(tokens) // 2)} or less"
+        raise NotEnoughTextError(
+            f"{where} has {len(tokens)} tokens, which makes {rows} samples of {seqlen} where {samples} are wanted: {remedy}, or more text"
+        )
+    return torch.tensor([start + tokens[i * room : (i + 1) * room] for i in range(samples)], dtype=torch.int64)
+
+
+def read_texts(file: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """The texts of a file: a .jsonl or .json of objects with a text or a conversation, or the whole of any other file.
+
+    Raises ValueError naming the line that is neither, or the tokenizer that cannot write a conversation.
+    """
+    if file.suffix.lower() not in (".jsonl", ".json"):
+        text = file.read_text(encoding="utf-8")
+        if not text.strip():
+            raise NotEnoughTextError(f"{file} is empty: give a text to calibrate on, or --calibration self")
+        yield text
+        return
+    for at, item in _items(file):
+        yield _text_of(item, tokenizer, f"{file}: entry {at}")
+
+
+def _items(file: Path) -> Iterator[tuple[int, Any]]:
+    content = file.read_text(encoding="utf-8")
+    try:
+        if file.suffix.lower() == ".json":
+            values = json.loads(content)
+            yield from enumerate(values if isinstance(values, list) else [values], 1)
+            return
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip():
+                yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not sound JSON ({error}): mend it, or name it .txt to have it read as plain text") from None
+
+
+def _text_of(item: Any, tokenizer: Tokenizer, where: str) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, list):
+        return _conversation(item, tokenizer, where)
+    if isinstance(item, dict):
+        for key in _CHAT_KEYS:
+            if isinstance(item.get(key), list):
+                return _conversation(item[key], tokenizer, where)
+        for key in _TEXT_KEYS:
+            if isinstance(item.get(key), str):
+                text: str = item[key]
+                return text
+    raise ValueError(f"{where} holds no text and no conversation: it needs one of the keys {', '.join((*_TEXT_KEYS, *_CHAT_KEYS))}")
+
+
+def _conversation(turns: Sequence[Any], tokenizer: Tokenizer, where: str) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where} is a conversation, and the model's tokenizer has no chat template: give plain text instead")
+    names = {"human": "user", "gpt": "assistant"}
+    try:
+        messages = [
+            {
+                "role": names.get(turn.get("role", turn.get("from")), turn.get("role", turn.get("from"))),
+                "content": turn.get("content", turn.get("value")),
+            }
+            for turn in turns
+        ]
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are other people's programs and raise what they like
+        raise ValueError(f"{where}: the tokenizer's chat template does not take this conversation ({error})") from error
+    return text
+
+
+def hub_texts(name: str, tokenizer: Tokenizer) -> Iterator[str]:
+    """The texts of the train split of a hub data set. Raises ValueError where it, or the library that reads it, is not to be had."""
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise ValueError(
+            f"calibration {name!r} is no file here, and hub data sets are read with the package datasets, which is not installed: "
+            "pip install datasets, give a file, or take --calibration self"
+        ) from None
+    try:
+        items = load_dataset(name, split="train", streaming=True)
+        for at, item in enumerate(items, 1):
+            yield _text_of(item, tokenizer, f"{name}: entry {at}")
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"calibration {name!r} is no file here, and the hub gave no such data set ({' '.join(str(error).split())[:200]})"
+        ) from error

@@ -1,0 +1,124 @@
+"""Calibration text that the model writes itself, so that none need be downloaded (after Liu et al., 2023, LLM-QAT, arXiv 2305.17888).
+
+What it writes has the distribution that it will be used on. Knows how to ask for text, and nothing of who generates it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Openings of many kinds of text: what is drawn after them is the model's.
+OPENINGS = (
+    "The history of the region begins with",
+    "Born in 1874, she was",
+    "The species is found in",
+    "The album was released in",
+    "During the war, the battalion",
+    "The film tells the story of",
+    "In the final match of the season,",
+    "The river rises in the mountains of",
+    "Construction of the bridge began in",
+    "The storm made landfall on",
+    "According to the report published on Tuesday,",
+    "Officials said on Friday that",
+    "Scientists have discovered that",
+    "Dear Sir or Madam,",
+    "Abstract. We study the problem of",
+    "Theorem 1. Let",
+    "To solve the equation, we first",
+    "The main difference between the two methods is",
+    "Chapter One\n\nIt was a cold",
+    '"I don\'t believe you," she said,',
+    "Once upon a time, in a village",
+    "Ingredients:\n- 2 cups of",
+    "How to repair a bicycle: first,",
+    "import os\nimport sys\n\n\ndef main():\n",
+    "#include <stdio.h>\n\nint main(",
+    "SELECT name, COUNT(*) FROM",
+    "function render(items) {\n  const",
+    'class Stack:\n    """',
+    "<!DOCTYPE html>\n<html>\n",
+    "Q: What causes the seasons?\nA:",
+    "User: Can you explain how a computer stores numbers?\nAssistant:",
+    "Review: I bought this last month and",
+    "The patient was admitted with",
+    "The court held that",
+    "Under the terms of the agreement,",
+    "The economy grew by",
+    "Philosophers have long argued that",
+    "The painting shows",
+    "In music theory, a",
+    "The planet orbits",
+    "La ville se trouve",
+    "Die Stadt liegt",
+    "El libro fue escrito",
+    "Il fiume nasce",
+    "O jogador nasceu em",
+    "город расположен",
+    "这本书",
+    "1, 2, 3, 5, 8,",
+)
+QUESTIONS = (
+    "Explain how vaccines work.",
+    "Write a short story about a lighthouse keeper.",
+    "What were the main causes of the First World War?",
+    "Give me a recipe for vegetable soup.",
+    "Write a Python function that checks whether a number is prime.",
+    "Summarise the plot of Romeo and Juliet.",
+    "How do I prepare for a job interview?",
+    "Describe the water cycle for a child.",
+    "What is the difference between a virus and a bacterium?",
+    "Translate 'good morning, how are you?' into French and German.",
+    "Write an email asking for a day off.",
+    "What is 17 times 24? Show each step.",
+)
+TEMPERATURE, TOP_P = 1.0, 0.95
+_CHAT_SHARE = 3  # every so-manieth prompt is a question, where there is a chat template
+
+Generate = Callable[[Sequence[Sequence[int]], int, int], Sequence[Sequence[int]]]  # prompts, tokens to draw, seed -> what follows each
+
+
+def write_samples(
+    generate: Generate,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    batch: int,
+    on_tokens: Callable[[int], object] = lambda count: None,
+) -> Tensor:
+    """int64 [samples, seqlen]: what `generate` draws after openings and questions, one text after the other, cut into rows.
+
+    Raises ValueError for a model that writes nothing.
+    """
+    start = list(tokenizer("").input_ids)[:1]
+    start = start if start and start[0] == tokenizer.bos_token_id else []
+    room = seqlen - len(start)
+    tokens: list[int] = []
+    wanted, asked = samples * room, 0
+    while len(tokens) < wanted:
+        prompts = [_prompt(tokenizer, asked + i) for i in range(batch)]
+        answers = generate(prompts, room, seed + asked)
+        asked += batch
+        before = len(tokens)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            tokens += [token for token in (*prompt, *answer) if token != tokenizer.bos_token_id]
+        on_tokens(min(len(tokens), wanted) - min(before, wanted))
+        if asked >= 4 * samples + 64 and len(tokens) < wanted:
+            raise ValueError(
+                f"the model ends its texts at once: {asked} openings gave {len(tokens)} tokens of {wanted}. Give --calibration FILE"
+            )
+    return torch.tensor([start + tokens[i * room : (i + 1) * room] for i in range(samples)], dtype=torch.int64)
+
+
+def _prompt(tokenizer: Any, number: int) -> list[int]:
+    if tokenizer.chat_template and number % _CHAT_SHARE == _CHAT_SHARE - 1:
+        question = QUESTIONS[number // _CHAT_SHARE % len(QUESTIONS)]
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return list(tokenizer(OPENINGS[number % len(OPENINGS)]).input_ids)

@@ -1,0 +1,103 @@
+"""Sites: where a block multiplies an activation with one of its parameters, found by watching it run. Knows no architecture.
+
+A site is a parameter, or one expert of a three-dimensional one, whatever module holds it: nn.Linear, Conv1D, a plain parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_LINEAR = {torch.nn.functional.linear}
+_ADDED = {torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm}
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """`y = x @ W.T` with W [N, K] = the parameter, or `parameter[expert]`; `transposed`: stored as [K, N]."""
+
+    parameter: str  # its name in the block
+    expert: int | None = None
+    transposed: bool = False
+
+    def weight(self, block: nn.Module) -> Tensor:
+        """W [N, K] as a view: what is written to it changes the block."""
+        return self.part(block.get_parameter(self.parameter).data)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """[N, K] of what has the parameter's shape, such as its gradient, as a view."""
+        own = whole if self.expert is None else whole[self.expert]
+        return own.t() if self.transposed else own
+
+    def __str__(self) -> str:
+        path = self.parameter.removesuffix(".weight")
+        return path if self.expert is None else f"{path}[{self.expert}]"
+
+
+Watcher = Callable[[Site, Tensor], None]  # a site and its input [..., K]
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, block: nn.Module, watcher: Watcher) -> None:
+        super().__init__()
+        self._by_storage = {
+            parameter.untyped_storage().data_ptr(): (name, parameter)
+            for name, parameter in block.named_parameters()
+            if parameter.dim() in (2, 3)
+        }
+        self._watcher = watcher
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func in _LINEAR:
+            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            self._found(args[0] if args else (kwargs or {})["input"], weight)
+        elif func in _PRODUCTS and len(args) == 2:
+            self._found(args[0], args[1].mT if isinstance(args[1], Tensor) and args[1].dim() > 1 else None)
+        elif func in _ADDED and len(args) == 3:
+            self._found(args[1], args[2].mT if isinstance(args[2], Tensor) and args[2].dim() > 1 else None)
+        return func(*args, **(kwargs or {}))
+
+    def _found(self, x: Any, weight: Any) -> None:
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.is_meta:
+            return
+        name, parameter = self._by_storage.get(weight.untyped_storage().data_ptr(), (None, None))
+        if name is None or parameter is None or weight.dim() > parameter.dim() or weight.dim() < 2:
+            return
+        transposed = weight.stride(-1) != 1
+        if weight.dim() == 3:  # every expert at once, x [E, T, K]
+            for expert in range(weight.shape[0]):
+                self._watcher(Site(name, expert, transposed), x[expert])
+        elif parameter.dim() == 3:
+            if weight.numel() * parameter.shape[0] == parameter.numel():
+                self._watcher(Site(name, weight.storage_offset() // parameter.stride(0), transposed), x)
+        elif weight.numel() == parameter.numel():
+            self._watcher(Site(name, None, transposed), x)
+
+
+@contextmanager
+def watching(block: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Inside, `watcher` is told of every product of an activation with a parameter of `block`, whose weights must be loaded."""
+    with _Watch(block, watcher):
+        yield
+
+
+def find_sites(block: nn.Module, run: Callable[[], Tensor]) -> list[Site]:
+    """The sites that `run()` passes, in the order in which it first does; all experts of a parameter where it passes one of them."""
+    seen: dict[Site, None] = {}
+    with watching(block, lambda site, _: seen.setdefault(site)), torch.no_grad():
+        run()
+    sites: dict[Site, None] = {}
+    for site in seen:
+        if site.expert is None:
+            sites.setdefault(site)
+        else:
+            for expert in range(block.get_parameter(site.parameter).shape[0]):
+                sites.setdefault(Site(site.parameter, expert, site.transposed))
+    return list(sites)

@@ -1,0 +1,111 @@
+"""From a block's weights and the moments of their inputs to quantized weights: which method does what. Knows no model and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.grouped_linear import GroupedWeight, dequantize
+from ..quant.schemes.load_time import quantize_fp8, quantize_int8
+from .awq import Scaling, output_error, search_scales
+from .folds import Fold
+from .gptq import ORDERS, NotPositiveDefiniteError, Order, gptq
+from .grid import Grid, round_to_nearest
+from .moments import Collector, Moments
+from .sites import Site
+
+FEW_TOKENS = 64  # an expert that saw fewer rounds by itself: the moments of so few tokens would mislead
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """What is done to a block. `scale`: by AWQ's search, through the folds. `orders`, `damps`: of GPTQ, all tried; none: nearest."""
+
+    scale: bool = False
+    orders: tuple[Order, ...] = ()
+    damps: tuple[float, ...] = (0.01,)
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A site's quantized weight, and its mean squared output error relative to the mean squared output."""
+
+    weight: GroupedWeight
+    relative_error: float
+    how: str  # what was chosen, for the report
+
+
+def apply_scales(
+    block: nn.Module, folds: Sequence[Fold], moments: Collector, grids: Mapping[Site, Grid], stored: Mapping[str, torch.dtype]
+) -> dict[str, Scaling]:
+    """Rescale a block through its folds as AWQ finds best, moments included; gives what was chosen by feeder.
+
+    Folds without a reader among `grids`, the sites that are quantized, are left alone. `stored`: the dtypes that parameters are written in.
+    """
+    chosen: dict[str, Scaling] = {}
+    for fold in folds:
+        readers = [site for site in fold.readers if site in grids]
+        if not readers:
+            continue
+        k = len(fold.source)
+        known = moments.of(readers[0], k)
+        weights = [site.weight(block) for site in readers]
+        scaling = search_scales(weights, known.hessian, known.magnitude, fold.source, fold.num_factors, grids[readers[0]])
+        chosen[fold.feeder] = scaling
+        if scaling.relative_error < 1:
+            factors = fold.apply(block, scaling.factors, stored=stored.get(fold.feeder))
+            for one in {id(found): found for found in (moments.of(site, k) for site in fold.readers)}.values():
+                one.rescaled(factors[fold.source])
+    return chosen
+
+
+def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: Steps) -> list[Solved]:
+    """Quantize linears float32 [N_i, K] that share an input. Raises ValueError for weights or inputs that are not finite."""
+    stacked = torch.cat(list(weights))
+    if not bool(torch.isfinite(stacked).all()):
+        raise ValueError("the weights hold NaN or infinite values: the checkpoint is damaged, download it again")
+    hessian = moments.hessian
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("the inputs hold NaN or infinite values: the float model itself overflows on the calibration text")
+    best, how = round_to_nearest(stacked, grid, hessian.diagonal()), "nearest"
+    if steps.orders and moments.count < FEW_TOKENS:
+        how = f"nearest: saw {moments.count} tokens"
+    elif steps.orders:
+        best, how = _best_gptq(stacked, hessian, grid, steps)
+    values = dequantize(best)
+    solved, at = [], 0
+    for weight in weights:
+        rows = torch.arange(at, at + len(weight))
+        own = values[at : at + len(weight)]
+        energy = float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
+        solved.append(Solved(best.take(rows), output_error(weight, own, hessian) / energy if energy > 0 else 0.0, how))
+        at += len(weight)
+    return solved
+
+
+def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> tuple[GroupedWeight, str]:
+    best: GroupedWeight | None = None
+    least, how = float("inf"), ""
+    for order in steps.orders:
+        for damp in steps.damps:
+            try:
+                found = gptq(weight, hessian, grid, order=order, damp=damp)
+            except NotPositiveDefiniteError:
+                continue
+            error = output_error(weight, dequantize(found), hessian)
+            if error < least:
+                best, least, how = found, error, f"gptq, {order}, damp {damp:g}"
+    if best is None:
+        return round_to_nearest(weight, grid, hessian.diagonal()), "nearest: no Cholesky factor"
+    return best, how
+
+
+def solve_eight_bit(weight: Tensor, kind: str) -> GroupedWeight:
+    """float32 [N, K] to fp8 or int8 with a scale a row."""
+    return quantize_fp8(weight) if kind == "fp8" else quantize_int8(weight)
+
+
+__all__ = ["ORDERS", "Solved", "Steps", "apply_scales", "solve_eight_bit", "solve_group"]

@@ -1,0 +1,93 @@
+"""Streams: hidden states of all calibration samples on their way through the blocks, in memory or on disk. Knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .float_model import Call, FloatModel
+
+CHUNK_TOKENS = 4096  # computed at once
+
+
+class Hidden:
+    """float32 [S, T, H] of S samples, in memory or, with `file`, on disk, of which no more is in memory than was asked for."""
+
+    def __init__(self, shape: tuple[int, int, int], file: Path | None = None) -> None:
+        self.shape, self._file = shape, file
+        self._values = torch.empty(shape) if file is None else None
+        if file is not None:
+            np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> Tensor:
+        """[R, T, H] of some samples; a view where they are in memory and `rows` is a slice."""
+        if self._values is not None:
+            return self._values[rows]
+        assert self._file is not None
+        return torch.from_numpy(np.array(np.memmap(self._file, dtype=np.float32, mode="r", shape=self.shape)[rows]))
+
+    def __setitem__(self, rows: slice, values: Tensor) -> None:
+        if self._values is not None:
+            self._values[rows] = values
+        else:
+            assert self._file is not None
+            np.memmap(self._file, dtype=np.float32, mode="r+", shape=self.shape)[rows] = values.numpy()
+
+    def copy_from(self, other: Hidden) -> None:
+        for row in range(self.shape[0]):
+            self[row : row + 1] = other[row : row + 1]
+
+
+class Inputs:
+    """The samples, and what every block is called with beside the hidden state, chunk by chunk."""
+
+    def __init__(self, model: FloatModel, tokens: Tensor) -> None:
+        self.tokens = tokens
+        rows = max(1, CHUNK_TOKENS // tokens.shape[1])
+        self.chunks = [slice(at, min(at + rows, len(tokens))) for at in range(0, len(tokens), rows)]
+        self._calls: list[list[Call]] = []
+        self._model = model
+
+    def start(self, hidden: Hidden) -> None:
+        """Put what enters the first block into `hidden`, and keep what the blocks are called with."""
+        self._calls = []
+        for chunk in self.chunks:
+            first, calls = self._model.calls(self.tokens[chunk])
+            hidden[chunk] = first
+            same = next((known for known in self._calls if len(known) == len(calls) and all(map(_same, known, calls))), None)
+            self._calls.append(calls if same is None else same)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    @torch.no_grad()
+    def run(self, index: int, block: nn.Module, hidden: Hidden) -> Iterator[tuple[slice, Tensor]]:
+        """The output [B, T, H] of block `index` for each chunk of `hidden`, which is left as it is."""
+        for chunk, calls in zip(self.chunks, self._calls, strict=True):
+            yield chunk, calls[index].run(block, hidden[chunk])
+
+    def call(self, index: int) -> Call:
+        """What block `index` is called with for the first chunk."""
+        return self._calls[0][index]
+
+
+def _same(a: Call, b: Call) -> bool:
+    return a.hidden_name == b.hidden_name and _equal(a.args, b.args) and _equal(dict(a.kwargs), dict(b.kwargs))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, Sequence) and isinstance(b, Sequence) and not isinstance(a, str):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(type(a) is type(b) and not isinstance(a, Tensor) and a == b)

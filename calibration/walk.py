@@ -1,0 +1,177 @@
+"""The walk through a model's blocks: each is read, measured, solved, saved and let go. Knows which steps a method takes, and no format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.grouped_linear import dequantize
+from .float_model import FloatModel
+from .folds import Fold, find_folds
+from .grid import Grid
+from .moments import Collector
+from .sites import Site, find_sites
+from .solve import Steps, apply_scales, solve_group
+from .streams import Hidden, Inputs
+from .work import BlockResult, WorkFolder
+
+GroupSizes = Callable[[str, int, int], Grid | None]  # module path, N, K -> its grid; None: it stays as it is
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a block was found to be made of."""
+
+    sites: tuple[Site, ...]
+    folds: tuple[Fold, ...]
+
+
+def structure_of(model: FloatModel, inputs: Inputs, index: int, block: nn.Module, *, with_folds: bool) -> Structure:
+    """Sites and folds of a loaded block, found with a random hidden state."""
+    call = inputs.call(index)
+    draw = torch.Generator().manual_seed(index)
+    rows = inputs.chunks[0].stop
+    hidden = torch.randn(rows, inputs.shape[1], model.hidden_size, generator=draw)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return call.run(block, hidden)
+
+    sites = find_sites(block, run)
+    return Structure(tuple(sites), tuple(find_folds(block, sites, run)) if with_folds else ())
+
+
+def is_router(site: Site, sites: Sequence[Site], block: nn.Module) -> bool:
+    """Whether a site chooses experts: it has as many outputs as there are experts."""
+    experts = {block.get_parameter(other.parameter).shape[0] for other in sites if other.expert is not None}
+    return site.expert is None and site.weight(block).shape[0] in experts
+
+
+def block_name(index: int) -> str:
+    """What a finished block is called in the work folder."""
+    return f"block-{index:05}"
+
+
+class Walk:
+    """Two streams of hidden states go through the blocks: the float model's, and that of the blocks as they were quantized."""
+
+    def __init__(
+        self, model: FloatModel, inputs: Inputs, work: WorkFolder, floats: Hidden, quantized: Hidden | None, grid_of: GroupSizes
+    ) -> None:
+        self._model, self._inputs, self._work, self._grid_of = model, inputs, work, grid_of
+        self._floats, self._quantized = floats, quantized
+        inputs.start(floats)
+        if quantized is not None:
+            quantized.copy_from(floats)
+
+    def block(self, index: int, steps: Steps) -> BlockResult:
+        """Quantize block `index`, or take it from the work folder, and move the streams behind it."""
+        name = block_name(index)
+        block = self._model.load_block(index)
+        if self._work.has(name):
+            result = self._work.load_block(name)
+            self._advance_floats(index, block)
+            put(block, result)
+            self._advance_quantized(index, block)
+        else:
+            result = self._solve(index, block, steps)
+            self._work.save_block(name, result)
+        self._model.free_block(index)
+        return result
+
+    def _solve(self, index: int, block: nn.Module, steps: Steps) -> BlockResult:
+        started = time.perf_counter()
+        structure = structure_of(self._model, self._inputs, index, block, with_folds=steps.scale)
+        prefix = self._model.block_prefix(index)
+        grids: dict[Site, Grid] = {}
+        for site in structure.sites:
+            n, k = site.weight(block).shape
+            grid = None if is_router(site, structure.sites, block) else self._grid_of(prefix + str(site), n, k)
+            if grid is not None:
+                grids[site] = grid
+        collector = Collector(list(structure.sites))
+        if self._quantized is None:
+            with collector.collecting(block):
+                self._advance_floats(index, block)
+        else:
+            with collector.collecting(block):
+                for _ in self._inputs.run(index, block, self._quantized):
+                    pass
+            self._advance_floats(index, block)
+        before = {key: value.data.clone() for key, value in block.named_parameters()} if steps.scale else {}
+        stored = {name: self._model.names.stored[prefix + name] for name in before}
+        scalings = apply_scales(block, structure.folds, collector, grids, stored) if steps.scale else {}
+        weights, modules = {}, {}
+        for group in collector.groups(list(grids)):
+            k = group[0].weight(block).shape[1]
+            known = collector.of(group[0], k)
+            for site, solved in zip(group, solve_group([site.weight(block) for site in group], known, grids[group[0]], steps), strict=True):
+                weights[site] = solved.weight
+                modules[prefix + str(site)] = {"error": solved.relative_error, "how": solved.how, "tokens": known.count}
+        quantized = {site.parameter for site in weights}
+        changed = {
+            key: value.data.to(stored[key]).float()
+            for key, value in block.named_parameters()
+            if key in before and key not in quantized and not torch.equal(before[key], value)
+        }
+        ordered = {site: weights[site] for site in structure.sites if site in weights}
+        notes: dict[str, Any] = {"modules": modules, "scales": {prefix + name: found.relative_error for name, found in scalings.items()}}
+        result = BlockResult(ordered, changed, notes)
+        put(block, result)
+        notes["error"] = self._advance_quantized(index, block)
+        notes["seconds"] = time.perf_counter() - started
+        return result
+
+    def _advance_floats(self, index: int, block: nn.Module) -> None:
+        for chunk, out in self._inputs.run(index, block, self._floats):
+            self._floats[chunk] = out
+
+    def _advance_quantized(self, index: int, block: nn.Module) -> float | None:
+        """Mean squared difference of the streams behind the block, relative to the float one's mean square."""
+        if self._quantized is None:
+            return None
+        off = size = 0.0
+        for chunk, out in self._inputs.run(index, block, self._quantized):
+            self._quantized[chunk] = out
+            want = self._floats[chunk]
+            off += float((out - want).square().sum(dtype=torch.float64))
+            size += float(want.square().sum(dtype=torch.float64))
+        return off / size if size else 0.0
+
+
+@torch.no_grad()
+def put(block: nn.Module, result: BlockResult) -> None:
+    """Make a loaded block compute with what became of it."""
+    for name, value in result.parameters.items():
+        block.get_parameter(name).data.copy_(value)
+    for site, weight in result.weights.items():
+        site.weight(block).copy_(dequantize(weight))
+
+
+def shapes(model: FloatModel, inputs: Inputs) -> Mapping[str, tuple[int, int]]:
+    """[N, K] of every site by module path. Blocks whose parameters have the same names and shapes are looked at once."""
+    found: dict[str, tuple[int, int]] = {}
+    known: dict[tuple[Any, ...], list[tuple[str, tuple[int, int]]]] = {}
+    for index, block in enumerate(model.blocks):
+        signature = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+        if signature not in known:
+            loaded = model.load_block(index)
+            structure = structure_of(model, inputs, index, loaded, with_folds=False)
+            known[signature] = [
+                (str(site), (site.weight(loaded).shape[0], site.weight(loaded).shape[1]))
+                for site in structure.sites
+                if not is_router(site, structure.sites, loaded)
+            ]
+            model.free_block(index)
+        found |= {model.block_prefix(index) + name: shape for name, shape in known[signature]}
+    return found
+
+
+def _shape(site: Site, block: nn.Module) -> tuple[int, int]:
+    n, k = site.weight(block).shape
+    return n, k

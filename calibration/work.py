@@ -1,0 +1,149 @@
+"""WorkFolder: what a quantization has finished, on disk, so that it can go on after a stop. Knows no method.
+
+Blocks are written whole and renamed into place: what is there is complete. A run goes on only with the same recipe, model and samples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..kernels.grouped_linear import GroupedWeight
+from .sites import Site
+
+FOLDER = ".quantize"  # inside the output folder, until it is done
+
+
+@dataclass(frozen=True, eq=False)
+class BlockResult:
+    """What became of a block: quantized weights by site, changed parameters (float32, by name in the block), notes."""
+
+    weights: Mapping[Site, GroupedWeight]
+    parameters: Mapping[str, Tensor]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Results(Sequence[BlockResult]):
+    """Finished blocks, read from the work folder when they are asked for."""
+
+    def __init__(self, work: WorkFolder, names: Sequence[str]) -> None:
+        self._work, self._names = work, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> BlockResult: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Results: ...
+
+    def __getitem__(self, index: int | slice) -> BlockResult | Results:
+        if isinstance(index, slice):
+            return Results(self._work, self._names[index])
+        return self._work.load_block(self._names[index])
+
+    def notes(self) -> list[Mapping[str, Any]]:
+        """What is noted of each block, without its weights."""
+        return [self._work.load_notes(name) for name in self._names]
+
+
+class OtherRunError(ValueError):
+    """What lies in a work folder belongs to another run."""
+
+
+class WorkFolder:
+    """`resume`: go on with what is there. Raises OtherRunError where that is another run's, or nobody asked to go on."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = out / FOLDER
+        self._identity = json.loads(json.dumps(identity))
+        known = self.path / "run.json"
+        if known.is_file():
+            before = json.loads(known.read_text(encoding="utf-8"))
+            if not resume:
+                raise OtherRunError(f"{out} holds an unfinished run: add --resume to go on with it, or delete {self.path}")
+            if before != self._identity:
+                changed = ", ".join(sorted(key for key in {*before, *self._identity} if before.get(key) != self._identity.get(key)))
+                raise OtherRunError(
+                    f"{out} holds an unfinished run with another {changed}: give what it was begun with, or delete {self.path}"
+                )
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(known, json.dumps(self._identity, indent=1).encode())
+
+    def has(self, name: str) -> bool:
+        return (self.path / f"{name}.safetensors").is_file()
+
+    def save_block(self, name: str, result: BlockResult) -> None:
+        tensors: dict[str, Tensor] = {f"p/{key}": value.contiguous() for key, value in result.parameters.items()}
+        about: list[dict[str, Any]] = []
+        for i, (site, weight) in enumerate(result.weights.items()):
+            fields = {"codes": weight.codes, "scale": weight.scale}
+            if weight.zeros is not None:
+                fields["zeros"] = weight.zeros
+            tensors |= {f"w/{i}/{key}": value.contiguous() for key, value in fields.items()}
+            about.append(
+                {
+                    "site": [site.parameter, site.expert, site.transposed],
+                    "bits": weight.bits,
+                    "group_size": weight.group_size,
+                    "zero": weight.zero,
+                }
+            )
+        metadata = {"weights": json.dumps(about), "notes": json.dumps(result.notes)}
+        self._place(name, lambda file: save_file(tensors, file, metadata=metadata))
+
+    def load_block(self, name: str) -> BlockResult:
+        with safe_open(self.path / f"{name}.safetensors", framework="pt") as file:
+            metadata = file.metadata()
+            names = set(file.keys())
+            weights = {}
+            for i, about in enumerate(json.loads(metadata["weights"])):
+                zeros = file.get_tensor(f"w/{i}/zeros") if f"w/{i}/zeros" in names else None
+                weights[Site(*about["site"])] = GroupedWeight(
+                    file.get_tensor(f"w/{i}/codes"),
+                    about["bits"],
+                    about["group_size"],
+                    file.get_tensor(f"w/{i}/scale"),
+                    zero=about["zero"],
+                    zeros=zeros,
+                )
+            parameters = {key.removeprefix("p/"): file.get_tensor(key) for key in sorted(names) if key.startswith("p/")}
+            return BlockResult(weights, parameters, json.loads(metadata["notes"]))
+
+    def load_notes(self, name: str) -> Mapping[str, Any]:
+        with safe_open(self.path / f"{name}.safetensors", framework="pt") as file:
+            notes: Mapping[str, Any] = json.loads(file.metadata()["notes"])
+            return notes
+
+    def save_tokens(self, tokens: Tensor) -> None:
+        self._place("tokens", lambda file: save_file({"tokens": tokens.contiguous()}, file))
+
+    def load_tokens(self) -> Tensor:
+        with safe_open(self.path / "tokens.safetensors", framework="pt") as file:
+            tokens: Tensor = file.get_tensor("tokens")
+            return tokens
+
+    def _place(self, name: str, write: Any) -> None:
+        part = self.path / f"{name}.part"
+        write(part)
+        os.replace(part, self.path / f"{name}.safetensors")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    os.replace(part, path)

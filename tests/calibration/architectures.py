@@ -1,0 +1,85 @@
+"""Tiny random models of many architectures, saved with transformers: what quantization meets that it was not written for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB = 263  # the byte-level tokenizer's, and a few more
+_WIDE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT: dict[str, Any] = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": VOCAB,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+}
+_MLA |= {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+_MLA |= {"first_k_dense_replace": 1, "n_shared_experts": 1}
+_OSS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# By transformers' model type; each brings something that Llama has not.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": _WIDE,
+    "qwen2": _WIDE,  # biases of q, k and v
+    "qwen3": {**_WIDE, "head_dim": 16},  # norms of q and k
+    "gemma2": {**_WIDE, "head_dim": 16},  # norms that multiply with 1 + weight, norms behind the linears, capped logits
+    "phi3": _WIDE,  # q, k, v fused, gate and up fused
+    "phi": _WIDE,  # layer norms, attention and MLP side by side, biases everywhere
+    "gpt2": _GPT,  # weights stored transposed
+    "gpt_neox": {key: value for key, value in _WIDE.items() if key != "num_key_value_heads"},  # q, k, v interleaved by head
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB},  # positions by ALiBi
+    "opt": {**{key: value for key, value in _WIDE.items() if key != "intermediate_size"}, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "cohere": _WIDE,  # one norm for attention and MLP, tied head
+    "olmo2": _WIDE,  # norms behind the linears alone
+    "mixtral": {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2},  # experts in one tensor, several in the checkpoint
+    "qwen2_moe": {**_WIDE, **_EXPERTS, "shared_expert_intermediate_size": 64},
+    "deepseek_v3": {**_WIDE, **_MLA},  # low ranks between the linears, the first block dense
+    "gpt_oss": {**_WIDE, **_OSS},  # experts transposed, in one tensor in the checkpoint too
+    "lfm2": {**_WIDE, "layer_types": ["conv", "full_attention"]},  # blocks of two kinds
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB, "state_size": 8},  # no attention
+}
+
+
+def make(model_type: str, folder: Path, *, seed: int = 0) -> Any:
+    """Save a model whose every parameter is random; gives it, in float32."""
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(model_type, **ARCHITECTURES[model_type])
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return model

@@ -1,0 +1,277 @@
+"""`octavo.quantize` end to end on tiny models: every format read back, other architectures, resuming, and everything that it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from octavo import Engine
+from octavo.calibration import quantize_run, walk
+from octavo.calibration.quantize_run import GateError, plan, quantize
+from octavo.calibration.recipe import Recipe
+from octavo.calibration.verify import DequantizingReader, VerificationError
+from octavo.quant.checkpoint.open_reader import open_reader
+from octavo.quant.checkpoint.resolve import resolve_model
+
+from .architectures import ARCHITECTURES, make
+from .conftest import MakeModel, _write_tokenizer
+
+SMALL: dict[str, Any] = {"samples": 8, "seqlen": 32, "group_size": 16}
+FAST: dict[str, Any] = {**SMALL, "measure_speed": False}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(f"{i} times {i} is {i * i}, and the word is {chr(97 + i % 26) * 3}.\n" for i in range(200)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_tokenizer("llama", tmp_path_factory.mktemp("llama"))
+
+
+def with_tokenizer(name: str, folder: Path) -> Path:
+    make(name, folder)
+    _write_tokenizer(folder, adds_bos=False, swapped=False)
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
+
+
+FORMS = [
+    {"method": "rtn"},
+    {"method": "awq"},
+    {"method": "gptq", "format": "gptq"},
+    {"method": "gptq", "format": "gptq", "symmetric": False},
+    {"method": "gptq", "format": "gptq", "bits": 8},
+    {"method": "gptq", "format": "compressed-tensors"},
+    {"method": "gptq", "format": "compressed-tensors", "symmetric": False},
+    {"method": "auto"},
+    {"method": "rtn", "group_size": -1, "format": "compressed-tensors"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
+def test_every_form_is_served_as_it_was_solved(form: dict[str, Any], llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = quantize(str(llama), out, **{**FAST, **form}, calibration=str(text))
+    assert result.verified == 0  # the folder's logits, read back by Octavo's loader
+    assert len(result.modules) == 14
+    assert result.quality is not None
+    assert result.quality.by == "octavo"
+    assert 0 < result.quality.kl_mean < 0.3
+    assert not (out / ".quantize").exists()
+    original = load_file(llama / "model.safetensors")
+    read = DequantizingReader(out, open_reader(resolve_model(str(llama))).tensors())
+    weight = original["model.layers.1.mlp.down_proj.weight"]
+    if form["method"] in ("rtn", "gptq"):  # nothing was rescaled
+        assert float((read.read("model.layers.1.mlp.down_proj.weight") - weight).norm() / weight.norm()) < 0.2
+    with Engine(str(out), show_progress=False) as engine:
+        assert len(engine.generate("1 times", {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True})["output_ids"]) == 4
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "llama"])
+def test_architectures_it_was_not_written_for(name: str, text: Path, tmp_path: Path) -> None:
+    folder = with_tokenizer(name, tmp_path / "model")
+    result = quantize(str(folder), tmp_path / "out", **FAST, method="auto", calibration=str(text))
+    assert result.verified <= 1e-5
+    assert result.quality is not None
+    assert result.quality.kl_mean < 0.2
+    assert result.bits_per_weight < 6
+    assert not any("router" in module or module.endswith("mlp.gate") for module in result.modules)
+    experts = ARCHITECTURES[name].get("num_local_experts", ARCHITECTURES[name].get("num_experts", 0))
+    if experts:
+        assert sum("[" in module for module in result.modules) == 2 * 2 * experts
+
+
+def test_better_methods_are_better(make_model: MakeModel, text: Path, tmp_path: Path) -> None:
+    folder, _ = make_model()
+    kl = {}
+    for method in ("rtn", "gptq", "auto"):
+        result = quantize(
+            str(folder),
+            tmp_path / method,
+            **{**FAST, "samples": 24},
+            group_size=8,
+            bits=4,
+            format="awq",
+            method=method,
+            calibration=str(text),
+        )
+        assert result.quality is not None
+        kl[method] = result.quality.kl_mean
+    assert kl["auto"] < kl["gptq"] < kl["rtn"]
+
+
+def test_transformers_reads_compressed_tensors(llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(str(llama), out, **FAST, method="gptq", format="compressed-tensors", calibration=str(text))
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    tokens = torch.arange(30)[None] + 40
+    with torch.no_grad():
+        theirs = model(tokens).logits[0]
+    with Engine(str(out), dtype="float32", show_progress=False) as engine:
+        ours = torch.cat([logits for _, logits in engine.prompt_logits(tokens[0].tolist())])
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, "tuning"])
+def test_what_was_stopped_goes_on_to_the_same_bytes(
+    stop_at: Any, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**FAST, "method": "auto", "calibration": str(text)}
+    quantize(str(llama), tmp_path / "whole", **options)
+
+    with monkeypatch.context() as patched:
+        if stop_at == "tuning":
+            patched.setattr(quantize_run, "tune_model", _stop)
+        else:
+            solve = walk.solve_group
+
+            def once(*args: Any) -> Any:
+                if (tmp_path / "again" / ".quantize" / f"block-{stop_at - 1:05}.safetensors").exists() or not stop_at:
+                    raise KeyboardInterrupt
+                return solve(*args)
+
+            patched.setattr(walk, "solve_group", once)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(llama), tmp_path / "again", **options)
+    with pytest.raises(ValueError, match="--resume"):
+        quantize(str(llama), tmp_path / "again", **options)
+    with pytest.raises(ValueError, match="unfinished run with another recipe"):
+        quantize(str(llama), tmp_path / "again", **{**options, "seed": 1}, resume=True)
+    quantize(str(llama), tmp_path / "again", **options, resume=True)
+    assert digests(tmp_path / "again") == digests(tmp_path / "whole")
+
+
+def _stop(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_activations_on_disk_give_the_same_bytes(llama: Path, text: Path, tmp_path: Path) -> None:
+    options = {**FAST, "method": "gptq", "calibration": str(text)}
+    quantize(str(llama), tmp_path / "memory", **options)
+    assert plan(str(llama), Recipe(**SMALL, max_memory=1 << 20)).on_disk
+    quantize(str(llama), tmp_path / "disk", **options, max_memory=1 << 20)
+    assert digests(tmp_path / "disk") == digests(tmp_path / "memory")
+
+
+def test_tuning_that_does_not_fit_is_left_out_and_said(llama: Path, text: Path, tmp_path: Path) -> None:
+    result = quantize(str(llama), tmp_path / "out", **FAST, method="auto", calibration=str(text), max_memory=1 << 20)
+    assert any("tuning left out" in note for note in result.notes)
+
+
+def test_the_gate_fails_and_names_the_modules(llama: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match=r"KL is .* above 1e-06.*\n  model.layers") as failed:
+        quantize(str(llama), tmp_path / "out", **FAST, method="rtn", max_kl=1e-6, calibration=str(text))
+    assert failed.value.result.out == tmp_path / "out"
+
+
+def test_ignored_modules_stay_and_are_named_in_the_config(llama: Path, text: Path, tmp_path: Path) -> None:
+    result = quantize(str(llama), tmp_path / "out", **FAST, method="gptq", ignore=(r"layers\.0\.", "down_proj"), calibration=str(text))
+    assert len(result.modules) == 6
+    assert "model.layers.0.self_attn.q_proj" in result.kept
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.1.mlp.down_proj" in config["modules_to_not_convert"]
+    assert "model.layers.0.mlp.down_proj.weight" in load_file(tmp_path / "out" / "model.safetensors")
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_group_size_that_does_not_fit_names_every_linear(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"group size 64 does not divide the inputs of 2 linears; 32, 16 or -1 would:\n.*0.mlp.down_proj: 96 inputs\n.*1.mlp",
+    ) as told:
+        quantize(str(llama), tmp_path / "out", method="gptq", group_size=64, calibration="self")
+    assert "q_proj" not in str(told.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_empty(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is not empty \(notes.txt\)"):
+        quantize(str(llama), tmp_path)
+
+
+def test_a_model_that_is_quantized_already(llama: Path, text: Path, tmp_path: Path) -> None:
+    quantize(str(llama), tmp_path / "once", **FAST, method="rtn", calibration=str(text))
+    with pytest.raises(ValueError, match=r"is quantized already \(awq"):
+        quantize(str(tmp_path / "once"), tmp_path / "twice")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(value: float, llama: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight holds 1 .* NaN or infinite"):
+        quantize(str(folder), tmp_path / "out", **FAST, method="gptq", calibration=str(text))
+
+
+def test_what_reads_back_differently_is_an_error(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from octavo.calibration import output
+
+    pack = output.pack_module
+
+    def wrong(weight: Any, recipe: Any) -> Any:
+        tensors = pack(weight, recipe)
+        return {**tensors, "scales": tensors["scales"] * 2}
+
+    monkeypatch.setattr(output, "pack_module", wrong)
+    with pytest.raises(VerificationError, match="reads back differently"):
+        quantize(str(llama), tmp_path / "out", **FAST, method="rtn", calibration=str(text))
+
+
+def test_a_full_disk_is_seen_before_the_work(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from octavo.calibration import plan as planning
+
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OSError, match=r"has 0.0 GiB free, and this run needs about"):
+        quantize(str(llama), tmp_path / "out", **FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"method": "awk"}, "method 'awk' is not valid: .*did you mean awq"),
+        ({"grupsize": 4}, "a recipe has no 'grupsize'; did you mean 'group_size'"),
+        ({"bits": 3}, "bits 3 cannot be written as compressed-tensors"),
+        (
+            {"format": "awq", "bits": 8},
+            "bits 8 cannot be written as awq, which holds 4; 8 bits can be written as gptq or compressed-tensors",
+        ),
+        ({"format": "awq", "symmetric": True}, "awq is read with zero points everywhere"),
+        ({"method": "fp8", "format": "awq"}, "method fp8 is written as compressed-tensors"),
+        ({"samples": 0}, "samples 0 is not valid: give at least 1"),
+        ({"seqlen": 4}, "seqlen 4 is not valid: give at least 16"),
+        ({"group_size": 3}, "group_size 3 is not valid"),
+        ({"ignore": ("(",)}, "is no regular expression"),
+        ({"max_kl": -1.0}, "max_kl -1.0 is not valid"),
+        ({"kv_cache": "fp8", "format": "awq"}, "choose that format"),
+        ({"calibration": "no-such-file.txt", "group_size": 16}, "no-such-file.txt"),
+    ],
+)
+def test_recipes_that_cannot_be(options: dict[str, Any], told: str, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        quantize(str(llama), tmp_path / "out", **options)
+
+
+def test_recipes_are_the_same_again_from_json() -> None:
+    recipe = Recipe(method="gptq", ignore=("a", "b"), max_kl=0.1, group_size=32)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe

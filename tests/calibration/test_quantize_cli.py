@@ -1,0 +1,131 @@
+"""`octavo quantize` as a user meets it: what it prints, which code it ends with, what lies in the folder afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from octavo.__main__ import main
+from octavo.calibration.quantize_cli import _share, _size
+
+from .architectures import make
+from .conftest import _write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    make("llama", folder)
+    _write_tokenizer(folder, adds_bos=False, swapped=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(400)))
+    return file
+
+
+def flags(llama: Path, text: Path, out: Path, *more: str) -> list[str]:
+    small = ["--samples", "8", "--seqlen", "32", "--group-size", "16", "--skip-speed"]
+    return ["quantize", "--model-path", str(llama), "--out", str(out), "--calibration", str(text), *small, *more]
+
+
+def test_a_run_prints_a_table_and_writes_reports(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(flags(llama, text, out, "--method", "gptq", "--format", "gptq")) == 0
+    printed = capsys.readouterr().out
+    for part in ("14 quantized", "perplexity", "KL(original || quantized)", "read back", f"octavo serve --model-path {out}", "peak memory"):
+        assert part in printed
+    report = json.loads((out / "report.json").read_text())
+    assert report["format"] == 1
+    assert report["quality"]["kl_mean"] > 0
+    assert len(report["modules"]) == 14
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "model.layers.1.mlp.down_proj" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # it needs no other file
+    card = (out / "README.md").read_text()
+    assert "vllm serve" in card
+    assert '"method": "gptq"' in card
+
+
+def test_a_gate_that_does_not_hold_ends_with_3(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(llama, text, tmp_path / "out", "--method", "rtn", "--max-kl", "1e-9")) == 3
+    printed = capsys.readouterr()
+    assert "the quality gate does not hold: KL is" in printed.err
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_dry_run_tells_and_writes_nothing(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(llama, text, tmp_path / "out", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "14 linears; method auto, 4 bits, groups of 16, written as awq" in printed
+    assert "peak memory" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--methd", "awq"], "unknown flag --methd; did you mean --method?"),
+        (["--method", "awk"], "did you mean awq?"),
+        (["--group-size", "x"], "'x' is no group size"),
+        (["--max-memory", "lots"], "'lots' is no size"),
+        (["--max-ppl-increase", "a bit"], "is no share"),
+        (["--calibration", "missing.txt"], "missing.txt"),
+        (["--eval", "missing.txt"], "there is no file missing.txt"),
+        (["--samples", "4000"], "which makes"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    more: list[str], told: str, llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(flags(llama, text, tmp_path / "out", *more))
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert told in error
+    assert "Traceback" not in error
+
+
+def test_without_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize"])
+    assert ended.value.code == 2
+    assert "--out DIR is missing" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(llama: Path, text: Path, tmp_path: Path) -> None:
+    """A run with many samples is stopped once its first block is on disk, and goes on."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "octavo", *flags(llama, text, out, "--method", "best")]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    limit = time.monotonic() + 120
+    while not (out / ".quantize" / "block-00000.safetensors").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "with --resume to go on" in error
+    assert "Traceback" not in error
+    assert main(flags(llama, text, out, "--method", "best", "--resume")) == 0
+
+
+def test_sizes_and_shares() -> None:
+    assert [_size(text) for text in ("8GiB", "8G", "512MiB", "1000", "1.5K")] == [8 << 30, 8 << 30, 512 << 20, 1000, 1536]
+    assert [_share(text) for text in ("3%", "0.03", "12.5 %")] == [0.03, 0.03, 0.125]

@@ -1,0 +1,123 @@
+"""Calibration rows: from files of every kind, and from a model that writes its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from octavo.calibration.samples import NotEnoughTextError, read_texts, rows_of
+from octavo.calibration.self_text import write_samples
+
+from .conftest import BOS, MakeModel
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def plain(make_model: MakeModel) -> Any:
+    return AutoTokenizer.from_pretrained(make_model()[0])
+
+
+@pytest.fixture(scope="module")
+def with_bos(make_model: MakeModel) -> Any:
+    return AutoTokenizer.from_pretrained(make_model(adds_bos=True)[0])
+
+
+def test_rows_are_the_text_without_a_gap(plain: Any) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(200))
+    rows = rows_of([text[:90], text[90:]], plain, samples=3, seqlen=50, where="x")
+    assert rows.shape == (3, 50)
+    assert rows.flatten().tolist() == plain(text).input_ids[:150]
+
+
+def test_every_row_begins_with_the_bos_token_that_a_text_gets(with_bos: Any) -> None:
+    rows = rows_of(["a" * 200], with_bos, samples=3, seqlen=50, where="x")
+    assert rows[:, 0].tolist() == [BOS] * 3
+    assert int((rows[:, 1:] == BOS).sum()) == 0
+
+
+def test_too_little_text_says_how_much_there_is(plain: Any) -> None:
+    with pytest.raises(
+        NotEnoughTextError, match=r"notes.txt has 130 tokens, which makes 2 samples of 50 where 8 are wanted: give --samples 2"
+    ):
+        rows_of(["a" * 130], plain, samples=8, seqlen=50, where="notes.txt")
+    with pytest.raises(NotEnoughTextError, match="give --seqlen 16 or less"):
+        rows_of(["a" * 20], plain, samples=8, seqlen=50, where="notes.txt")
+
+
+def test_an_empty_file(tmp_path: Path, plain: Any) -> None:
+    file = tmp_path / "empty.txt"
+    file.write_text(" \n")
+    with pytest.raises(NotEnoughTextError, match="is empty"):
+        list(read_texts(file, plain))
+
+
+@pytest.mark.parametrize("key", ["text", "content", "prompt"])
+def test_json_lines(key: str, tmp_path: Path, plain: Any) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps({key: text, "id": 1}) for text in ("one", "two")) + "\n\n")
+    assert list(read_texts(file, plain)) == ["one", "two"]
+
+
+def test_conversations_go_through_the_template(tmp_path: Path, make_model: MakeModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(make_model()[0])
+    tokenizer.chat_template = TEMPLATE
+    file = tmp_path / "chats.json"
+    sharegpt = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    file.write_text(json.dumps([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}, sharegpt]))
+    assert list(read_texts(file, tokenizer)) == ["[user] hi\n[assistant] hello\n"] * 2
+
+
+def test_a_conversation_without_a_template_is_said(tmp_path: Path, plain: Any) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    with pytest.raises(ValueError, match=r"entry 1 is a conversation, and the model's tokenizer has no chat template"):
+        list(read_texts(file, plain))
+
+
+@pytest.mark.parametrize(("content", "told"), [('{"a": 1}', "entry 1 holds no text"), ("{", "is not sound JSON")])
+def test_what_is_no_text(content: str, told: str, tmp_path: Path, plain: Any) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=told):
+        list(read_texts(file, plain))
+
+
+def test_a_model_writes_rows_of_its_own(with_bos: Any) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def generate(prompts: Sequence[Sequence[int]], count: int, seed: int) -> list[list[int]]:
+        asked.append((count, seed))
+        assert all(prompt[0] == BOS for prompt in prompts)
+        return [[7] * 13 for _ in prompts]
+
+    done: list[int] = []
+    rows = write_samples(generate, with_bos, samples=5, seqlen=40, seed=100, batch=4, on_tokens=done.append)
+    assert rows.shape == (5, 40)
+    assert rows[:, 0].tolist() == [BOS] * 5
+    assert int((rows == 7).sum()) > 50
+    assert asked[0] == (39, 100)
+    assert len({seed for _, seed in asked}) == len(asked)
+    assert sum(done) == 5 * 39
+    assert torch.equal(rows, write_samples(generate, with_bos, samples=5, seqlen=40, seed=100, batch=4))
+
+
+def test_a_model_that_writes_nothing(with_bos: Any) -> None:
+    class Silent:
+        chat_template = None
+        bos_token_id = BOS
+
+        def __call__(self, text: str) -> Any:
+            return type("Encoding", (), {"input_ids": []})()
+
+    with pytest.raises(ValueError, match="ends its texts at once"):
+        write_samples(lambda prompts, count, seed: [[] for _ in prompts], Silent(), samples=2, seqlen=16, seed=0, batch=4)
