@@ -10,19 +10,28 @@ from torch import Tensor, nn
 
 from .sites import Site, watching
 
+KEPT_ROWS = 256
+_KEPT_OF_A_CHUNK = 64
+
 
 class Moments:
-    """Sums over the rows x [K] of an input: how many, x x^T, |x| and the largest |x|. float32."""
+    """Sums over the rows x [K] of an input: how many, x x^T, |x| and the largest |x|; some of the rows themselves. float32."""
 
     def __init__(self, k: int) -> None:
         self.count = 0
         self._products = torch.zeros(k, k)
         self._magnitudes = torch.zeros(k)
         self.largest = torch.zeros(k)
+        self._rows: list[Tensor] = []
+        self._num_rows = 0
 
     def add(self, x: Tensor) -> None:
         """More rows, [R, K]."""
         self.count += len(x)
+        if self._num_rows < KEPT_ROWS and len(x):
+            some = x[:: max(1, len(x) // _KEPT_OF_A_CHUNK)][: KEPT_ROWS - self._num_rows].clone()
+            self._rows.append(some)
+            self._num_rows += len(some)
         self._products.addmm_(x.t(), x)
         magnitude = x.abs()
         self._magnitudes.add_(magnitude.sum(0))
@@ -39,11 +48,17 @@ class Moments:
         """Mean of |x| [K]; 1 where no row was seen."""
         return self._magnitudes / self.count if self.count else torch.ones_like(self._magnitudes)
 
+    @property
+    def rows(self) -> Tensor:
+        """Some of the rows, [R, K]."""
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, len(self.largest))
+
     def rescaled(self, factors: Tensor) -> None:
         """The input is now divided by `factors` [K]."""
         self._products.div_(factors[:, None] * factors)
         self._magnitudes.div_(factors)
         self.largest = self.largest / factors
+        self._rows = [rows / factors for rows in self._rows]
 
 
 class Collector:

@@ -74,6 +74,7 @@ class BySource:
     replaced: frozenset[str]
     transposed: frozenset[str]  # of the replaced: stored [K, N]
     changed: Mapping[str, Tensor]
+    input_scales: Mapping[str, float]  # by module path, where they are static
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,9 @@ def by_source(model: FloatModel, index: int, result: BlockResult) -> BySource:
                 found[f"{parent}.{expert}.{leaf}"] = same(codes=codes[expert], scale=scale[expert], zeros=own)
     changed = model.names.restore(model.module, {prefix + name: value for name, value in result.parameters.items()})
     transposed = frozenset(model.names.simple(prefix + site.parameter) for site in result.weights if site.transposed)
-    return BySource(found, frozenset(restored["codes"]), transposed, changed)
+    given = dict(zip(result.weights, result.notes.get("input_scales", ()), strict=False))
+    scales = {model.names.simple(prefix + site.parameter).removesuffix(".weight"): value for site, value in given.items()}
+    return BySource(found, frozenset(restored["codes"]), transposed, changed, scales)
 
 
 def pack_module(weight: GroupedWeight, recipe: Recipe) -> dict[str, Tensor]:
@@ -128,7 +131,7 @@ def pack_module(weight: GroupedWeight, recipe: Recipe) -> dict[str, Tensor]:
             return writers.awq_tensors(weight)
         case "gptq":
             return writers.gptq_tensors(weight)
-    return writers.compressed_tensors(weight, scale_dtype=weight.scale.dtype)
+    return writers.compressed_tensors(weight, scale_dtype=weight.scale.dtype, strategy=recipe.strategy)
 
 
 def write_weights(
@@ -178,6 +181,10 @@ def write_weights(
             for key, tensor in pack_module(weight, recipe).items():
                 packed += tensor.nbytes
                 shards.add(f"{path}.{key}", tensor)
+            if path in block.input_scales:
+                shards.add(f"{path}.input_scale", torch.tensor([block.input_scales[path]]))
+        for name, value in result.notes.get("kv_scales", {}).items():
+            shards.add(name, torch.tensor([value]))
     linears["after"] = packed
     shards.close()
     assert example is not None
@@ -200,7 +207,10 @@ def quantization_config(recipe: Recipe, group_size: int, example: GroupedWeight,
             config = writers.gptq_config(recipe.bits, group_size, symmetric=recipe.is_symmetric)
             inside = [path for path in kept if path != "lm_head"]
             return config | ({"dynamic": {f"-:^{_escaped(path)}$": {} for path in inside}} if inside else {})
-    return {**writers.compressed_config(example), "ignore": list(kept)}
+    config = writers.compressed_config(
+        example, strategy=recipe.strategy, static_inputs=recipe.static_inputs, kv_cache=recipe.kv_cache is not None
+    )
+    return {**config, "ignore": list(kept)}
 
 
 def _escaped(path: str) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 from torch import nn
 
+from .budget import Budget
 from .float_model import FloatModel
 from .grid import Grid
 from .recipe import Recipe
 from .streams import CHUNK_TOKENS
 from .tune_model import bytes_needed
-from .tuning import TuningSchedule
 
 _GROUP_SIZES = (64, 128, 32, 16)  # what is tried where nobody said, and what is offered
 _PACKED = 8  # outputs and inputs come in whole words of eight
@@ -35,7 +35,7 @@ class Plan:
     linears: Mapping[str, tuple[int, int]]
     kept: tuple[str, ...]
     group_size: int
-    schedule: TuningSchedule | None
+    budget: Budget
     skipped_tuning: str | None  # why the last pass does not run though the method has it
     on_disk: bool  # activations
     bytes_before: int
@@ -61,7 +61,8 @@ class Plan:
         recipe = self.recipe
         size = "a row" if self.group_size == -1 else self.group_size
         where = "on disk" if self.on_disk else "in memory"
-        tuning = f"{self.schedule.steps} steps over the whole model" if self.schedule else self.skipped_tuning or "none"
+        schedule = self.budget.schedule
+        tuning = f"{schedule.steps} steps over the whole model" if schedule else self.skipped_tuning or "none"
         rows = [
             ("model", f"{self.model}: {self.num_blocks} blocks, {self.bytes_before / _GIB:.2f} GiB"),
             (
@@ -71,7 +72,7 @@ class Plan:
             ("left as they are", _some(self.kept) or "embedding and head"),
             (
                 "calibration",
-                f"{recipe.samples} x {recipe.seqlen} tokens: {recipe.calibration}; activations {where}",
+                f"{self.budget.samples} x {recipe.seqlen} tokens: {recipe.calibration}; activations {where}",
             ),
             ("tuning", tuning),
             ("written", f"about {self.bytes_after / _GIB:.2f} GiB, and {self.work_bytes / _GIB:.2f} GiB meanwhile"),
@@ -81,7 +82,7 @@ class Plan:
 
 
 def make_plan(
-    name: str, model: FloatModel, recipe: Recipe, found: Mapping[str, tuple[int, int]], schedule: TuningSchedule | None, bytes_before: int
+    name: str, model: FloatModel, recipe: Recipe, found: Mapping[str, tuple[int, int]], budget: Budget, bytes_before: int
 ) -> Plan:
     """Raises ValueError where nothing is to be quantized, or a group size does not fit, naming every linear that it does not."""
     linears = {path: shape for path, shape in found.items() if not recipe.ignores(path) and not any(size % _PACKED for size in shape)}
@@ -92,16 +93,16 @@ def make_plan(
     weights = sum(n * k for n, k in linears.values())
     overhead = 20 / (size if size > 0 else 1024)
     after = bytes_before - weights * 2 + int(weights * (recipe.bits + overhead) / 8)
-    streams = 2 * recipe.samples * recipe.seqlen * model.hidden_size * 4
+    streams = (budget.samples + budget.solve_samples) * recipe.seqlen * model.hidden_size * 4
     fixed = _BASE_BYTES + _outer_bytes(model) + _block_bytes(model)
     on_disk = fixed + streams > max_memory
     peak = fixed + (0 if on_disk else streams)
-    skipped = None
+    schedule, skipped = budget.schedule, None
     if schedule is not None:
         needed = _BASE_BYTES + bytes_needed(model, schedule, recipe.seqlen) + (0 if on_disk else streams)
         if needed > max_memory:
             skipped = f"left out: it needs {needed / _GIB:.1f} GiB, above the {max_memory / _GIB:.1f} allowed (--max-memory)"
-            schedule = None
+            budget = replace(budget, schedule=None)
         else:
             peak = max(peak, needed)
     return Plan(
@@ -111,12 +112,12 @@ def make_plan(
         linears=linears,
         kept=tuple(sorted(set(found) - set(linears))),
         group_size=size,
-        schedule=schedule,
+        budget=budget,
         skipped_tuning=skipped,
         on_disk=on_disk,
         bytes_before=bytes_before,
         bytes_after=after,
-        work_bytes=int(weights * 1.1) * (2 if schedule else 1) + (streams if on_disk else 0),
+        work_bytes=int(weights * 1.1) * (2 if budget.schedule else 1) + (streams if on_disk else 0),
         peak_bytes=peak,
         max_memory=max_memory,
     )

@@ -19,16 +19,17 @@ from ..quant.checkpoint.open_reader import open_reader
 from ..quant.checkpoint.quantization_config import read_quantization_config
 from ..quant.checkpoint.reader import WeightReader
 from ..quant.checkpoint.resolve import ModelFiles, resolve_model
+from .budget import budget_of
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .float_text import BATCH, drawing, served
 from .output import Written, by_source, copy_tokenizer, quantization_config, write_config, write_weights
 from .plan import Plan, check_disk, make_plan
+from .progress import Progress
 from .quality import Quality, Speed, by_engine, by_transformers, speed_of
 from .recipe import Recipe
 from .samples import hub_texts, read_texts, rows_of
 from .self_text import write_samples
-from .solve import Steps
 from .streams import Hidden, Inputs
 from .tune_model import tune_model
 from .tuning import TuningSchedule
@@ -78,27 +79,6 @@ class GateError(RuntimeError):
         self.result = result
 
 
-def steps_of(recipe: Recipe) -> Steps:
-    """What each method does to a block."""
-    match recipe.method:
-        case "rtn":
-            return Steps()
-        case "awq":
-            return Steps(scale=True)
-        case "gptq":
-            return Steps(orders=("groups",))
-        case "best":
-            return Steps(scale=True, orders=("groups", "columns", "natural"), damps=(0.003, 0.01, 0.05))
-    return Steps(orders=("groups",))
-
-
-def schedule_of(recipe: Recipe) -> TuningSchedule | None:
-    """How long the whole model is tuned; None: not at all."""
-    if recipe.method not in ("auto", "best") or recipe.effort == "fast":
-        return None
-    return TuningSchedule(steps=40 if recipe.method == "auto" else 128, seed=recipe.seed)
-
-
 def quantize(
     model_path: str | None,
     out: str | Path,
@@ -145,7 +125,7 @@ class _Run:
         model.load_outer()
         found = shapes(model, _probe_inputs(model))
         size = sum(info.nbytes for info in self.reader.tensors().values())
-        return model, make_plan(self.files.name, model, self.recipe, found, schedule_of(self.recipe), size)
+        return model, make_plan(self.files.name, model, self.recipe, found, budget_of(self.recipe), size)
 
     def all(self, out: Path, *, measure_speed: bool, resume: bool) -> QuantizeResult:
         model, plan = self.plan()
@@ -154,13 +134,13 @@ class _Run:
         work = WorkFolder(out, self._identity(), resume=resume)
         with self._timed("samples"):
             tokens, held_back = self._samples(work)
-        floats = self._hidden(plan, model, work, "floats")
+        floats = self._hidden(plan, plan.budget.samples, model, work, "floats")
         with self._timed("blocks"):
-            self._walk(model, Inputs(model, tokens), work, plan, floats)
+            self._walk(model, Inputs(model, tokens, cut=plan.budget.solve_samples), work, plan, floats)
         results = Results(work, [block_name(index) for index in range(plan.num_blocks)])
-        if plan.schedule is not None:
+        if plan.budget.schedule is not None:
             with self._timed("tuning"):
-                results = self._tune(model, tokens, work, results, floats, plan.schedule)
+                results = self._tune(model, tokens, work, results, floats, plan.budget.schedule)
         with self._timed("writing"):
             written = self._write(out, model, results, plan)
         with self._timed("verifying"):
@@ -191,8 +171,8 @@ class _Run:
         check_gate(result)
         return result
 
-    def _hidden(self, plan: Plan, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
-        shape = (self.recipe.samples, self.recipe.seqlen, model.hidden_size)
+    def _hidden(self, plan: Plan, samples: int, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
+        shape = (samples, self.recipe.seqlen, model.hidden_size)
         return Hidden(shape, work.path / f"{name}.bin" if plan.on_disk else None)
 
     @contextmanager
@@ -219,21 +199,20 @@ class _Run:
         if not work.has("tokens"):
             work.save_tokens(self._rows())
         rows = work.load_tokens()
-        return rows[: self.recipe.samples], rows[self.recipe.samples :]
+        count = budget_of(self.recipe).samples
+        return rows[:count], rows[count:]
 
     def _rows(self) -> Tensor:
         recipe, tokenizer = self.recipe, self._tokenizer()
         held_back = 0 if self.eval_text is not None else max(1, round(recipe.samples * _HELD_BACK))
-        count = recipe.samples + held_back
+        count = budget_of(recipe).samples + held_back
         if recipe.calibration == "self":
-            from tqdm import tqdm
-
             with (
                 drawing(self.model_path, str(self.files.root)) as generate,
-                tqdm(total=count * recipe.seqlen, desc="writing text", unit="tok", disable=None) as bar,
+                Progress("writing text", count * recipe.seqlen, "tokens") as bar,
             ):
                 return write_samples(
-                    generate, tokenizer, samples=count, seqlen=recipe.seqlen, seed=recipe.seed, batch=BATCH, on_tokens=bar.update
+                    generate, tokenizer, samples=count, seqlen=recipe.seqlen, seed=recipe.seed, batch=BATCH, on_tokens=bar.step
                 )
         file = recipe.calibration_file()
         texts = hub_texts(recipe.calibration, tokenizer) if file is None else read_texts(file, tokenizer)
@@ -251,30 +230,20 @@ class _Run:
     # -- blocks -------------------------------------------------------------------------------------------------------
 
     def _walk(self, model: FloatModel, inputs: Inputs, work: WorkFolder, plan: Plan, floats: Hidden) -> None:
-        from tqdm import tqdm
-
-        walk = Walk(model, inputs, work, floats, self._hidden(plan, model, work, "quantized"), plan.grid_of)
-        steps = steps_of(self.recipe)
-        with tqdm(total=plan.num_blocks, desc="quantizing", unit="block", disable=None) as bar:
+        quantized = self._hidden(plan, plan.budget.solve_samples, model, work, "quantized")
+        walk = Walk(model, inputs, work, floats, quantized, plan.grid_of)
+        with Progress("quantizing", plan.num_blocks, "blocks") as bar:
             for index in range(plan.num_blocks):
-                notes = walk.block(index, steps).notes
-                bar.set_postfix_str(f"error {notes['error'] or 0:.2g}, {_peak_bytes() / 2**30:.1f} GiB")
-                bar.update()
+                notes = walk.block(index, plan.budget.steps).notes
+                bar.step(note=f"error {notes['error']:.2g}, {_peak_bytes() / 2**30:.1f} GiB")
 
     def _tune(
         self, model: FloatModel, tokens: Tensor, work: WorkFolder, results: Results, floats: Hidden, schedule: TuningSchedule
     ) -> Results:
-        from tqdm import tqdm
-
         names = [f"tuned-{index:05}" for index in range(len(results))]
         if not work.has(names[-1]):
-            with tqdm(total=schedule.steps, desc="tuning", unit="step", disable=None) as bar:
-
-                def on_step(kl: float) -> None:
-                    bar.set_postfix_str(f"KL {kl:.4f}")
-                    bar.update()
-
-                tuned, _ = tune_model(model, tokens, floats, results, schedule, on_step=on_step)
+            with Progress("tuning", schedule.steps, "steps") as bar:
+                tuned, _ = tune_model(model, tokens, floats, results, schedule, on_step=lambda kl: bar.step(note=f"KL {kl:.4f}"))
             for name, result in zip(names, tuned, strict=True):
                 work.save_block(name, result)
         return Results(work, names)

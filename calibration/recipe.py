@@ -84,6 +84,10 @@ class Recipe:
         if self.eight_bit:
             if self.format not in ("auto", "compressed-tensors"):
                 raise ValueError(f"method {self.method} is written as compressed-tensors, not {self.format}: leave format out")
+            if self.method == "int8" and (self.activations, self.weight_scales) != ("dynamic", "channel"):
+                raise ValueError("activations and weight_scales are fp8's: method int8 has dynamic inputs and a scale a channel")
+            if self.weight_scales == "block" and self.activations == "static":
+                raise ValueError("weight_scales block goes with dynamic inputs, a scale for each 128 of a token: leave activations out")
             if self.bits not in (4, 8):  # 4 is what nobody asked for
                 raise ValueError(f"method {self.method} makes weights of 8 bits, not {self.bits}: leave bits out")
             return
@@ -111,8 +115,20 @@ class Recipe:
         return "gptq" if self.symmetric or self.bits == 2 else "awq"
 
     @property
+    def strategy(self) -> Literal["channel", "tensor", "block"] | None:
+        """What a scale of eight-bit weights covers; None for others."""
+        if not self.eight_bit:
+            return None
+        return self.weight_scales if self.method == "fp8" else "channel"
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether inputs are rounded by scales that calibration finds."""
+        return self.method == "fp8" and self.activations == "static"
+
+    @property
     def is_symmetric(self) -> bool:
-        """Symmetry, decided: readers of GPTQ agree on symmetric weights alone, and transformers with compressed-tensors 0.20 reads no others."""
+        """Symmetry, decided: readers of GPTQ agree on symmetric weights alone, and with compressed-tensors 0.20 transformers too."""
         return self.symmetric if self.symmetric is not None else self.layout != "awq"
 
     @property

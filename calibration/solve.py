@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.grouped_linear import GroupedWeight, dequantize
-from ..quant.schemes.load_time import quantize_fp8, quantize_int8
 from .awq import Scaling, output_error, search_scales
+from .eight_bit import Granularity, fp8_weight, int8_weight, search_smoothing
 from .folds import Fold
-from .gptq import ORDERS, NotPositiveDefiniteError, Order, gptq
+from .gptq import NotPositiveDefiniteError, Order, gptq
 from .grid import Grid, round_to_nearest
 from .moments import Collector, Moments
 from .sites import Site
@@ -22,8 +23,16 @@ FEW_TOKENS = 64  # an expert that saw fewer rounds by itself: the moments of so 
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """What is done to a block. `scale`: by AWQ's search, through the folds. `orders`, `damps`: of GPTQ, all tried; none: nearest."""
+    """What is done to a block.
 
+    `scale`: through the folds, by AWQ's search, or by SmoothQuant's for int8. `orders`, `damps`: of GPTQ, all tried; none: nearest.
+    `kind`: of codes; `granularity`: of fp8's scales.
+    """
+
+    kind: Literal["grouped", "fp8", "int8"] = "grouped"
+    granularity: Granularity = "channel"
+    static_inputs: bool = False
+    kv_scales: bool = False
     scale: bool = False
     orders: tuple[Order, ...] = ()
     damps: tuple[float, ...] = (0.01,)
@@ -39,9 +48,9 @@ class Solved:
 
 
 def apply_scales(
-    block: nn.Module, folds: Sequence[Fold], moments: Collector, grids: Mapping[Site, Grid], stored: Mapping[str, torch.dtype]
+    block: nn.Module, folds: Sequence[Fold], moments: Collector, grids: Mapping[Site, Grid], stored: Mapping[str, torch.dtype], steps: Steps
 ) -> dict[str, Scaling]:
-    """Rescale a block through its folds as AWQ finds best, moments included; gives what was chosen by feeder.
+    """Rescale a block through its folds as the search finds best, moments included; gives what was chosen by feeder.
 
     Folds without a reader among `grids`, the sites that are quantized, are left alone. `stored`: the dtypes that parameters are written in.
     """
@@ -53,13 +62,19 @@ def apply_scales(
         k = len(fold.source)
         known = moments.of(readers[0], k)
         weights = [site.weight(block) for site in readers]
-        scaling = search_scales(weights, known.hessian, known.magnitude, fold.source, fold.num_factors, grids[readers[0]])
+        scaling = _search(weights, known, fold, grids[readers[0]], steps)
         chosen[fold.feeder] = scaling
         if scaling.relative_error < 1:
             factors = fold.apply(block, scaling.factors, stored=stored.get(fold.feeder))
             for one in {id(found): found for found in (moments.of(site, k) for site in fold.readers)}.values():
                 one.rescaled(factors[fold.source])
     return chosen
+
+
+def _search(weights: Sequence[Tensor], known: Moments, fold: Fold, grid: Grid, steps: Steps) -> Scaling:
+    if steps.kind == "int8":
+        return search_smoothing(weights, known.rows, known.largest, fold.source, fold.num_factors, grid.scale_dtype)
+    return search_scales(weights, known.hessian, known.magnitude, fold.source, fold.num_factors, grid)
 
 
 def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: Steps) -> list[Solved]:
@@ -70,6 +85,8 @@ def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: 
     hessian = moments.hessian
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("the inputs hold NaN or infinite values: the float model itself overflows on the calibration text")
+    if steps.kind != "grouped":
+        return [_eight_bit(weight, hessian, grid, steps) for weight in weights]
     best, how = round_to_nearest(stacked, grid, hessian.diagonal()), "nearest"
     if steps.orders and moments.count < FEW_TOKENS:
         how = f"nearest: saw {moments.count} tokens"
@@ -78,12 +95,24 @@ def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: 
     values = dequantize(best)
     solved, at = [], 0
     for weight in weights:
-        rows = torch.arange(at, at + len(weight))
-        own = values[at : at + len(weight)]
-        energy = float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
-        solved.append(Solved(best.take(rows), output_error(weight, own, hessian) / energy if energy > 0 else 0.0, how))
-        at += len(weight)
+        rows = slice(at, at + len(weight))
+        solved.append(Solved(best.take(torch.arange(at, rows.stop)), _relative_error(weight, values[rows], hessian), how))
+        at = rows.stop
     return solved
+
+
+def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    energy = float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
+    return output_error(weight, quantized, hessian) / energy if energy > 0 else 0.0
+
+
+def _eight_bit(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> Solved:
+    """Each linear by itself: scales of a tensor are its own."""
+    if steps.kind == "fp8":
+        found = fp8_weight(weight, steps.granularity, grid.scale_dtype)
+    else:
+        found = int8_weight(weight, grid.scale_dtype)
+    return Solved(found, _relative_error(weight, dequantize(found), hessian), "nearest")
 
 
 def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> tuple[GroupedWeight, str]:
@@ -101,11 +130,3 @@ def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> tup
     if best is None:
         return round_to_nearest(weight, grid, hessian.diagonal()), "nearest: no Cholesky factor"
     return best, how
-
-
-def solve_eight_bit(weight: Tensor, kind: str) -> GroupedWeight:
-    """float32 [N, K] to fp8 or int8 with a scale a row."""
-    return quantize_fp8(weight) if kind == "fp8" else quantize_int8(weight)
-
-
-__all__ = ["ORDERS", "Solved", "Steps", "apply_scales", "solve_eight_bit", "solve_group"]

@@ -39,6 +39,7 @@ class Hidden:
             np.memmap(self._file, dtype=np.float32, mode="r+", shape=self.shape)[rows] = values.numpy()
 
     def copy_from(self, other: Hidden) -> None:
+        """Take over the first samples."""
         for row in range(self.shape[0]):
             self[row : row + 1] = other[row : row + 1]
 
@@ -46,10 +47,12 @@ class Hidden:
 class Inputs:
     """The samples, and what every block is called with beside the hidden state, chunk by chunk."""
 
-    def __init__(self, model: FloatModel, tokens: Tensor) -> None:
+    def __init__(self, model: FloatModel, tokens: Tensor, *, cut: int | None = None) -> None:
+        """`cut`: a number of samples at which a chunk ends, so that streams may have no more."""
         self.tokens = tokens
         rows = max(1, CHUNK_TOKENS // tokens.shape[1])
-        self.chunks = [slice(at, min(at + rows, len(tokens))) for at in range(0, len(tokens), rows)]
+        ends = sorted({*range(rows, len(tokens), rows), len(tokens), cut or len(tokens)})
+        self.chunks = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         self._calls: list[list[Call]] = []
         self._model = model
 
@@ -68,8 +71,10 @@ class Inputs:
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, hidden: Hidden) -> Iterator[tuple[slice, Tensor]]:
-        """The output [B, T, H] of block `index` for each chunk of `hidden`, which is left as it is."""
+        """The output [B, T, H] of block `index` for each chunk of `hidden`, which is left as it is and may have the first samples only."""
         for chunk, calls in zip(self.chunks, self._calls, strict=True):
+            if chunk.start >= hidden.shape[0]:
+                return
             yield chunk, calls[index].run(block, hidden[chunk])
 
     def call(self, index: int) -> Call:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.grouped_linear import dequantize
+from .eight_bit import input_scale
 from .float_model import FloatModel
 from .folds import Fold, find_folds
 from .grid import Grid
+from .kv_ranges import KVRanges
 from .moments import Collector
 from .sites import Site, find_sites
 from .solve import Steps, apply_scales, solve_group
@@ -60,14 +63,11 @@ def block_name(index: int) -> str:
 class Walk:
     """Two streams of hidden states go through the blocks: the float model's, and that of the blocks as they were quantized."""
 
-    def __init__(
-        self, model: FloatModel, inputs: Inputs, work: WorkFolder, floats: Hidden, quantized: Hidden | None, grid_of: GroupSizes
-    ) -> None:
+    def __init__(self, model: FloatModel, inputs: Inputs, work: WorkFolder, floats: Hidden, quantized: Hidden, grid_of: GroupSizes) -> None:
         self._model, self._inputs, self._work, self._grid_of = model, inputs, work, grid_of
         self._floats, self._quantized = floats, quantized
         inputs.start(floats)
-        if quantized is not None:
-            quantized.copy_from(floats)
+        quantized.copy_from(floats)
 
     def block(self, index: int, steps: Steps) -> BlockResult:
         """Quantize block `index`, or take it from the work folder, and move the streams behind it."""
@@ -94,18 +94,14 @@ class Walk:
             grid = None if is_router(site, structure.sites, block) else self._grid_of(prefix + str(site), n, k)
             if grid is not None:
                 grids[site] = grid
-        collector = Collector(list(structure.sites))
-        if self._quantized is None:
-            with collector.collecting(block):
-                self._advance_floats(index, block)
-        else:
-            with collector.collecting(block):
-                for _ in self._inputs.run(index, block, self._quantized):
-                    pass
-            self._advance_floats(index, block)
+        collector, ranges = Collector(list(structure.sites)), KVRanges()
+        with collector.collecting(block), ranges.watching(block) if steps.kv_scales else nullcontext():
+            for _ in self._inputs.run(index, block, self._quantized):
+                pass
+        self._advance_floats(index, block)
         before = {key: value.data.clone() for key, value in block.named_parameters()} if steps.scale else {}
         stored = {name: self._model.names.stored[prefix + name] for name in before}
-        scalings = apply_scales(block, structure.folds, collector, grids, stored) if steps.scale else {}
+        scalings = apply_scales(block, structure.folds, collector, grids, stored, steps) if steps.scale else {}
         weights, modules = {}, {}
         for group in collector.groups(list(grids)):
             k = group[0].weight(block).shape[1]
@@ -121,6 +117,14 @@ class Walk:
         }
         ordered = {site: weights[site] for site in structure.sites if site in weights}
         notes: dict[str, Any] = {"modules": modules, "scales": {prefix + name: found.relative_error for name, found in scalings.items()}}
+        if steps.static_inputs:
+            notes["input_scales"] = [input_scale(collector.of(site, weights[site].in_features)) for site in ordered]
+        if steps.kv_scales:
+            notes["kv_scales"] = {prefix + name: scale for name, scale in ranges.scales().items()}
+            if not ranges.largest:
+                raise ValueError(
+                    f"kv_cache fp8: {prefix[:-1]} calls no attention whose keys and values could be seen; leave --kv-cache out"
+                )
         result = BlockResult(ordered, changed, notes)
         put(block, result)
         notes["error"] = self._advance_quantized(index, block)
@@ -131,10 +135,8 @@ class Walk:
         for chunk, out in self._inputs.run(index, block, self._floats):
             self._floats[chunk] = out
 
-    def _advance_quantized(self, index: int, block: nn.Module) -> float | None:
+    def _advance_quantized(self, index: int, block: nn.Module) -> float:
         """Mean squared difference of the streams behind the block, relative to the float one's mean square."""
-        if self._quantized is None:
-            return None
         off = size = 0.0
         for chunk, out in self._inputs.run(index, block, self._quantized):
             self._quantized[chunk] = out

@@ -6,7 +6,7 @@ compressed-tensors' pack-quantized, int-quantized and float-quantized.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,10 +74,24 @@ def gptq_config(bits: int, group_size: int, *, symmetric: bool) -> dict[str, Any
     }
 
 
-def compressed_tensors(weight: GroupedWeight, *, scale_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """A compressed-tensors module: packed for codes of 4 or 8 bits, plain int8 or float8 for those of W8A8."""
+Strategy = Literal["channel", "group", "tensor", "block"]
+BLOCK = 128  # rows and columns that one of fp8's scales covers
+
+
+def compressed_tensors(
+    weight: GroupedWeight, *, scale_dtype: torch.dtype = torch.bfloat16, strategy: Strategy | None = None
+) -> dict[str, Tensor]:
+    """A compressed-tensors module: packed for codes of 4 or 8 bits, plain int8 or float8 for those of W8A8.
+
+    With the strategies "tensor" and "block", whose scales are spread over the rows of `weight`, one of each is written.
+    """
     if weight.codes.dtype != torch.uint8:
-        return {"weight": weight.codes, "weight_scale": weight.scale.to(scale_dtype)}
+        scale = weight.scale.to(scale_dtype)
+        if strategy == "tensor":
+            scale = scale[0].clone()
+        elif strategy == "block":
+            scale = scale[::BLOCK].contiguous()
+        return {"weight": weight.codes, "weight_scale": scale}
     _check(weight, "pack-quantized", (4, 8))
     tensors = {
         "weight_packed": pack(weight.codes, weight.bits, 1),
@@ -89,22 +103,36 @@ def compressed_tensors(weight: GroupedWeight, *, scale_dtype: torch.dtype = torc
     return tensors
 
 
-def compressed_config(weight: GroupedWeight) -> dict[str, Any]:
-    """config.json's quantization_config for a model whose linears are all like `weight`; W8A8 has dynamic inputs."""
+def compressed_config(
+    weight: GroupedWeight, *, strategy: Strategy | None = None, static_inputs: bool = False, kv_cache: bool = False
+) -> dict[str, Any]:
+    """config.json's quantization_config for a model whose linears are all like `weight`; W8A8 has dynamic inputs unless told otherwise.
+
+    `kv_cache`: attention layers have k_scale and v_scale, for a cache in fp8.
+    """
     is_fp8, packed = weight.codes.dtype == torch.float8_e4m3fn, weight.codes.dtype == torch.uint8
-    kind = {
+    strategy = strategy or ("channel" if weight.num_groups == 1 else "group")
+    kind: dict[str, Any] = {
         "num_bits": weight.bits,
         "type": "float" if is_fp8 else "int",
         "symmetric": weight.zeros is None,
-        "strategy": "channel" if weight.num_groups == 1 else "group",
-        "group_size": None if weight.num_groups == 1 else weight.group_size,
+        "strategy": strategy,
+        "group_size": weight.group_size if strategy == "group" else None,
         "dynamic": False,
     }
-    inputs = {"num_bits": 8, "type": "float" if is_fp8 else "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if strategy == "block":
+        kind["block_structure"] = [BLOCK, BLOCK]
+    inputs: dict[str, Any] = {"num_bits": 8, "type": "float" if is_fp8 else "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if static_inputs:
+        inputs |= {"strategy": "tensor", "dynamic": False}
+    elif strategy == "block":
+        inputs |= {"strategy": "group", "group_size": BLOCK}
+    cache = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized" if packed else ("float-quantized" if is_fp8 else "int-quantized"),
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
+        "kv_cache_scheme": cache if kv_cache else None,
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": kind, "input_activations": None if packed else inputs}},
     }

@@ -15,7 +15,7 @@ import pytest
 
 from .house import ROOT, files_of, module_of, python_files, write_tree
 
-PUBLIC_NAMES = ["Engine", "EvalResult", "SamplingParams", "__version__", "evaluate"]
+PUBLIC_NAMES = ["Engine", "EvalResult", "QuantizeResult", "Recipe", "SamplingParams", "__version__", "evaluate", "quantize"]
 ROOT_FILES = {"__init__.py", "__main__.py", "launch_server.py"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),

@@ -60,6 +60,10 @@ FORMS = [
     {"method": "gptq", "format": "compressed-tensors", "symmetric": False},
     {"method": "auto"},
     {"method": "rtn", "group_size": -1, "format": "compressed-tensors"},
+    {"method": "fp8"},
+    {"method": "fp8", "weight_scales": "tensor", "activations": "static"},
+    {"method": "int8"},
+    {"method": "fp8", "kv_cache": "fp8"},
 ]
 
 
@@ -76,7 +80,7 @@ def test_every_form_is_served_as_it_was_solved(form: dict[str, Any], llama: Path
     original = load_file(llama / "model.safetensors")
     read = DequantizingReader(out, open_reader(resolve_model(str(llama))).tensors())
     weight = original["model.layers.1.mlp.down_proj.weight"]
-    if form["method"] in ("rtn", "gptq"):  # nothing was rescaled
+    if form["method"] in ("rtn", "gptq", "fp8"):  # nothing was rescaled
         assert float((read.read("model.layers.1.mlp.down_proj.weight") - weight).norm() / weight.norm()) < 0.2
     with Engine(str(out), show_progress=False) as engine:
         assert len(engine.generate("1 times", {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True})["output_ids"]) == 4
@@ -103,10 +107,7 @@ def test_better_methods_are_better(make_model: MakeModel, text: Path, tmp_path: 
         result = quantize(
             str(folder),
             tmp_path / method,
-            **{**FAST, "samples": 24},
-            group_size=8,
-            bits=4,
-            format="awq",
+            **{**FAST, "samples": 24, "group_size": 8},
             method=method,
             calibration=str(text),
         )
@@ -264,6 +265,8 @@ def test_a_full_disk_is_seen_before_the_work(llama: Path, tmp_path: Path, monkey
         ({"ignore": ("(",)}, "is no regular expression"),
         ({"max_kl": -1.0}, "max_kl -1.0 is not valid"),
         ({"kv_cache": "fp8", "format": "awq"}, "choose that format"),
+        ({"method": "int8", "activations": "static"}, "are fp8's"),
+        ({"method": "fp8", "weight_scales": "block", "activations": "static"}, "goes with dynamic inputs"),
         ({"calibration": "no-such-file.txt", "group_size": 16}, "no-such-file.txt"),
     ],
 )

@@ -120,7 +120,7 @@ def test_ctrl_c_says_how_to_go_on(llama: Path, text: Path, tmp_path: Path) -> No
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert "with --resume to go on" in error
     assert "Traceback" not in error
     assert main(flags(llama, text, out, "--method", "best", "--resume")) == 0

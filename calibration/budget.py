@@ -1,0 +1,57 @@
+"""Budget: how much is computed for a method and an effort. The one place for these numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .recipe import Recipe
+from .solve import Steps
+from .tuning import TuningSchedule
+
+_ALL = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """`solve_samples` go through the blocks quantized; the last pass, where there is one, draws from `samples`."""
+
+    steps: Steps
+    solve_samples: int
+    samples: int
+    schedule: TuningSchedule | None
+
+
+def budget_of(recipe: Recipe) -> Budget:
+    """What a recipe is worth. More samples than the recipe's are never taken."""
+    solve, tuning = _SOLVE_SAMPLES[recipe.effort], None
+    if recipe.method == "best":
+        solve, tuning = _ALL, _TUNING["best"]
+    elif recipe.method == "auto":
+        tuning = _TUNING[recipe.effort]
+    elif recipe.eight_bit:
+        solve = _EIGHT_BIT_SAMPLES
+    schedule = None if tuning is None else TuningSchedule(steps=tuning, seed=recipe.seed)
+    solve = min(solve, recipe.samples)
+    drawn = 0 if schedule is None else schedule.steps * schedule.batch
+    return Budget(steps=_steps(recipe), solve_samples=solve, samples=min(recipe.samples, max(solve, drawn)), schedule=schedule)
+
+
+_SOLVE_SAMPLES = {"fast": 24, "default": 32, "best": _ALL}
+_EIGHT_BIT_SAMPLES = 16
+_TUNING = {"fast": None, "default": 40, "best": 256}  # steps
+
+
+def _steps(recipe: Recipe) -> Steps:
+    kv_scales = recipe.kv_cache is not None
+    match recipe.method:
+        case "fp8":
+            return Steps(kind="fp8", granularity=recipe.weight_scales, static_inputs=recipe.static_inputs, kv_scales=kv_scales)
+        case "int8":
+            return Steps(kind="int8", scale=True, kv_scales=kv_scales)
+        case "rtn":
+            return Steps(kv_scales=kv_scales)
+        case "awq":
+            return Steps(scale=True, kv_scales=kv_scales)
+        case "best":
+            return Steps(scale=True, orders=("groups", "columns", "natural"), damps=(0.003, 0.01, 0.05), kv_scales=kv_scales)
+    return Steps(orders=("groups",), kv_scales=kv_scales)
