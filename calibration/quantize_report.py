@@ -44,13 +44,12 @@ def facts(result: QuantizeResult) -> list[tuple[str, str]]:
         ("read back", f"every tensor equal; logits within {result.verified:.1g} of the largest"),
     ]
     quality = result.quality
-    if quality is not None:
-        rows += [
-            ("measured on", f"{quality.num_tokens:,} tokens of {quality.text}, windows of {quality.seqlen}, by {quality.by}"),
-            ("perplexity", f"{quality.original_perplexity:.4f} -> {quality.perplexity:.4f} ({quality.ppl_increase:+.2%})"),
-            ("KL(original || quantized)", f"{quality.kl_mean:.4f} nats a token"),
-            ("top-1 agreement", f"{quality.top1_agreement_percent:.2f} %"),
-        ]
+    rows += [
+        ("measured on", f"{quality.num_tokens:,} tokens of {quality.text}, windows of {quality.seqlen}, by {quality.by}"),
+        ("perplexity", f"{quality.original_perplexity:.4f} -> {quality.perplexity:.4f} ({quality.ppl_increase:+.2%})"),
+        ("KL(original || quantized)", f"{quality.kl_mean:.4f} nats a token"),
+        ("top-1 agreement", f"{quality.top1_agreement_percent:.2f} %"),
+    ]
     before, after = result.speed_before, result.speed_after
     if before is not None and after is not None:
         rows.append(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from ..quant.checkpoint.quantization_config import read_quantization_config
 from ..quant.checkpoint.reader import WeightReader
 from ..quant.checkpoint.resolve import ModelFiles, resolve_model
 from .budget import budget_of
+from .climb import climb
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .float_text import BATCH, drawing, served
@@ -39,6 +42,7 @@ from .work import Results, WorkFolder
 
 logger = logging.getLogger(__name__)
 
+WORK, MODEL = ".quantize", "model"  # inside the output folder, until a run is done; the model inside an attempt's folder
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
 _EVAL_TOKENS = 1 << 15
 _PROBE_TOKENS = 24
@@ -53,17 +57,35 @@ class QuantizeResult:
     recipe: Recipe
     group_size: int
     modules: Mapping[str, Mapping[str, Any]]
+    block_errors: Mapping[str, float]  # what each block adds to the relative error of the hidden state
     kept: tuple[str, ...]  # linears that stayed as they were
     notes: tuple[str, ...]  # what was left out, and why
     groups: Mapping[str, Mapping[str, int]]  # bytes before and after, by kind of tensor
     bits_per_weight: float  # of the quantized linears, scales and zero points included
-    quality: Quality | None
+    quality: Quality
     speed_before: Speed | None
     speed_after: Speed | None
     verified: float  # largest difference of the logits as read back, relative to the largest logit
     estimated_peak_bytes: int  # before the start
     peak_bytes: int  # the most that was resident, of the process
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def gate(self) -> str | None:
+        """Why the recipe's gate does not hold; None where it does."""
+        recipe, quality = self.recipe, self.quality
+        over = []
+        if recipe.max_ppl_increase is not None and not quality.ppl_increase <= recipe.max_ppl_increase:
+            rise = f"from {quality.original_perplexity:.3f} to {quality.perplexity:.3f}"
+            over.append(f"perplexity rose by {quality.ppl_increase:.2%} ({rise}), above {recipe.max_ppl_increase:.2%}")
+        if recipe.max_kl is not None and not quality.kl_mean <= recipe.max_kl:
+            over.append(f"KL is {quality.kl_mean:.4f} nats a token, above {recipe.max_kl:g}")
+        return " and ".join(over) or None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the gate does, or there is none."""
+        return self.gate is None
 
     @property
     def worst(self) -> list[tuple[str, float]]:
@@ -98,8 +120,32 @@ def quantize(
     if recipe is not None and options:
         raise ValueError(f"give either a recipe or its fields, not both: {', '.join(options)}")
     chosen = Recipe.from_dict(options) if recipe is None else recipe
-    check_out(Path(out), resume=resume)
-    return _Run(model_path, chosen, eval_text=eval_text).all(Path(out), measure_speed=measure_speed, resume=resume)
+    folder = Path(out)
+    check_out(folder, resume=resume)
+
+    def attempt(tried: Recipe) -> QuantizeResult:
+        run = _Run(model_path, tried, eval_text=eval_text)
+        return run.all(folder / WORK / attempt_name(chosen, tried), folder, measure_speed=measure_speed, resume=resume)
+
+    result = climb(attempt, chosen)
+    publish(folder / WORK / attempt_name(chosen, result.recipe) / MODEL, folder)
+    if result.gate:
+        worst = "".join(f"\n  {name}: {error:.3g}" for name, error in result.worst[:8])
+        raise GateError(f"{result.gate}. The modules that lose most (relative output error):{worst}", result)
+    return result
+
+
+def attempt_name(asked: Recipe, tried: Recipe) -> str:
+    """What an attempt's folder is called: the same for the same attempt."""
+    kept = len(tried.ignore) - len(asked.ignore)
+    return tried.effort + (f"-{kept}-kept" if kept else "")
+
+
+def publish(made: Path, out: Path) -> None:
+    """Move a finished model out of the work folder, and remove that."""
+    for file in sorted(made.iterdir()):
+        os.replace(file, out / file.name)
+    shutil.rmtree(out / WORK)
 
 
 def plan(model_path: str | None, recipe: Recipe) -> Plan:
@@ -127,11 +173,15 @@ class _Run:
         size = sum(info.nbytes for info in self.reader.tensors().values())
         return model, make_plan(self.files.name, model, self.recipe, found, budget_of(self.recipe), size)
 
-    def all(self, out: Path, *, measure_speed: bool, resume: bool) -> QuantizeResult:
+    def all(self, place: Path, out: Path, *, measure_speed: bool, resume: bool) -> QuantizeResult:
+        """Everything, in the work folder `place`; the model is made in its subfolder MODEL, and is meant to lie in `out` one day."""
         model, plan = self.plan()
         check_disk(plan, out)
         logger.info("%s", plan.describe())
-        work = WorkFolder(out, self._identity(), resume=resume)
+        work = WorkFolder(place, self._identity(), resume=resume)
+        made = work.path / MODEL
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
         with self._timed("samples"):
             tokens, held_back = self._samples(work)
         floats = self._hidden(plan, plan.budget.samples, model, work, "floats")
@@ -142,20 +192,20 @@ class _Run:
             with self._timed("tuning"):
                 results = self._tune(model, tokens, work, results, floats, plan.budget.schedule)
         with self._timed("writing"):
-            written = self._write(out, model, results, plan)
+            written = self._write(made, model, results, plan)
         with self._timed("verifying"):
-            verified = self._verify(out, model, results, written, tokens[:1])
+            verified = self._verify(made, model, results, written, tokens[:1])
         with self._timed("evaluating"):
-            quality = self._evaluate(out, held_back, written)
-            before, after = self._speeds(out, tokens[0].tolist()) if measure_speed and self.served else (None, None)
-        modules = {name: note for notes in results.notes() for name, note in notes["modules"].items()}
-        work.remove()
-        result = QuantizeResult(
+            quality = self._evaluate(made, held_back, written)
+            before, after = self._speeds(made, tokens[0].tolist()) if measure_speed and self.served else (None, None)
+        notes = results.notes()
+        return QuantizeResult(
             out=out,
             model=self.files.name,
             recipe=self.recipe,
             group_size=plan.group_size,
-            modules=modules,
+            modules={name: about for note in notes for name, about in note["modules"].items()},
+            block_errors=_added([note["error"] for note in notes], [model.block_prefix(index)[:-1] for index in range(plan.num_blocks)]),
             kept=plan.kept,
             notes=() if plan.skipped_tuning is None else (f"tuning {plan.skipped_tuning}",),
             groups=written.groups,
@@ -168,8 +218,6 @@ class _Run:
             peak_bytes=_peak_bytes(),
             seconds=self.seconds,
         )
-        check_gate(result)
-        return result
 
     def _hidden(self, plan: Plan, samples: int, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
         shape = (samples, self.recipe.seqlen, model.hidden_size)
@@ -304,33 +352,22 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def check_gate(result: QuantizeResult) -> None:
-    """Raises GateError where the recipe's gate does not hold."""
-    recipe, quality = result.recipe, result.quality
-    if quality is None:
-        return
-    over = []
-    if recipe.max_ppl_increase is not None and not quality.ppl_increase <= recipe.max_ppl_increase:
-        over.append(
-            f"perplexity rose by {quality.ppl_increase:.2%} (from {quality.original_perplexity:.3f} to {quality.perplexity:.3f}), "
-            f"above {recipe.max_ppl_increase:.2%}"
-        )
-    if recipe.max_kl is not None and not quality.kl_mean <= recipe.max_kl:
-        over.append(f"KL is {quality.kl_mean:.4f} nats a token, above {recipe.max_kl:g}")
-    if over:
-        worst = "".join(f"\n  {name}: {error:.3g}" for name, error in result.worst[:8])
-        raise GateError(f"{' and '.join(over)}. The modules that lose most (relative output error):{worst}", result)
+def _added(errors: Sequence[float], paths: Sequence[str]) -> Mapping[str, float]:
+    """What each block adds to the relative error of the hidden state."""
+    return {path: error - before for path, error, before in zip(paths, errors, [0.0, *errors], strict=False)}
 
 
 def check_out(out: Path, *, resume: bool) -> None:
-    """Raises ValueError where `out` holds something else than an unfinished run."""
+    """Raises ValueError where `out` holds something else than an unfinished run, or one that nobody asked to go on with."""
     if not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder")
-    others = [path.name for path in out.iterdir() if path.name != ".quantize"]
-    if others and not (resume and (out / ".quantize").is_dir()):
+    others = [path.name for path in out.iterdir() if path.name != WORK]
+    if others:
         raise ValueError(f"{out} is not empty ({', '.join(sorted(others)[:3])}): give another folder, or empty it")
+    if (out / WORK).exists() and not resume:
+        raise ValueError(f"{out} holds an unfinished run: add --resume to go on with it, or delete {out / WORK}")
 
 
 def refuse_quantized(files: ModelFiles, config: Mapping[str, Any], reader: WeightReader) -> None:

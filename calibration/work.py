@@ -20,8 +20,6 @@ from torch import Tensor
 from ..kernels.grouped_linear import GroupedWeight
 from .sites import Site
 
-FOLDER = ".quantize"  # inside the output folder, until it is done
-
 
 @dataclass(frozen=True, eq=False)
 class BlockResult:
@@ -62,23 +60,23 @@ class OtherRunError(ValueError):
 
 
 class WorkFolder:
-    """`resume`: go on with what is there. Raises OtherRunError where that is another run's, or nobody asked to go on."""
+    """A folder, made where it is not there. `resume`: go on with what is in it; else it begins anew.
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-        self.path = out / FOLDER
+    Raises OtherRunError where what is there is another run's.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
         self._identity = json.loads(json.dumps(identity))
         known = self.path / "run.json"
-        if known.is_file():
+        if known.is_file() and resume:
             before = json.loads(known.read_text(encoding="utf-8"))
-            if not resume:
-                raise OtherRunError(f"{out} holds an unfinished run: add --resume to go on with it, or delete {self.path}")
             if before != self._identity:
                 changed = ", ".join(sorted(key for key in {*before, *self._identity} if before.get(key) != self._identity.get(key)))
-                raise OtherRunError(
-                    f"{out} holds an unfinished run with another {changed}: give what it was begun with, or delete {self.path}"
-                )
+                raise OtherRunError(f"{path} holds an unfinished run with another {changed}: give what it was begun with, or delete it")
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
             _write(known, json.dumps(self._identity, indent=1).encode())
 
     def has(self, name: str) -> bool:
@@ -138,9 +136,6 @@ class WorkFolder:
         part = self.path / f"{name}.part"
         write(part)
         os.replace(part, self.path / f"{name}.safetensors")
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path)
 
 
 def _write(path: Path, content: bytes) -> None:

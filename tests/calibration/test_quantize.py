@@ -142,7 +142,7 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(
             solve = walk.solve_group
 
             def once(*args: Any) -> Any:
-                if (tmp_path / "again" / ".quantize" / f"block-{stop_at - 1:05}.safetensors").exists() or not stop_at:
+                if (tmp_path / "again" / ".quantize" / "default" / f"block-{stop_at - 1:05}.safetensors").exists() or not stop_at:
                     raise KeyboardInterrupt
                 return solve(*args)
 
@@ -187,6 +187,22 @@ def test_ignored_modules_stay_and_are_named_in_the_config(llama: Path, text: Pat
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert "model.layers.1.mlp.down_proj" in config["modules_to_not_convert"]
     assert "model.layers.0.mlp.down_proj.weight" in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_auto_climbs_until_the_gate_holds(llama: Path, text: Path, tmp_path: Path) -> None:
+    options = {**FAST, "method": "auto", "calibration": str(text)}
+    fast = quantize(str(llama), tmp_path / "fast", **options, max_kl=10.0)
+    assert fast.recipe.effort == "fast"
+    assert len(fast.modules) == 14
+    least = fast.quality.kl_mean * 0.01
+    with pytest.raises(GateError) as failed:
+        quantize(str(llama), tmp_path / "all", **options, max_kl=least)
+    last = failed.value.result
+    assert last.recipe.effort == "best"
+    assert len(last.modules) == 7  # the worse of the two blocks stayed as it was
+    assert sorted(path.name for path in (tmp_path / "all").iterdir() if path.name.startswith(".")) == []
+    with Engine(str(tmp_path / "all"), show_progress=False) as engine:
+        assert engine.generate("1 times", {"max_new_tokens": 2, "temperature": 0, "ignore_eos": True})["output_ids"]
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_ctrl_c_says_how_to_go_on(llama: Path, text: Path, tmp_path: Path) -> No
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     limit = time.monotonic() + 120
-    while not (out / ".quantize" / "block-00000.safetensors").exists():
+    while not (out / ".quantize" / "default" / "block-00000.safetensors").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < limit
         time.sleep(0.002)
