@@ -54,4 +54,4 @@ def _steps(recipe: Recipe) -> Steps:
             return Steps(scale=True, kv_scales=kv_scales)
         case "best":
             return Steps(scale=True, orders=("groups", "columns", "natural"), damps=(0.003, 0.01, 0.05), kv_scales=kv_scales)
-    return Steps(orders=("groups",), kv_scales=kv_scales)
+    return Steps(scale=recipe.method == "auto", orders=("groups",), kv_scales=kv_scales)

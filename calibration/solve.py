@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.grouped_linear import GroupedWeight, dequantize
-from .awq import Scaling, output_error, search_scales
+from .awq import Scaling, fit_scales, output_error, search_scales
 from .eight_bit import Granularity, fp8_weight, int8_weight, search_smoothing
 from .folds import Fold
-from .gptq import NotPositiveDefiniteError, Order, gptq
+from .gptq import NotPositiveDefiniteError, Order, damped, gptq, inverse_factor
 from .grid import Grid, round_to_nearest
 from .moments import Collector, Moments
+from .refine import refine
 from .sites import Site
 
+_FIT_DAMP = 0.01
+_JUDGED_ROWS = 512  # of a weight, when a scaling is tried
 FEW_TOKENS = 64  # an expert that saw fewer rounds by itself: the moments of so few tokens would mislead
 
 
@@ -25,7 +28,8 @@ FEW_TOKENS = 64  # an expert that saw fewer rounds by itself: the moments of so 
 class Steps:
     """What is done to a block.
 
-    `scale`: through the folds, by AWQ's search, or by SmoothQuant's for int8. `orders`, `damps`: of GPTQ, all tried; none: nearest.
+    `scale`: through the folds, by AWQ's search, or by SmoothQuant's for int8. `orders`, `damps`: of GPTQ, all
+    tried; none: nearest. `refine_rounds`: over what GPTQ found.
     `kind`: of codes; `granularity`: of fp8's scales.
     """
 
@@ -36,6 +40,7 @@ class Steps:
     scale: bool = False
     orders: tuple[Order, ...] = ()
     damps: tuple[float, ...] = (0.01,)
+    refine_rounds: int = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +79,27 @@ def apply_scales(
 def _search(weights: Sequence[Tensor], known: Moments, fold: Fold, grid: Grid, steps: Steps) -> Scaling:
     if steps.kind == "int8":
         return search_smoothing(weights, known.rows, known.largest, fold.source, fold.num_factors, grid.scale_dtype)
+    if steps.orders:
+        return _fitted(weights, known, fold, grid)
     return search_scales(weights, known.hessian, known.magnitude, fold.source, fold.num_factors, grid)
+
+
+def _fitted(weights: Sequence[Tensor], known: Moments, fold: Fold, grid: Grid) -> Scaling:
+    """Where GPTQ follows, what counts of an input is what the others do not explain. Judged by the error that GPTQ then leaves."""
+    hessian = known.hessian
+    try:
+        factor = inverse_factor(hessian, _FIT_DAMP)
+    except NotPositiveDefiniteError:
+        return Scaling(torch.ones(fold.num_factors), 1.0)
+    unexplained = factor.square().sum(0).reciprocal()  # 1 / diagonal of the inverse
+    factors = fit_scales(weights, unexplained, fold.source, fold.num_factors, grid)
+    stacked, spread = torch.cat(list(weights))[:: max(1, sum(map(len, weights)) // _JUDGED_ROWS)], factors[fold.source]
+
+    def error(weight: Tensor, moments: Tensor) -> float:
+        return output_error(weight, dequantize(gptq(weight, moments, grid)), moments)
+
+    before, after = error(stacked, hessian), error(stacked * spread, hessian / (spread[:, None] * spread))
+    return Scaling(factors, after / before if before else 1.0)
 
 
 def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: Steps) -> list[Solved]:
@@ -129,4 +154,4 @@ def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> tup
                 best, least, how = found, error, f"gptq, {order}, damp {damp:g}"
     if best is None:
         return round_to_nearest(weight, grid, hessian.diagonal()), "nearest: no Cholesky factor"
-    return best, how
+    return refine(weight, damped(hessian, _FIT_DAMP), best, rounds=steps.refine_rounds), how

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.calibration.awq import output_error, search_scales
+from octavo.calibration.awq import fit_scales, output_error, search_scales
 from octavo.calibration.gptq import ORDERS, NotPositiveDefiniteError, damped, gptq, inverse_factor, order_of
 from octavo.calibration.grid import Grid, decode, encode, grouped, min_max, round_to_nearest, search
+from octavo.calibration.refine import refine, refine_codes, refine_scales
 from octavo.kernels.grouped_linear import dequantize
 
 GRIDS = [
@@ -156,3 +159,54 @@ def test_awq_protects_a_channel_of_large_inputs() -> None:
     found = search_scales([matrix(16, 64, 3)], hessian, x.abs().mean(0), torch.arange(64), 64, Grid(4, 32))
     assert found.relative_error < 0.9
     assert found.factors[5] > 2 * found.factors.median()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_refining_never_loses_and_mostly_wins(grid: Grid) -> None:
+    weight, x = matrix(24, 64, 7), inputs(400, 64, 7)
+    hessian = x.t() @ x / len(x)
+    start = gptq(weight, hessian, grid)
+    found = refine(weight, hessian, start, rounds=2)
+    before, after = (output_error(weight, dequantize(q), hessian) for q in (start, found))
+    assert after < 0.97 * before
+    assert found.scale.dtype == grid.scale_dtype
+    assert int(found.codes.max()) <= grid.top
+    for step in (refine_codes(weight, hessian, start, sweeps=1), refine_scales(weight, hessian, start)):
+        assert output_error(weight, dequantize(step), hessian) <= before * (1 + 1e-5)
+
+
+def test_refined_codes_cannot_be_bettered_one_by_one() -> None:
+    grid, weight, x = Grid(4, 8), matrix(3, 16, 9), inputs(200, 16, 9)
+    hessian = x.t() @ x / len(x)
+    found = refine_codes(weight, hessian, round_to_nearest(weight, grid), sweeps=30)
+    least = output_error(weight, dequantize(found), hessian)
+    for row in range(3):
+        for column in range(16):
+            for code in range(16):
+                codes = found.codes.clone()
+                codes[row, column] = code
+                assert output_error(weight, dequantize(replace(found, codes=codes)), hessian) >= least * (1 - 1e-5)
+
+
+def test_refined_scales_are_least_squares() -> None:
+    """Against numpy's, in float64, on inputs themselves in place of their moments."""
+    grid, weight, x = Grid(4, 16, scale_dtype=torch.float32), matrix(5, 64, 11), inputs(300, 64, 11)
+    start = round_to_nearest(weight, grid)
+    found = refine_scales(weight, x.t() @ x / 300, start)
+    assert start.zeros is not None
+    levels = (start.codes.view(5, 4, 16).float() - start.zeros.float()[..., None]).double()
+    for row in range(5):
+        design = torch.stack([x.view(300, 4, 16)[:, group].double() @ levels[row, group] for group in range(4)], dim=1)
+        expected = torch.linalg.lstsq(design, x.double() @ weight[row].double()).solution
+        torch.testing.assert_close(found.scale[row].double(), expected, rtol=3e-3, atol=0)
+
+
+def test_fitted_scales_shrink_what_rounding_costs() -> None:
+    weights, x = [matrix(40, 64, 13), matrix(24, 64, 14)], inputs(300, 64, 13)
+    hessian, grid = x.t() @ x / 300, Grid(4, 32)
+    factors = fit_scales(weights, hessian.diagonal(), torch.arange(64), 64, grid)
+
+    def error(spread: torch.Tensor) -> float:
+        return sum(output_error(w, dequantize(round_to_nearest(w * spread, grid)) / spread, hessian) for w in weights)
+
+    assert error(factors) < 0.8 * error(torch.ones(64))
