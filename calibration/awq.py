@@ -7,6 +7,7 @@ keys share their scales; and ranges are searched with weights, each end by itsel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,24 +60,26 @@ def search_scales(
     identity = torch.ones(num_factors)
     start = error(identity)
     best, factors = start, identity
-    for candidate in [*_candidates(x, w), fit_scales(weights, diagonal, source, num_factors, grid)]:
+    for candidate in [*_candidates(x, w), fit_scales(weights, diagonal, source, num_factors, grid).factors]:
         loss = error(candidate)
         if loss < best:
             best, factors = loss, candidate
     return Scaling(factors, best / start if start else 1.0)
 
 
-def fit_scales(weights: Sequence[Tensor], importance: Tensor, source: Tensor, num_factors: int, grid: Grid) -> Tensor:
+def fit_scales(weights: Sequence[Tensor], importance: Tensor, source: Tensor, num_factors: int, grid: Grid) -> Scaling:
     """Factors [num_factors] under which the ranges of groups, weighted with the importance of their inputs, are smallest.
 
     Minimises the sum over groups of range**2 * sum of importance / factor**2, which is rounding's expected error, by Adam on the
-    logarithms. `importance` [K]: the mean square of each input, or what of it the others do not explain where GPTQ follows.
+    logarithms. `importance` [K]: the mean square of each input, or what of it the others do not explain where GPTQ follows. The error
+    that it gives is that expectation's.
     """
     stacked = torch.cat(list(weights))
     rows = stacked[:: max(1, len(stacked) // _FITTED_ROWS)].reshape(-1, len(source) // grid.group_size, grid.group_size)
     weight_of = importance.reshape(-1, grid.group_size)
     logarithms = torch.zeros(num_factors, requires_grad=True)
     optimizer = torch.optim.Adam([logarithms], lr=_FIT_RATE, betas=(0.9, 0.95))
+    least, best, start = float("inf"), logarithms.detach().clone(), 0.0
     with torch.enable_grad():
         for step in range(_FIT_STEPS):
             optimizer.param_groups[0]["lr"] = _FIT_RATE * (1 - step / _FIT_STEPS)
@@ -84,11 +87,14 @@ def fit_scales(weights: Sequence[Tensor], importance: Tensor, source: Tensor, nu
             scaled = rows * factors
             ranges = 2 * scaled.abs().amax(-1) if grid.symmetric else scaled.amax(-1).clamp(min=0) - scaled.amin(-1).clamp(max=0)
             loss = (ranges.square().sum(0) * (weight_of / factors.square()).sum(-1)).sum().clamp(min=1e-30).log()
+            value = float(loss.detach())
+            start = value if step == 0 else start
+            if value < least:
+                least, best = value, logarithms.detach().clone()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    found = logarithms.detach().exp()
-    return (found / found.log().mean().exp()).clamp(_LEAST, _MOST)
+    return Scaling((best - best.mean()).exp().clamp(_LEAST, _MOST), math.exp(least - start))
 
 
 def _candidates(x: Tensor, w: Tensor) -> list[Tensor]:

@@ -53,5 +53,5 @@ def _steps(recipe: Recipe) -> Steps:
         case "awq":
             return Steps(scale=True, kv_scales=kv_scales)
         case "best":
-            return Steps(scale=True, orders=("groups", "columns", "natural"), damps=(0.003, 0.01, 0.05), kv_scales=kv_scales)
+            return Steps(scale=True, orders=("groups", "columns"), damps=(0.003, 0.01), refine_rounds=3, kv_scales=kv_scales)
     return Steps(scale=recipe.method == "auto", orders=("groups",), kv_scales=kv_scales)

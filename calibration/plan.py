@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+import torch
 from torch import nn
 
 from .budget import Budget
 from .float_model import FloatModel
 from .grid import Grid
 from .recipe import Recipe
-from .streams import CHUNK_TOKENS
+from .streams import CHUNK_TOKENS, Hidden, Inputs
 from .tune_model import bytes_needed
 
 _GROUP_SIZES = (64, 128, 32, 16)  # what is tried where nobody said, and what is offered
@@ -23,6 +24,7 @@ _PACKED = 8  # outputs and inputs come in whole words of eight
 _BASE_BYTES = 700 << 20  # of Python, torch and transformers
 _DEFAULT_SHARE = 0.8  # of the memory that is free
 _GIB = 2**30
+_PROBE_TOKENS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,13 @@ def make_plan(
         peak_bytes=peak,
         max_memory=max_memory,
     )
+
+
+def probe_inputs(model: FloatModel) -> Inputs:
+    """A few tokens, to look at the structure of blocks with."""
+    inputs = Inputs(model, torch.arange(_PROBE_TOKENS)[None] % model.vocab_size)
+    inputs.start(Hidden((1, _PROBE_TOKENS, model.hidden_size)))
+    return inputs
 
 
 def check_disk(plan: Plan, out: Path) -> None:

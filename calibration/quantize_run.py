@@ -27,7 +27,7 @@ from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .float_text import BATCH, drawing, served
 from .output import Written, by_source, copy_tokenizer, quantization_config, write_config, write_weights
-from .plan import Plan, check_disk, make_plan
+from .plan import Plan, check_disk, make_plan, probe_inputs
 from .progress import Progress
 from .quality import Quality, Speed, by_engine, by_transformers, speed_of
 from .recipe import Recipe
@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 WORK, MODEL = ".quantize", "model"  # inside the output folder, until a run is done; the model inside an attempt's folder
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
 _EVAL_TOKENS = 1 << 15
-_PROBE_TOKENS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +168,7 @@ class _Run:
         """The model, what is outside its blocks read, and what will be done to it."""
         model = FloatModel(self._transformers_config(), self.reader)
         model.load_outer()
-        found = shapes(model, _probe_inputs(model))
+        found = shapes(model, probe_inputs(model))
         size = sum(info.nbytes for info in self.reader.tensors().values())
         return model, make_plan(self.files.name, model, self.recipe, found, budget_of(self.recipe), size)
 
@@ -279,7 +278,7 @@ class _Run:
 
     def _walk(self, model: FloatModel, inputs: Inputs, work: WorkFolder, plan: Plan, floats: Hidden) -> None:
         quantized = self._hidden(plan, plan.budget.solve_samples, model, work, "quantized")
-        walk = Walk(model, inputs, work, floats, quantized, plan.grid_of)
+        walk = Walk(model, inputs, probe_inputs(model), work, floats, quantized, plan.grid_of)
         with Progress("quantizing", plan.num_blocks, "blocks") as bar:
             for index in range(plan.num_blocks):
                 notes = walk.block(index, plan.budget.steps).notes
@@ -338,13 +337,6 @@ class _Run:
 
     def _speeds(self, out: Path, prompt: list[int]) -> tuple[Speed, Speed]:
         return speed_of(self.model_path, prompt), speed_of(str(out), prompt)
-
-
-def _probe_inputs(model: FloatModel) -> Inputs:
-    """A few tokens, to look at the structure with."""
-    inputs = Inputs(model, torch.arange(_PROBE_TOKENS)[None] % model.vocab_size)
-    inputs.start(Hidden((1, _PROBE_TOKENS, model.hidden_size)))
-    return inputs
 
 
 def _peak_bytes() -> int:

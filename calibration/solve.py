@@ -20,7 +20,6 @@ from .refine import refine
 from .sites import Site
 
 _FIT_DAMP = 0.01
-_JUDGED_ROWS = 512  # of a weight, when a scaling is tried
 FEW_TOKENS = 64  # an expert that saw fewer rounds by itself: the moments of so few tokens would mislead
 
 
@@ -40,7 +39,7 @@ class Steps:
     scale: bool = False
     orders: tuple[Order, ...] = ()
     damps: tuple[float, ...] = (0.01,)
-    refine_rounds: int = 2
+    refine_rounds: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,21 +84,14 @@ def _search(weights: Sequence[Tensor], known: Moments, fold: Fold, grid: Grid, s
 
 
 def _fitted(weights: Sequence[Tensor], known: Moments, fold: Fold, grid: Grid) -> Scaling:
-    """Where GPTQ follows, what counts of an input is what the others do not explain. Judged by the error that GPTQ then leaves."""
+    """Where GPTQ follows, what counts of an input is what the others do not explain."""
     hessian = known.hessian
     try:
         factor = inverse_factor(hessian, _FIT_DAMP)
     except NotPositiveDefiniteError:
         return Scaling(torch.ones(fold.num_factors), 1.0)
     unexplained = factor.square().sum(0).reciprocal()  # 1 / diagonal of the inverse
-    factors = fit_scales(weights, unexplained, fold.source, fold.num_factors, grid)
-    stacked, spread = torch.cat(list(weights))[:: max(1, sum(map(len, weights)) // _JUDGED_ROWS)], factors[fold.source]
-
-    def error(weight: Tensor, moments: Tensor) -> float:
-        return output_error(weight, dequantize(gptq(weight, moments, grid)), moments)
-
-    before, after = error(stacked, hessian), error(stacked * spread, hessian / (spread[:, None] * spread))
-    return Scaling(factors, after / before if before else 1.0)
+    return fit_scales(weights, unexplained, fold.source, fold.num_factors, grid)
 
 
 def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: Steps) -> list[Solved]:

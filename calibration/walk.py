@@ -35,7 +35,7 @@ class Structure:
 
 
 def structure_of(model: FloatModel, inputs: Inputs, index: int, block: nn.Module, *, with_folds: bool) -> Structure:
-    """Sites and folds of a loaded block, found with a random hidden state."""
+    """Sites and folds of a loaded block, found with a random hidden state in place of those of `inputs`' first chunk: a few tokens do."""
     call = inputs.call(index)
     draw = torch.Generator().manual_seed(index)
     rows = inputs.chunks[0].stop
@@ -63,8 +63,10 @@ def block_name(index: int) -> str:
 class Walk:
     """Two streams of hidden states go through the blocks: the float model's, and that of the blocks as they were quantized."""
 
-    def __init__(self, model: FloatModel, inputs: Inputs, work: WorkFolder, floats: Hidden, quantized: Hidden, grid_of: GroupSizes) -> None:
-        self._model, self._inputs, self._work, self._grid_of = model, inputs, work, grid_of
+    def __init__(
+        self, model: FloatModel, inputs: Inputs, probe: Inputs, work: WorkFolder, floats: Hidden, quantized: Hidden, grid_of: GroupSizes
+    ) -> None:
+        self._model, self._inputs, self._probe, self._work, self._grid_of = model, inputs, probe, work, grid_of
         self._floats, self._quantized = floats, quantized
         inputs.start(floats)
         quantized.copy_from(floats)
@@ -86,7 +88,7 @@ class Walk:
 
     def _solve(self, index: int, block: nn.Module, steps: Steps) -> BlockResult:
         started = time.perf_counter()
-        structure = structure_of(self._model, self._inputs, index, block, with_folds=steps.scale)
+        structure = structure_of(self._model, self._probe, index, block, with_folds=steps.scale)
         prefix = self._model.block_prefix(index)
         grids: dict[Site, Grid] = {}
         for site in structure.sites:
