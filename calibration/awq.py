@@ -19,7 +19,7 @@ from .grid import Grid, round_to_nearest
 
 _EXPONENTS = tuple(i / 20 for i in range(1, 21))
 _LEAST, _MOST = 1e-4, 1e4
-_FIT_STEPS, _FIT_RATE, _FITTED_ROWS = 80, 0.04, 1024
+_FIT_STEPS, _FIT_RATE, _FITTED_ROWS = 50, 0.06, 768
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,6 @@ from .recipe import Recipe
 from .solve import Steps
 from .tuning import TuningSchedule
 
-_ALL = 1 << 30
-
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -23,22 +21,20 @@ class Budget:
 
 def budget_of(recipe: Recipe) -> Budget:
     """What a recipe is worth. More samples than the recipe's are never taken."""
-    solve, tuning = _SOLVE_SAMPLES[recipe.effort], None
-    if recipe.method == "best":
-        solve, tuning = _ALL, _TUNING["best"]
-    elif recipe.method == "auto":
-        tuning = _TUNING[recipe.effort]
-    elif recipe.eight_bit:
-        solve = _EIGHT_BIT_SAMPLES
-    schedule = None if tuning is None else TuningSchedule(steps=tuning, seed=recipe.seed)
+    effort = "best" if recipe.method == "best" else recipe.effort
+    solve = _EIGHT_BIT_SAMPLES if recipe.eight_bit else _SOLVE_SAMPLES[effort]
+    steps = _TUNING_STEPS[effort] if recipe.method in ("auto", "best") else 0
+    schedule = TuningSchedule(steps=steps, seed=recipe.seed) if steps else None
     solve = min(solve, recipe.samples)
-    drawn = 0 if schedule is None else schedule.steps * schedule.batch
-    return Budget(steps=_steps(recipe), solve_samples=solve, samples=min(recipe.samples, max(solve, drawn)), schedule=schedule)
+    samples = solve if schedule is None else min(recipe.samples, max(solve, _TUNING_SAMPLES[effort]))
+    return Budget(steps=_steps(recipe), solve_samples=solve, samples=samples, schedule=schedule)
 
 
+_ALL = 1 << 30
 _SOLVE_SAMPLES = {"fast": 24, "default": 32, "best": _ALL}
 _EIGHT_BIT_SAMPLES = 16
-_TUNING = {"fast": None, "default": 40, "best": 256}  # steps
+_TUNING_SAMPLES = {"fast": 0, "default": 48, "best": _ALL}
+_TUNING_STEPS = {"fast": 0, "default": 40, "best": 256}
 
 
 def _steps(recipe: Recipe) -> Steps:

@@ -64,6 +64,12 @@ class FloatModel:
         return size
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens that the model was made for together; None where its config says nothing."""
+        length: int | None = getattr(self.module.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+        return length
+
+    @property
     def vocab_size(self) -> int:
         size: int = self.module.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         return size

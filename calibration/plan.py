@@ -87,6 +87,9 @@ def make_plan(
     name: str, model: FloatModel, recipe: Recipe, found: Mapping[str, tuple[int, int]], budget: Budget, bytes_before: int
 ) -> Plan:
     """Raises ValueError where nothing is to be quantized, or a group size does not fit, naming every linear that it does not."""
+    if model.context_length is not None and recipe.seqlen > model.context_length:
+        context = model.context_length
+        raise ValueError(f"seqlen {recipe.seqlen} is beyond the model's context of {context} tokens: give --seqlen {context} or less")
     linears = {path: shape for path, shape in found.items() if not recipe.ignores(path) and not any(size % _PACKED for size in shape)}
     if not linears:
         raise ValueError("there is no linear to quantize: --ignore leaves none, or the model has none that can be packed")

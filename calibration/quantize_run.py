@@ -195,7 +195,7 @@ class _Run:
         with self._timed("verifying"):
             verified = self._verify(made, model, results, written, tokens[:1])
         with self._timed("evaluating"):
-            quality = self._evaluate(made, held_back, written)
+            quality = self._evaluate(made, model, held_back, written)
             before, after = self._speeds(made, tokens[0].tolist()) if measure_speed and self.served else (None, None)
         notes = results.notes()
         return QuantizeResult(
@@ -290,8 +290,10 @@ class _Run:
         names = [f"tuned-{index:05}" for index in range(len(results))]
         if not work.has(names[-1]):
             with Progress("tuning", schedule.steps, "steps") as bar:
-                tuned, _ = tune_model(model, tokens, floats, results, schedule, on_step=lambda kl: bar.step(note=f"KL {kl:.4f}"))
-            for name, result in zip(names, tuned, strict=True):
+                tuned = tune_model(model, tokens, floats, results, schedule, on_step=lambda kl: bar.step(note=f"KL {kl:.4f}"))
+            if tuned.blocks is None:
+                logger.warning("tuning did not help (KL %.4f before, %.4f after): it is left out", tuned.kl_before, tuned.kl_after)
+            for name, result in zip(names, tuned.blocks or results, strict=True):
                 work.save_block(name, result)
         return Results(work, names)
 
@@ -321,11 +323,11 @@ class _Run:
                 again.free_block(index)
             return check_logits(again.logits(tokens, found), model.logits(tokens, meant))
 
-    def _evaluate(self, out: Path, held_back: Tensor, written: Written) -> Quality:
+    def _evaluate(self, out: Path, model: FloatModel, held_back: Tensor, written: Written) -> Quality:
         recipe = self.recipe
         if self.eval_text is not None:
             tokens = self._tokenizer()(self.eval_text.read_text(encoding="utf-8")).input_ids[:_EVAL_TOKENS]
-            seqlen, text = min(DEFAULT_SEQLEN, len(tokens)), self.eval_text.name
+            seqlen, text = min(DEFAULT_SEQLEN, len(tokens), model.context_length or DEFAULT_SEQLEN), self.eval_text.name
         else:
             tokens, seqlen = held_back.flatten().tolist(), recipe.seqlen
             text = "text of the model's own" if recipe.calibration == "self" else f"samples held back from {recipe.calibration}"

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .float_model import FloatModel
+from .sites import Site
 from .streams import Hidden
-from .tuning import TunedVector, TunedWeight, TuningSchedule, tune
+from .tuning import TunedVector, TunedWeight, TuningSchedule, kl_and_gradient, tune
 from .walk import put
 from .work import BlockResult
 
-_BYTES_WITH_CODES, _BYTES_WITHOUT = 20, 8  # a quantized weight's in memory beside its own four: latent, two moments, gradient, copies
+_BYTES_A_WEIGHT = 12  # its value, its levels, and its gradient while that is there
+_MOST_HELD_BACK = 4  # samples
 
 
 def bytes_needed(model: FloatModel, schedule: TuningSchedule, seqlen: int) -> int:
     """An estimate of what `tune_model` will hold: every parameter, what is kept to tune it, and the activations of one step."""
-    per_weight = 4 + (_BYTES_WITH_CODES if schedule.code_rate else _BYTES_WITHOUT)
     of_blocks = sum(parameter.numel() for block in model.blocks for parameter in block.parameters())
     outside = sum(parameter.numel() for parameter in model.module.parameters()) - of_blocks
     widest = sum(sum(parameter.shape[-2:]) for block in model.blocks for parameter in block.parameters() if parameter.dim() > 1)
-    return of_blocks * per_weight + outside * 4 + schedule.batch * seqlen * widest * 8
+    return of_blocks * _BYTES_A_WEIGHT + outside * 4 + schedule.batch * seqlen * widest * 8
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """`blocks` are None where tuning did not help. KL in nats a token on samples that were not tuned on, before and after."""
+
+    blocks: list[BlockResult] | None
+    kl_before: float
+    kl_after: float
 
 
 def tune_model(
@@ -34,22 +44,18 @@ def tune_model(
     schedule: TuningSchedule,
     *,
     on_step: Callable[[float], object] = lambda kl: None,
-) -> tuple[list[BlockResult], list[float]]:
-    """The blocks with what tuning made of them, and the KL of every step before it.
+) -> Tuned:
+    """Tune scales and norms on `tokens` int64 [S, T], the last of which are held back and judge whether it helped.
 
-    `targets` are the float model's hidden states behind the last block for `tokens` int64 [S, T]. All blocks are in memory meanwhile.
+    `targets` are the float model's hidden states behind the last block for `tokens`. All blocks are in memory meanwhile.
     """
-    weights: dict[nn.Parameter, dict] = {}  # type: ignore[type-arg]
+    weights: dict[nn.Parameter, dict[Site, TunedWeight]] = {}
     vectors: dict[nn.Parameter, TunedVector] = {}
     for index, result in enumerate(results):
         block = model.load_block(index)
-        originals = {site: site.weight(block).clone() for site in result.weights} if schedule.code_rate else {}
         put(block, result)
         for site, weight in result.weights.items():
-            target = site.weight(block)
-            one = TunedWeight(target, weight, originals.get(site, target), with_codes=schedule.code_rate > 0)
-            one.show()
-            weights.setdefault(block.get_parameter(site.parameter), {})[site] = one
+            weights.setdefault(block.get_parameter(site.parameter), {})[site] = TunedWeight(site.weight(block), weight)
         for name, parameter in block.named_parameters():
             if parameter.dim() == 1 and name.endswith(".weight"):
                 vectors[parameter] = TunedVector(parameter, model.names.stored[model.block_prefix(index) + name])
@@ -63,12 +69,21 @@ def tune_model(
     def logits_of(hidden: Tensor) -> Tensor:
         return model.logits(torch.zeros(1, len(hidden), dtype=torch.int64), hidden[None])[0]
 
-    losses = tune(forward, logits_of, tokens, lambda rows: targets[rows], weights, vectors, schedule, on_step=on_step)
-    tuned = []
+    held = list(range(len(tokens)))[len(tokens) - max(1, min(_MOST_HELD_BACK, len(tokens) // 8)) :]
+
+    @torch.no_grad()
+    def judge() -> float:
+        return sum(kl_and_gradient(forward(tokens[[row]]), targets[[row]], logits_of)[0] for row in held) / len(held)
+
+    before = judge()
+    drawn = tokens[: held[0]] if held[0] else tokens
+    tune(forward, logits_of, drawn, lambda rows: targets[rows], weights, vectors, schedule, on_step=on_step)
+    after = judge()
+    blocks = []
     for index, result in enumerate(results):
         block = model.blocks[index]
         own = {site: weights[block.get_parameter(site.parameter)][site].result() for site in result.weights}
         norms = {name: vectors[parameter].result() for name, parameter in block.named_parameters() if parameter in vectors}
-        tuned.append(replace(result, weights=own, parameters={**result.parameters, **norms}))
+        blocks.append(replace(result, weights=own, parameters={**result.parameters, **norms}))
         model.free_block(index)
-    return tuned, losses
+    return Tuned(blocks if after < before else None, before, after)

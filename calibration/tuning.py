@@ -1,8 +1,7 @@
-"""Tuning: the last pass. Scales, codes and norms of the whole model follow the float model's logits. Knows no method and no format.
+"""Tuning: the last pass. Scales and norms of the whole model follow the float model's logits. Knows no method and no format.
 
-Minimises KL(float model || quantized model) over the calibration samples by Adam. A code follows a latent value in units of codes, through
-rounding as if it were not there (straight through; Bengio et al., 2013, arXiv 1308.3432); scales are tuned as EfficientQAT's second stage
-does (Chen et al., 2024, arXiv 2407.11062), as what they will be written as; zero points stay. Nothing changes in the format.
+Minimises KL(float model || quantized model) over calibration samples by Adam. Scales are tuned as EfficientQAT's second stage does (Chen
+et al., 2024, arXiv 2407.11062), as what they will be written as; codes and zero points stay. Nothing changes in the format.
 """
 
 from __future__ import annotations
@@ -21,17 +20,15 @@ from .sites import Site
 _BETAS = (0.9, 0.95)
 _TINY = 1e-12
 _LOGIT_ROWS = 512  # logits in memory at once
-_CENTRE = 0.3  # how far from the middle of its code a latent may begin
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSchedule:
-    """`steps` of `batch` samples. Rates are the largest change of a step: scales and norms relative, codes in codes."""
+    """`steps` of `batch` samples. Rates are about the largest change of a step, relative."""
 
     steps: int
     batch: int = 2
     scale_rate: float = 1e-3
-    code_rate: float = 0.0
     norm_rate: float = 1e-3
     seed: int = 0
 
@@ -59,45 +56,25 @@ class _Adam:
 class TunedWeight:
     """One quantized weight: `target` [N, K] is where the model has its values, as a view."""
 
-    def __init__(self, target: Tensor, weight: GroupedWeight, original: Tensor, *, with_codes: bool) -> None:
+    def __init__(self, target: Tensor, weight: GroupedWeight) -> None:
         self._weight, self._target = weight, target
         self._grid = Grid(weight.bits, weight.group_size, weight.zeros is None, weight.scale.dtype)
-        self._zero = (weight.zeros.float() if weight.zeros is not None else torch.full(weight.scale.shape, float(weight.zero)))[..., None]
+        zero = weight.zeros.float() if weight.zeros is not None else torch.full(weight.scale.shape, float(weight.zero))
+        self._levels = weight.codes.float().view(*weight.scale.shape, -1) - zero[..., None]
         self._scale = weight.scale.float()
         self._size = self._scale.abs()
-        codes = weight.codes.float().view(*self._scale.shape, -1)
-        self._latent = codes
-        self._adam_scale = _Adam(self._scale)
-        self._adam_code = _Adam(codes) if with_codes else None
-        if with_codes:
-            exact = original.reshape(codes.shape) / self._scale[..., None] + self._zero
-            self._latent = codes + (exact - codes).clamp_(-_CENTRE, _CENTRE)
+        self._adam = _Adam(self._scale)
 
     def update(self, gradient: Tensor, step: int, schedule: TuningSchedule) -> None:
         """Go against `gradient` [N, K] of the loss by the weight's values, and give the model the new ones."""
-        share = schedule.rate(step)
-        by_group = gradient.reshape(self._latent.shape)
-        levels = self._codes() - self._zero
-        of_scale = (by_group * levels).sum(-1) * self._size
-        if self._adam_code is not None:
-            of_code = by_group * self._scale[..., None]
-            self._latent.sub_(self._adam_code.direction(of_code, step).mul_(schedule.code_rate * share)).clamp_(
-                -0.49, self._grid.top + 0.49
-            )
-        self._scale.sub_(self._adam_scale.direction(of_scale, step).mul_(schedule.scale_rate * share).mul_(self._size))
-        self.show()
-
-    def _codes(self) -> Tensor:
-        return self._latent if self._adam_code is None else self._latent.round().clamp_(0, self._grid.top)
-
-    def show(self) -> None:
-        """Give the model the values that will be written."""
+        of_scale = (gradient.reshape(self._levels.shape) * self._levels).sum(-1) * self._size
+        rate = schedule.scale_rate * schedule.rate(step)
+        self._scale.sub_(self._adam.direction(of_scale, step).mul_(rate).mul_(self._size))
         scale = writable(self._scale, self._grid)
-        self._target.copy_(((self._codes() - self._zero) * scale[..., None]).view(self._target.shape))
+        self._target.copy_((self._levels * scale[..., None]).view(self._target.shape))
 
     def result(self) -> GroupedWeight:
-        codes = self._codes().flatten(1).to(torch.uint8)
-        return replace(self._weight, codes=codes, scale=writable(self._scale, self._grid).to(self._weight.scale.dtype))
+        return replace(self._weight, scale=writable(self._scale, self._grid).to(self._weight.scale.dtype))
 
 
 class TunedVector:

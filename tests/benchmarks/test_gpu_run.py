@@ -244,6 +244,7 @@ def test_goals_of_attention() -> None:
     assert (fp8.word, fp8.worst) == ("missed", pytest.approx(4 / 3))
 
 
+@pytest.mark.long
 def test_models_are_timed_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The engine on the interpreted GPU with a model of one layer, and transformers beside it."""
     config = {**LLAMA_8B, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}

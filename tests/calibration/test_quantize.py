@@ -103,17 +103,17 @@ def test_architectures_it_was_not_written_for(name: str, text: Path, tmp_path: P
 def test_better_methods_are_better(make_model: MakeModel, text: Path, tmp_path: Path) -> None:
     folder, _ = make_model()
     kl = {}
-    for method in ("rtn", "gptq", "auto"):
+    for method in ("rtn", "awq", "gptq", "auto"):
         result = quantize(
             str(folder),
             tmp_path / method,
             **{**FAST, "samples": 24, "group_size": 8},
             method=method,
             calibration=str(text),
+            eval_text=text,
         )
-        assert result.quality is not None
         kl[method] = result.quality.kl_mean
-    assert kl["auto"] < kl["gptq"] < kl["rtn"]
+    assert kl["auto"] < kl["gptq"] < kl["awq"] < kl["rtn"]
 
 
 def test_transformers_reads_compressed_tensors(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -213,9 +213,14 @@ def test_a_group_size_that_does_not_fit_names_every_linear(llama: Path, tmp_path
         ValueError,
         match=r"group size 64 does not divide the inputs of 2 linears; 32, 16 or -1 would:\n.*0.mlp.down_proj: 96 inputs\n.*1.mlp",
     ) as told:
-        quantize(str(llama), tmp_path / "out", method="gptq", group_size=64, calibration="self")
+        quantize(str(llama), tmp_path / "out", method="gptq", group_size=64, seqlen=32)
     assert "q_proj" not in str(told.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_longer_than_the_context(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seqlen 512 is beyond the model's context of 128 tokens"):
+        quantize(str(llama), tmp_path / "out", group_size=16)
 
 
 def test_a_folder_that_is_not_empty(llama: Path, tmp_path: Path) -> None:
@@ -227,7 +232,7 @@ def test_a_folder_that_is_not_empty(llama: Path, tmp_path: Path) -> None:
 def test_a_model_that_is_quantized_already(llama: Path, text: Path, tmp_path: Path) -> None:
     quantize(str(llama), tmp_path / "once", **FAST, method="rtn", calibration=str(text))
     with pytest.raises(ValueError, match=r"is quantized already \(awq"):
-        quantize(str(tmp_path / "once"), tmp_path / "twice")
+        quantize(str(tmp_path / "once"), tmp_path / "twice", **FAST)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -45,9 +45,8 @@ class Model(nn.Module):
         return x @ self.experts[0].t() + torch.tanh(x) @ self.experts[1].t()
 
 
-@pytest.mark.parametrize("code_rate", [0.0, 0.05])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_tuning_brings_the_model_nearer(code_rate: float, symmetric: bool) -> None:
+def test_tuning_brings_the_model_nearer(symmetric: bool) -> None:
     torch.manual_seed(1)
     model, head, embedding = Model().requires_grad_(False), torch.randn(VOCAB, H) * 0.3, torch.randn(VOCAB, H)
     tokens = torch.randint(0, VOCAB, (40, 20))
@@ -59,11 +58,10 @@ def test_tuning_brings_the_model_nearer(code_rate: float, symmetric: bool) -> No
     for expert in range(2):
         site = Site("experts", expert)
         quantized[site] = round_to_nearest(original[expert], grid)
-        tuned[site] = TunedWeight(model.experts.data[expert], quantized[site], original[expert], with_codes=code_rate > 0)
-        tuned[site].show()
-        assert torch.equal(model.experts.data[expert], dequantize(quantized[site]))
+        tuned[site] = TunedWeight(model.experts.data[expert], quantized[site])
+        model.experts.data[expert] = dequantize(quantized[site])
     vector = TunedVector(model.norm, torch.bfloat16)
-    schedule = TuningSchedule(steps=60, batch=8, scale_rate=3e-3, norm_rate=3e-3, code_rate=code_rate)
+    schedule = TuningSchedule(steps=60, batch=8, scale_rate=3e-3, norm_rate=3e-3)
     losses = tune(
         lambda rows: model(embedding[rows].requires_grad_(True)),
         lambda rows: rows @ head.t(),
@@ -80,7 +78,7 @@ def test_tuning_brings_the_model_nearer(code_rate: float, symmetric: bool) -> No
         result = tuned[site].result()
         assert torch.equal(dequantize(result), model.experts.data[expert])  # what was tuned is what is written
         assert result.scale.dtype == torch.bfloat16
-        assert torch.equal(result.codes, quantized[site].codes) == (code_rate == 0)
+        assert torch.equal(result.codes, quantized[site].codes)
         if not symmetric:
             assert result.zeros is not None
             assert quantized[site].zeros is not None

@@ -16,7 +16,7 @@ from octavo.kernels.grouped_linear import dequantize
 TILE = Tile("split", 16, 64, 64, 4, 2)
 H100 = Place(torch.device("cpu"), DEVICES[90])
 
-dtypes = pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+dtypes = pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 
 
 def check_case(case: GroupedCase | DequantizeCase) -> None:
@@ -106,7 +106,7 @@ def test_fp8_inputs(bits: int, group: int) -> None:
     check_case(GroupedCase(f"w{bits}a8", 18, 70, 256, group))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, *(pytest.param(bits, marks=pytest.mark.long) for bits in (2, 8))])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize(("n", "k", "group"), [(70, 192, 64), (64, 120, 24), (3, 50, 50)])
 def test_dequantized(bits: int, act_order: bool, n: int, k: int, group: int) -> None:
