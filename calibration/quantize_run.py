@@ -104,7 +104,7 @@ def quantize(
     model_path: str | None,
     out: str | Path,
     *,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Any | None = None,
     eval_text: Path | None = None,
     measure_speed: bool = True,
     resume: bool = False,
@@ -112,13 +112,17 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize a model into the folder `out`, which must be empty or not exist.
 
-    `options` are the Recipe's fields, given in place of one. Quality is measured on `eval_text`, or on samples held back from the
-    calibration. Raises ValueError for what cannot be (named with its remedy), OSError for files, GateError where the recipe's gate does
-    not hold, VerificationError where the folder does not read back as what was meant.
+    `recipe` may be a transformers GPTQConfig; `options` are a Recipe's fields, given in place of one or beside a GPTQConfig. Quality is
+    measured on `eval_text`, or on samples held back from the calibration. Raises ValueError for what cannot be (named with its remedy),
+    OSError for files, GateError where the recipe's gate does not hold, VerificationError where the folder does not read back as what was
+    meant.
     """
-    if recipe is not None and options:
+    if isinstance(recipe, Recipe) and options:
         raise ValueError(f"give either a recipe or its fields, not both: {', '.join(options)}")
-    chosen = Recipe.from_dict(options) if recipe is None else recipe
+    if recipe is None:
+        chosen = Recipe.from_dict(options)
+    else:
+        chosen = recipe if isinstance(recipe, Recipe) else Recipe.from_gptq_config(recipe, **options)
     folder = Path(out)
     check_out(folder, resume=resume)
 

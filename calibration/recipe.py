@@ -160,6 +160,23 @@ class Recipe:
             given["ignore"] = tuple(given["ignore"])
         return cls(**given)
 
+    @classmethod
+    def from_gptq_config(cls, config: Any, **changes: Any) -> Self:
+        """What a transformers GPTQConfig asks for, with `changes` to a recipe's fields.
+
+        Of its options, `bits`, `group_size`, `sym` and `dataset` (a name) mean the same here; damping and order are chosen here. Raises
+        ValueError for texts given in place of a name, and for `desc_act` with a group size, which engines refuse.
+        """
+        if getattr(config, "desc_act", False) and config.group_size != -1:
+            raise ValueError(
+                "desc_act with a group size is refused by vLLM: give desc_act=False; columns are taken in order of importance anyway"
+            )
+        dataset = getattr(config, "dataset", None)
+        if dataset is not None and not isinstance(dataset, str):
+            raise ValueError("a GPTQConfig's list of texts is not taken: write them to a file and give calibration=FILE")
+        given = {"method": "gptq", "format": "gptq", "bits": config.bits, "group_size": config.group_size, "symmetric": config.sym}
+        return cls.from_dict({**given, **({"calibration": dataset} if dataset else {}), **changes})
+
     def to_dict(self) -> dict[str, Any]:
         """JSON's values, from which `from_dict` makes an equal recipe."""
         return {**asdict(self), "ignore": list(self.ignore)}
