@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 WORK, MODEL = ".quantize", "model"  # inside the output folder, until a run is done; the model inside an attempt's folder
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
-_EVAL_TOKENS = 1 << 15
+_EVAL_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
