@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
 
 from .command import BAD_INPUT, FAILED, INTERRUPTED, CommandParser, at_least, fail
 from .quantize_report import REPORTS, summary, write_reports
@@ -23,18 +27,37 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "octavo quantize") ->
     args = parser.parse(argv)
     if args.out is None and not args.dry_run:
         parser.error("--out DIR is missing: give the folder to write to; --help explains")
-    try:
-        return _run(args)
-    except GateError as error:
-        _tell(error.result, args.report)
-        return fail(prog, f"the quality gate does not hold: {error}", GATE_FAILED)
-    except KeyboardInterrupt:
-        return fail(prog, f"stopped; the finished blocks are in {args.out}: give the same command with --resume to go on", INTERRUPTED)
-    except (ValueError, TypeError) as error:
-        return fail(prog, str(error), BAD_INPUT)
-    except (OSError, RuntimeError) as error:
-        named = isinstance(error, OSError) and error.filename
-        return fail(prog, f"{error.filename}: {error.strerror}" if named else str(error), FAILED)  # type: ignore[union-attr]
+    with _CtrlC() as ctrl_c:
+        try:
+            return _run(args)
+        except GateError as error:
+            _tell(error.result, args.report)
+            return fail(prog, f"the quality gate does not hold: {error}", GATE_FAILED)
+        except (KeyboardInterrupt, ValueError, TypeError, OSError, RuntimeError) as error:
+            if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
+                told = f"stopped; the finished blocks are in {args.out}: give the same command with --resume to go on"
+                return fail(prog, told, INTERRUPTED)
+            text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            return fail(prog, text, BAD_INPUT if isinstance(error, ValueError | TypeError) else FAILED)
+
+
+class _CtrlC:
+    """Remembers that Ctrl-C was pressed: code in C that is interrupted may raise something else than KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._press) if threading.current_thread() is threading.main_thread() else None
+        return self
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        raise KeyboardInterrupt
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -114,7 +137,12 @@ def _parser(prog: str) -> CommandParser:
 
     add = parser.add_argument_group("calibration").add_argument
     add("--calibration", metavar="WHAT", help="self (the model writes it), a text, JSONL or chat file, or a hub data set (default: self)")
-    add("--samples", type=at_least(1), metavar="N", help=f"rows of text (default: {default.samples})")
+    add(
+        "--samples",
+        type=at_least(1),
+        metavar="N",
+        help=f"rows of text at most; --effort says how many of them are used (default: {default.samples})",
+    )
     add("--seqlen", type=at_least(1), metavar="N", help=f"tokens in a row (default: {default.seqlen})")
     add("--seed", type=at_least(0), metavar="N", help=f"of everything drawn (default: {default.seed})")
     add(

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from .float_model import FloatModel
 from .sites import Site
 from .streams import Hidden
-from .tuning import TunedVector, TunedWeight, TuningSchedule, kl_and_gradient, tune
+from .tuning import LOGIT_ROWS, TunedVector, TunedWeight, TuningSchedule, kl_and_gradient, tune
 from .walk import put
 from .work import BlockResult
 
 _BYTES_A_WEIGHT = 12  # its value, its levels, and its gradient while that is there
+_LOGIT_COPIES = 8  # of a part's logits at once: both models', their logarithms, shares, gradients
 _MOST_HELD_BACK = 4  # samples
 
 
@@ -24,7 +25,8 @@ def bytes_needed(model: FloatModel, schedule: TuningSchedule, seqlen: int) -> in
     of_blocks = sum(parameter.numel() for block in model.blocks for parameter in block.parameters())
     outside = sum(parameter.numel() for parameter in model.module.parameters()) - of_blocks
     widest = sum(sum(parameter.shape[-2:]) for block in model.blocks for parameter in block.parameters() if parameter.dim() > 1)
-    return of_blocks * _BYTES_A_WEIGHT + outside * 4 + schedule.batch * seqlen * widest * 8
+    logits = LOGIT_ROWS * model.vocab_size * _LOGIT_COPIES * 4
+    return of_blocks * _BYTES_A_WEIGHT + outside * 4 + schedule.batch * seqlen * widest * 8 + logits
 
 
 @dataclass(frozen=True, eq=False)

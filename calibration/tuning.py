@@ -19,7 +19,7 @@ from .sites import Site
 
 _BETAS = (0.9, 0.95)
 _TINY = 1e-12
-_LOGIT_ROWS = 512  # logits in memory at once
+LOGIT_ROWS = 512  # logits in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +156,8 @@ def kl_and_gradient(hidden: Tensor, target: Tensor, logits_of: Callable[[Tensor]
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1, hidden.shape[-1])
     gradient = torch.empty_like(rows)
     total = 0.0
-    for at in range(0, len(rows), _LOGIT_ROWS):
-        part = slice(at, at + _LOGIT_ROWS)
+    for at in range(0, len(rows), LOGIT_ROWS):
+        part = slice(at, at + LOGIT_ROWS)
         with torch.no_grad():
             reference = logits_of(wanted[part]).log_softmax(-1)
             share = reference.exp()

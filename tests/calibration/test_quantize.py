@@ -289,7 +289,7 @@ def test_a_full_disk_is_seen_before_the_work(llama: Path, tmp_path: Path, monkey
         ({"kv_cache": "fp8", "format": "awq"}, "choose that format"),
         ({"method": "int8", "activations": "static"}, "are fp8's"),
         ({"method": "fp8", "weight_scales": "block", "activations": "static"}, "goes with dynamic inputs"),
-        ({"calibration": "no-such-file.txt", "group_size": 16}, "no-such-file.txt"),
+        ({"calibration": "no-such-file.txt", "group_size": 16, "seqlen": 32}, "no-such-file.txt"),
     ],
 )
 def test_recipes_that_cannot_be(options: dict[str, Any], told: str, llama: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from octavo.__main__ import main
+from octavo.calibration import quantize_cli
 from octavo.calibration.quantize_cli import _share, _size
 
 from .architectures import make
@@ -124,6 +125,20 @@ def test_ctrl_c_says_how_to_go_on(llama: Path, text: Path, tmp_path: Path) -> No
     assert "with --resume to go on" in error
     assert "Traceback" not in error
     assert main(flags(llama, text, out, "--method", "best", "--resume")) == 0
+
+
+def test_ctrl_c_inside_of_c_code_is_told_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise TypeError("could not determine the shape of object type") from None
+
+    monkeypatch.setattr(quantize_cli, "quantize", interrupted)
+    assert main(["quantize", "--out", str(tmp_path / "out")]) == 130
+    assert "--resume to go on" in capsys.readouterr().err
 
 
 def test_sizes_and_shares() -> None:
