@@ -112,9 +112,13 @@ class FloatModel:
         self.names.put(self.module, {name: self._read(name) for name in sources})
 
     def _read(self, name: str) -> Tensor:
-        """Raises ValueError for a tensor that is not finite."""
+        """A tensor as it will be written where it stays as it is: what a GGUF file has in blocks is rounded. Raises ValueError for NaN."""
         tensor = self._reader.read(name)
-        return check_finite(name, tensor) if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point():
+            return tensor
+        check_finite(name, tensor)
+        in_blocks = self._reader.tensors()[name].stored not in _FLOATS
+        return tensor.to(self.names.stored[self.names.targets[name]]) if in_blocks else tensor
 
     # -- running ------------------------------------------------------------------------------------------------------
 

@@ -97,7 +97,9 @@ def make_plan(
     max_memory = recipe.max_memory or int(psutil.virtual_memory().available * _DEFAULT_SHARE)
     weights = sum(n * k for n, k in linears.values())
     overhead = 20 / (size if size > 0 else 1024)
-    after = bytes_before - weights * 2 + int(weights * (recipe.bits + overhead) / 8)
+    others = sum(parameter.numel() for parameter in model.module.parameters()) - weights
+    width = max(dtype.itemsize for dtype in model.names.stored.values())
+    after = others * width + int(weights * ((8 if recipe.eight_bit else recipe.bits) + overhead) / 8)
     streams = (budget.samples + budget.solve_samples) * recipe.seqlen * model.hidden_size * 4
     fixed = _BASE_BYTES + _outer_bytes(model) + _block_bytes(model)
     on_disk = fixed + streams > max_memory

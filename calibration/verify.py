@@ -38,7 +38,8 @@ class DequantizingReader:
         self._reader = open_reader(files)
         self._formats = ModuleFormats(files, read_config(files), self._reader.tensors())
         self._infos = {
-            name: info if name in self._reader.tensors() else replace(info, dtype=torch.float32) for name, info in original.items()
+            name: info if name in self._reader.tensors() else replace(info, dtype=torch.float32, stored="F32")
+            for name, info in original.items()
         }
 
     @property

@@ -141,6 +141,13 @@ def test_ctrl_c_inside_of_c_code_is_told_as_what_it_is(
     assert "--resume to go on" in capsys.readouterr().err
 
 
+@pytest.mark.needs_embedded_model
+def test_a_gguf_file_is_planned_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "210 linears" in printed
+
+
 def test_sizes_and_shares() -> None:
     assert [_size(text) for text in ("8GiB", "8G", "512MiB", "1000", "1.5K")] == [8 << 30, 8 << 30, 512 << 20, 1000, 1536]
     assert [_share(text) for text in ("3%", "0.03", "12.5 %")] == [0.03, 0.03, 0.125]
