@@ -37,7 +37,7 @@ class Quality:
         return self.perplexity / self.original_perplexity - 1
 
 
-def by_engine(original: str | None, quantized: Path, tokens: Sequence[int], *, seqlen: int, text: str) -> Quality:
+def by_engine(original: str, quantized: Path, tokens: Sequence[int], *, seqlen: int, text: str) -> Quality:
     """With Octavo's Engine, which reads and computes both as it would serve them."""
     from octavo import evaluate
 

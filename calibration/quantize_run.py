@@ -336,7 +336,7 @@ class _Run:
             tokens, seqlen = held_back.flatten().tolist(), recipe.seqlen
             text = "text of the model's own" if recipe.calibration == "self" else f"samples held back from {recipe.calibration}"
         if self.served:
-            return by_engine(self.model_path, out, tokens, seqlen=seqlen, text=text)
+            return by_engine(self.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text)
         with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
             original, quantized = (FloatModel(self._transformers_config(), one) for one in (self.reader, reader))
             return by_transformers(original, quantized, tokens, seqlen=seqlen, text=text)
