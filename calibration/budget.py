@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from .recipe import Recipe
+from .recipe import Method, Recipe
 from .solve import Steps
 from .tuning import TuningSchedule
 
@@ -38,16 +39,15 @@ _TUNING_STEPS = {"fast": 0, "default": 40, "best": 256}
 
 
 def _steps(recipe: Recipe) -> Steps:
-    kv_scales = recipe.kv_cache is not None
-    match recipe.method:
-        case "fp8":
-            return Steps(kind="fp8", granularity=recipe.weight_scales, static_inputs=recipe.static_inputs, kv_scales=kv_scales)
-        case "int8":
-            return Steps(kind="int8", scale=True, kv_scales=kv_scales)
-        case "rtn":
-            return Steps(kv_scales=kv_scales)
-        case "awq":
-            return Steps(scale=True, kv_scales=kv_scales)
-        case "best":
-            return Steps(scale=True, orders=("groups", "columns"), damps=(0.003, 0.01), refine_rounds=3, kv_scales=kv_scales)
-    return Steps(scale=recipe.method == "auto", orders=("groups",), kv_scales=kv_scales)
+    return replace(_METHODS[recipe.method](recipe), kv_scales=recipe.kv_cache is not None)
+
+
+_METHODS: Mapping[Method, Callable[[Recipe], Steps]] = {
+    "rtn": lambda recipe: Steps(),
+    "awq": lambda recipe: Steps(scale=True),
+    "gptq": lambda recipe: Steps(orders=("groups",)),
+    "auto": lambda recipe: Steps(scale=True, orders=("groups",)),
+    "best": lambda recipe: Steps(scale=True, orders=("groups", "columns"), damps=(0.003, 0.01), refine_rounds=3),
+    "fp8": lambda recipe: Steps(kind="fp8", granularity=recipe.weight_scales, static_inputs=recipe.static_inputs),
+    "int8": lambda recipe: Steps(kind="int8", scale=True),
+}

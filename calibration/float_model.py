@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..quant.checkpoint.reader import WeightReader
 from ..quant.schemes.base import check_finite
 
+_AS_TUPLE = (False, True)  # what blocks give: a hidden state, or a tuple that begins with it; the model's code tells by what it does
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -47,11 +48,11 @@ class Call:
 class FloatModel:
     """A causal language model in float32. Raises UnknownArchitectureError where there are no blocks to be found."""
 
-    def __init__(self, config: Any, reader: WeightReader, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: Any, reader: WeightReader) -> None:
         from transformers import AutoModelForCausalLM
 
         with _parameters_on_meta():
-            self.module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+            self.module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
         self.module.eval().requires_grad_(False)
         self._reader = reader
         self.blocks_path, self.blocks = _find_blocks(self.module)
@@ -124,7 +125,7 @@ class FloatModel:
 
     def calls(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """The hidden state [B, T, H] that enters the first block for `tokens` int64 [B, T], and what each block is called with."""
-        for as_tuple in self._tuple_first():
+        for as_tuple in _AS_TUPLE:
             recorder = _Recorder(self.blocks, as_tuple)
             with recorder, torch.no_grad(), contextlib.suppress(_NotFollowing):
                 self.module(input_ids=tokens, use_cache=False)
@@ -133,12 +134,9 @@ class FloatModel:
             f"{type(self.module).__name__} does not hand a block's output to the next as it is: it cannot be quantized block by block"
         )
 
-    def _tuple_first(self) -> tuple[bool, ...]:
-        return (False, True)
-
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The logits [B, T, vocab_size] after the last block gave `hidden` for `tokens`."""
-        for as_tuple in self._tuple_first():
+        for as_tuple in _AS_TUPLE:
             with _Recorder(self.blocks, as_tuple, replace=hidden), contextlib.suppress(_NotFollowing):
                 out: Tensor = self.module(input_ids=tokens, use_cache=False).logits
                 return out
@@ -241,7 +239,6 @@ class _Names:
                     self._converted.add(name)
             else:
                 self.unused.append(name)
-
         self._simple = {target: name for name, target in self.targets.items() if name not in self._converted}
 
     def simple(self, parameter: str) -> str:

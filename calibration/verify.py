@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.grouped_linear import GroupedWeight, dequantize
 from ..quant.checkpoint.hf_config import read_config
 from ..quant.checkpoint.open_reader import open_reader
-from ..quant.checkpoint.reader import TensorInfo, WeightReader
+from ..quant.checkpoint.reader import TensorInfo
 from ..quant.checkpoint.resolve import resolve_model
 from ..quant.module_formats import ModuleFormats
 from ..quant.schemes.base import Module, Slice
@@ -139,6 +139,3 @@ def check_logits(found: Tensor, meant: Tensor) -> float:
             f"the written model's logits differ from what was solved by {off:.2g} of the largest: a fault of Octavo, please report it"
         )
     return off
-
-
-__all__ = ["DequantizingReader", "VerificationError", "WeightReader", "check_logits", "check_module"]

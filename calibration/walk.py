@@ -174,8 +174,3 @@ def shapes(model: FloatModel, inputs: Inputs) -> Mapping[str, tuple[int, int]]:
             model.free_block(index)
         found |= {model.block_prefix(index) + name: shape for name, shape in known[signature]}
     return found
-
-
-def _shape(site: Site, block: nn.Module) -> tuple[int, int]:
-    n, k = site.weight(block).shape
-    return n, k
