@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from .recipe import Recipe
+from .recipe import Effort, Recipe
 
 logger = logging.getLogger(__name__)
 
-_EFFORTS = ("fast", "default", "best")
+_EFFORTS: tuple[Effort, ...] = ("fast", "default", "best")
 _KEPT_SHARES = (1 / 16, 1 / 8, 1 / 4)  # of the blocks
 
 
@@ -32,11 +32,16 @@ Result = TypeVar("Result", bound=Tried)
 
 
 def rungs(recipe: Recipe) -> list[Recipe]:
-    """What is tried one after the other: a recipe alone, unless it is `auto` and has a gate."""
-    gated = recipe.max_ppl_increase is not None or recipe.max_kl is not None
-    if recipe.method != "auto" or not gated:
+    """What is tried one after the other: a recipe alone, unless it is `auto` and has a gate. An effort that was asked for is the first."""
+    if not is_gated(recipe):
         return [recipe]
-    return [replace(recipe, effort=effort) for effort in _EFFORTS]  # type: ignore[arg-type]
+    first = 0 if recipe.effort == "default" else _EFFORTS.index(recipe.effort)
+    return [replace(recipe, effort=effort) for effort in _EFFORTS[first:]]
+
+
+def is_gated(recipe: Recipe) -> bool:
+    """Whether there is anything to climb for."""
+    return recipe.method == "auto" and (recipe.max_ppl_increase is not None or recipe.max_kl is not None)
 
 
 def climb(attempt: Callable[[Recipe], Result], recipe: Recipe) -> Result:
@@ -48,7 +53,7 @@ def climb(attempt: Callable[[Recipe], Result], recipe: Recipe) -> Result:
             return result
         logger.warning("the gate does not hold with effort %s: trying %s", ladder[ladder.index(rung) - 1].effort, rung.effort)
         result = attempt(rung)
-    if len(ladder) == 1:
+    if not is_gated(recipe):
         return result
     errors = result.block_errors
     for count in sorted({max(1, round(share * len(errors))) for share in _KEPT_SHARES}):

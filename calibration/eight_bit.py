@@ -18,7 +18,7 @@ from .grid import Grid, writable
 from .moments import Moments
 
 FP8_MAX, INT8_MAX = 448.0, 127.0
-BLOCK = 128
+BLOCK = 128  # rows and columns that one of fp8's scales covers
 Granularity = Literal["channel", "tensor", "block"]
 _EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 

@@ -119,9 +119,25 @@ def by_source(model: FloatModel, index: int, result: BlockResult) -> BySource:
                 found[f"{parent}.{expert}.{leaf}"] = same(codes=codes[expert], scale=scale[expert], zeros=own)
     changed = model.names.restore(model.module, {prefix + name: value for name, value in result.parameters.items()})
     transposed = frozenset(model.names.simple(prefix + site.parameter) for site in result.weights if site.transposed)
-    given = dict(zip(result.weights, result.notes.get("input_scales", ()), strict=False))
-    scales = {model.names.simple(prefix + site.parameter).removesuffix(".weight"): value for site, value in given.items()}
-    return BySource(found, frozenset(restored["codes"]), transposed, changed, scales)
+    return BySource(found, frozenset(restored["codes"]), transposed, changed, _input_scales(model, prefix, result))
+
+
+def _input_scales(model: FloatModel, prefix: str, result: BlockResult) -> dict[str, float]:
+    """Static input scales by module path. An expert's go the way of its rows: one number for each, cut and joined as they are."""
+    rows: dict[str, list[Tensor]] = {}
+    for site, value in zip(result.weights, result.notes.get("input_scales", ()), strict=False):
+        rows.setdefault(prefix + site.parameter, []).append(torch.full((result.weights[site].out_features, 1), value))
+    whole = {prefix + site.parameter for site in result.weights if site.expert is None}
+    tensors = {name: parts[0] if name in whole else torch.stack(parts) for name, parts in rows.items()}
+    found: dict[str, float] = {}
+    for name, tensor in model.names.restore(model.module, tensors).items():
+        path = name.removesuffix(".weight")
+        if tensor.dim() == 2:
+            found[path] = float(tensor[0, 0])
+        else:
+            parent, _, leaf = path.rpartition(".")
+            found |= {f"{parent}.{expert}.{leaf}": float(tensor[expert, 0, 0]) for expert in range(len(tensor))}
+    return found
 
 
 def pack_module(weight: GroupedWeight, recipe: Recipe) -> dict[str, Tensor]:

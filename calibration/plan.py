@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .budget import Budget
+from .eight_bit import BLOCK
 from .float_model import FloatModel
 from .grid import Grid
 from .recipe import Recipe
@@ -61,7 +62,6 @@ class Plan:
     def describe(self) -> str:
         """For people."""
         recipe = self.recipe
-        size = "a row" if self.group_size == -1 else self.group_size
         where = "on disk" if self.on_disk else "in memory"
         schedule = self.budget.schedule
         tuning = f"{schedule.steps} steps over the whole model" if schedule else self.skipped_tuning or "none"
@@ -69,7 +69,7 @@ class Plan:
             ("model", f"{self.model}: {self.num_blocks} blocks, {self.bytes_before / _GIB:.2f} GiB"),
             (
                 "quantized",
-                f"{len(self.linears)} linears; method {recipe.method}, {recipe.bits} bits, groups of {size}, written as {recipe.layout}",
+                f"{len(self.linears)} linears: {recipe.form(self.group_size)}; method {recipe.method}, written as {recipe.layout}",
             ),
             ("left as they are", _some(self.kept) or "embedding and head"),
             (
@@ -93,7 +93,9 @@ def make_plan(
     linears = {path: shape for path, shape in found.items() if not recipe.ignores(path) and not any(size % _PACKED for size in shape)}
     if not linears:
         raise ValueError("there is no linear to quantize: --ignore leaves none, or the model has none that can be packed")
-    size = group_size_of(recipe, linears)
+    size = -1 if recipe.eight_bit else group_size_of(recipe, linears)
+    if recipe.strategy == "block":
+        check_blocks(linears)
     max_memory = recipe.max_memory or int(psutil.virtual_memory().available * _DEFAULT_SHARE)
     weights = sum(n * k for n, k in linears.values())
     overhead = 20 / (size if size > 0 else 1024)
@@ -163,6 +165,14 @@ def _block_bytes(model: FloatModel) -> int:
         return int(4 * (2 * weights + moments + 4 * CHUNK_TOKENS * widest))
 
     return max(map(of, model.blocks))
+
+
+def check_blocks(linears: Mapping[str, tuple[int, int]]) -> None:
+    """Raises ValueError listing every linear ([N, K] by path) that fp8's blocks do not divide."""
+    bad = {path: shape for path, shape in linears.items() if any(size % BLOCK for size in shape)}
+    if bad:
+        lines = "".join(f"\n  {path}: {n} x {k}" for path, (n, k) in bad.items())
+        raise ValueError(f"blocks of {BLOCK} x {BLOCK} do not divide {len(bad)} linears; --weight-scales channel or tensor would:{lines}")
 
 
 def group_size_of(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> int:

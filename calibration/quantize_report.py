@@ -31,15 +31,9 @@ def summary(result: QuantizeResult) -> str:
 def facts(result: QuantizeResult) -> list[tuple[str, str]]:
     """What there is to say, as names and values."""
     recipe = result.recipe
-    size = "a row" if result.group_size == -1 else str(result.group_size)
-    form = (
-        recipe.method
-        if recipe.eight_bit
-        else f"{recipe.bits} bits, {'symmetric' if recipe.is_symmetric else 'asymmetric'}, groups of {size}"
-    )
     rows = [
         ("model", result.model),
-        ("written to", f"{result.out} ({recipe.layout}; {form}; method {recipe.method}, effort {recipe.effort})"),
+        ("written to", f"{result.out} ({recipe.layout}; {recipe.form(result.group_size)}; method {recipe.method}, effort {recipe.effort})"),
         ("linears", f"{len(result.modules)} quantized, {result.bits_per_weight:.2f} bits a weight; {len(result.kept)} left as they are"),
         ("read back", f"every tensor equal; logits within {result.verified:.1g} of the largest"),
     ]

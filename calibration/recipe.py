@@ -81,11 +81,15 @@ class Recipe:
                 raise ValueError(f"{name} {value} is not valid: give more than 0")
 
     def _check_form(self) -> None:
+        if self.method != "fp8" and (self.activations, self.weight_scales) != ("dynamic", "channel"):
+            raise ValueError(f"activations and weight_scales are fp8's: leave them out with method {self.method}")
+        if self.method == "best" and self.effort == "fast":
+            raise ValueError("method best takes the best effort: leave effort out, or choose method auto")
         if self.eight_bit:
+            if self.group_size != "auto":
+                raise ValueError(f"method {self.method} has no groups: leave group_size {self.group_size} out")
             if self.format not in ("auto", "compressed-tensors"):
                 raise ValueError(f"method {self.method} is written as compressed-tensors, not {self.format}: leave format out")
-            if self.method == "int8" and (self.activations, self.weight_scales) != ("dynamic", "channel"):
-                raise ValueError("activations and weight_scales are fp8's: method int8 has dynamic inputs and a scale a channel")
             if self.weight_scales == "block" and self.activations == "static":
                 raise ValueError("weight_scales block goes with dynamic inputs, a scale for each 128 of a token: leave activations out")
             if self.bits not in (4, 8):  # 4 is what nobody asked for
@@ -120,6 +124,14 @@ class Recipe:
         if not self.eight_bit:
             return None
         return self.weight_scales if self.method == "fp8" else "channel"
+
+    def form(self, group_size: int) -> str:
+        """The form of the weights, for people."""
+        if self.eight_bit:
+            inputs = "static" if self.static_inputs else "dynamic"
+            return f"{self.method}, a scale a {self.strategy}, {inputs} inputs"
+        size = "a row" if group_size == -1 else group_size
+        return f"{self.bits} bits, {'symmetric' if self.is_symmetric else 'asymmetric'}, groups of {size}"
 
     @property
     def static_inputs(self) -> bool:

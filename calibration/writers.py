@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels.grouped_linear import GroupedWeight
 from ..quant.schemes.awq import pack_awq
 from ..quant.schemes.words import pack
+from .eight_bit import BLOCK
 
 
 def _zeros(weight: GroupedWeight) -> Tensor:
@@ -75,7 +76,6 @@ def gptq_config(bits: int, group_size: int, *, symmetric: bool) -> dict[str, Any
 
 
 Strategy = Literal["channel", "group", "tensor", "block"]
-BLOCK = 128  # rows and columns that one of fp8's scales covers
 
 
 def compressed_tensors(

@@ -26,6 +26,7 @@ from .architectures import ARCHITECTURES, make
 from .conftest import MakeModel, _write_tokenizer
 
 SMALL: dict[str, Any] = {"samples": 8, "seqlen": 32, "group_size": 16}
+EIGHT: dict[str, Any] = {"samples": 8, "seqlen": 32, "measure_speed": False}
 FAST: dict[str, Any] = {**SMALL, "measure_speed": False}
 
 
@@ -71,7 +72,7 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
 def test_every_form_is_served_as_it_was_solved(form: dict[str, Any], llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = quantize(str(llama), out, **{**FAST, **form}, calibration=str(text))
+    result = quantize(str(llama), out, **{**(FAST if form["method"] not in ("fp8", "int8") else EIGHT), **form}, calibration=str(text))
     assert result.verified == 0  # the folder's logits, read back by Octavo's loader
     assert len(result.modules) == 14
     assert result.quality is not None
@@ -99,6 +100,17 @@ def test_architectures_it_was_not_written_for(name: str, text: Path, tmp_path: P
     experts = ARCHITECTURES[name].get("num_local_experts", ARCHITECTURES[name].get("num_experts", 0))
     if experts:
         assert sum("[" in module for module in result.modules) == 2 * 2 * experts
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_every_expert_has_its_static_input_scale(name: str, text: Path, tmp_path: Path) -> None:
+    folder = with_tokenizer(name, tmp_path / "model")
+    quantize(str(folder), tmp_path / "out", **EIGHT, method="fp8", activations="static", calibration=str(text))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    modules = {key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")}
+    assert sum("experts" in module for module in modules) == 2 * 4 * (3 if name == "mixtral" else 2)
+    assert {key.removesuffix(".input_scale") for key in tensors if key.endswith(".input_scale")} == modules
+    assert all(float(tensors[f"{module}.input_scale"]) > 0 for module in modules)
 
 
 def test_better_methods_are_better(make_model: MakeModel, text: Path, tmp_path: Path) -> None:
@@ -288,6 +300,13 @@ def test_a_full_disk_is_seen_before_the_work(llama: Path, tmp_path: Path, monkey
         ({"max_kl": -1.0}, "max_kl -1.0 is not valid"),
         ({"kv_cache": "fp8", "format": "awq"}, "choose that format"),
         ({"method": "int8", "activations": "static"}, "are fp8's"),
+        ({"method": "awq", "weight_scales": "tensor"}, "are fp8's: leave them out with method awq"),
+        ({"method": "fp8", "group_size": 64}, "method fp8 has no groups"),
+        ({"method": "best", "effort": "fast"}, "takes the best effort"),
+        (
+            {"method": "fp8", "weight_scales": "block", "seqlen": 32},
+            r"do not divide 14 linears; .*\n  model.layers.0.self_attn.q_proj: 64 x 64",
+        ),
         ({"method": "fp8", "weight_scales": "block", "activations": "static"}, "goes with dynamic inputs"),
         ({"calibration": "no-such-file.txt", "group_size": 16, "seqlen": 32}, "no-such-file.txt"),
     ],

@@ -69,7 +69,7 @@ def test_a_gate_that_does_not_hold_ends_with_3(llama: Path, text: Path, tmp_path
 def test_a_dry_run_tells_and_writes_nothing(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags(llama, text, tmp_path / "out", "--dry-run")) == 0
     printed = capsys.readouterr().out
-    assert "14 linears; method auto, 4 bits, groups of 16, written as awq" in printed
+    assert "14 linears: 4 bits, asymmetric, groups of 16; method auto, written as awq" in printed
     assert "peak memory" in printed
     assert not (tmp_path / "out").exists()
 
