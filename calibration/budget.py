@@ -32,10 +32,10 @@ def budget_of(recipe: Recipe) -> Budget:
 
 
 _ALL = 1 << 30
-_SOLVE_SAMPLES = {"fast": 16, "default": 32, "best": _ALL}
+_SOLVE_SAMPLES = {"fast": 16, "default": 32, "best": 64}
 _EIGHT_BIT_SAMPLES = 16
 _TUNING_SAMPLES = {"fast": 0, "default": 48, "best": _ALL}
-_TUNING_STEPS = {"fast": 0, "default": 40, "best": 256}
+_TUNING_STEPS = {"fast": 0, "default": 48, "best": 256}
 
 
 def _steps(recipe: Recipe) -> Steps:

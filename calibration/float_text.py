@@ -11,6 +11,7 @@ import torch
 from .self_text import TEMPERATURE, TOP_P, Generate
 
 BATCH = 32
+_PROMPT_TOKENS = 128  # room for them
 
 
 def served(model_path: str | None) -> bool:
@@ -25,14 +26,15 @@ def served(model_path: str | None) -> bool:
 
 
 @contextmanager
-def drawing(model_path: str | None, root: str) -> Iterator[Generate]:
-    """A Generate of the model, which is in memory inside."""
+def drawing(model_path: str | None, root: str, seqlen: int) -> Iterator[Generate]:
+    """A Generate of the model, which is in memory inside, for texts of up to about `seqlen` tokens."""
     if not served(model_path):
         yield _by_transformers(root)
         return
     from octavo import Engine
 
-    with Engine(model_path, show_progress=False, max_running_requests=BATCH) as engine:
+    pool = BATCH * (seqlen + _PROMPT_TOKENS)
+    with Engine(model_path, show_progress=False, max_running_requests=BATCH, max_total_tokens=pool) as engine:
 
         def generate(prompts: Sequence[Sequence[int]], count: int, seed: int) -> Sequence[Sequence[int]]:
             params = [

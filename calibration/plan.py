@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
 from .budget import Budget
 from .eight_bit import BLOCK
+from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .grid import Grid
 from .recipe import Recipe
@@ -26,6 +26,8 @@ _BASE_BYTES = 700 << 20  # of Python, torch and transformers
 _DEFAULT_SHARE = 0.8  # of the memory that is free
 _GIB = 2**30
 _PROBE_TOKENS = 24
+_SQUARES, _WEIGHT_COPIES = 10, 8  # float32 at once while a linear is solved, [K, K] (some of them float64) and [N, K]
+_EVAL_LOGIT_COPIES = 4  # of a window's: both models', and what is made of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class Plan:
     work_bytes: int  # on disk, until the run is done
     peak_bytes: int
     max_memory: int
+    evaluates_whole: bool  # both models in memory at once, in Octavo's Engine; else block by block
 
     def grid_of(self, path: str, n: int, k: int) -> Grid | None:
         """The grid of a linear [n, k]; None where it stays as it is."""
@@ -78,15 +81,30 @@ class Plan:
             ),
             ("tuning", tuning),
             ("written", f"about {self.bytes_after / _GIB:.2f} GiB, and {self.work_bytes / _GIB:.2f} GiB meanwhile"),
-            ("peak memory", f"about {self.peak_bytes / _GIB:.1f} GiB of the {self.max_memory / _GIB:.1f} allowed"),
+            (
+                "peak memory",
+                f"about {self.peak_bytes / _GIB:.1f} GiB of the {self.max_memory / _GIB:.1f} allowed"
+                + ("; the largest block alone takes more than that" if self.peak_bytes > self.max_memory else ""),
+            ),
         ]
         return "\n".join(f"{name:<18}{value}" for name, value in rows)
 
 
 def make_plan(
-    name: str, model: FloatModel, recipe: Recipe, found: Mapping[str, tuple[int, int]], budget: Budget, bytes_before: int
+    name: str,
+    model: FloatModel,
+    recipe: Recipe,
+    found: Mapping[str, tuple[int, int]],
+    budget: Budget,
+    bytes_before: int,
+    *,
+    served: bool,
 ) -> Plan:
-    """Raises ValueError where nothing is to be quantized, or a group size does not fit, naming every linear that it does not."""
+    """`served`: whether Octavo's Engine runs the architecture.
+
+    Raises ValueError where nothing is to be quantized, a group size does not fit, naming every linear that it does not, or memory is too
+    small for what was asked.
+    """
     if model.context_length is not None and recipe.seqlen > model.context_length:
         context = model.context_length
         raise ValueError(f"seqlen {recipe.seqlen} is beyond the model's context of {context} tokens: give --seqlen {context} or less")
@@ -103,9 +121,16 @@ def make_plan(
     width = max(dtype.itemsize for dtype in model.names.stored.values())
     after = others * width + int(weights * ((8 if recipe.eight_bit else recipe.bits) + overhead) / 8)
     streams = (budget.samples + budget.solve_samples) * recipe.seqlen * model.hidden_size * 4
-    fixed = _BASE_BYTES + _outer_bytes(model) + _block_bytes(model)
+    if recipe.calibration == "self" and _BASE_BYTES + bytes_before > max_memory:
+        raise ValueError(
+            f"the model, {bytes_before / _GIB:.1f} GiB whole, cannot write its own calibration text in {max_memory / _GIB:.1f} GiB: "
+            "give --calibration FILE, or more --max-memory"
+        )
+    fixed = _BASE_BYTES + _outer_bytes(model) + _block_bytes(model, linears)
     on_disk = fixed + streams > max_memory
-    peak = fixed + (0 if on_disk else streams)
+    both = _BASE_BYTES + bytes_before + after + _EVAL_LOGIT_COPIES * DEFAULT_SEQLEN * model.vocab_size * 4
+    whole = served and both <= max_memory
+    peak = max(fixed + (0 if on_disk else streams), both if whole else 0, _BASE_BYTES + bytes_before if recipe.calibration == "self" else 0)
     schedule, skipped = budget.schedule, None
     if schedule is not None:
         needed = _BASE_BYTES + bytes_needed(model, schedule, recipe.seqlen) + (0 if on_disk else streams)
@@ -129,6 +154,7 @@ def make_plan(
         work_bytes=int(weights * 1.1) * (2 if budget.schedule else 1) + (streams if on_disk else 0),
         peak_bytes=peak,
         max_memory=max_memory,
+        evaluates_whole=whole,
     )
 
 
@@ -154,17 +180,19 @@ def _outer_bytes(model: FloatModel) -> int:
     return sum(4 * parameter.numel() for parameter in model.module.parameters() if id(parameter) not in inside)
 
 
-def _block_bytes(model: FloatModel) -> int:
-    """Of the largest block: its weights, one copy, second moments, the activations of a chunk."""
+def _block_bytes(model: FloatModel, linears: Mapping[str, tuple[int, int]]) -> int:
+    """Of the largest block: weights and a copy, second moments, what solving the largest linear takes, the activations of a chunk."""
 
-    def of(block: nn.Module) -> int:
-        shapes = [parameter.shape for parameter in block.parameters()]
-        weights = sum(math.prod(shape) for shape in shapes)
-        moments = sum((shape[0] if len(shape) == 3 else 1) * min(shape[-1], shape[-2]) ** 2 for shape in shapes if len(shape) > 1)
-        widest = max(sum(shape[-2:]) for shape in shapes if len(shape) > 1)
-        return int(4 * (2 * weights + moments + 4 * CHUNK_TOKENS * widest))
+    def of(index: int) -> int:
+        prefix = model.block_prefix(index)
+        shapes = [shape for path, shape in linears.items() if path.startswith(prefix)]
+        weights = 2 * sum(parameter.numel() for parameter in model.blocks[index].parameters())
+        moments = sum(k * k for _, k in shapes)
+        solving = max((_SQUARES * k * k + _WEIGHT_COPIES * n * k for n, k in shapes), default=0)
+        active = sum(n + k for (n, k) in {path.split("[")[0]: shape for path, shape in linears.items() if path.startswith(prefix)}.values())
+        return 4 * (weights + moments + solving + CHUNK_TOKENS * active)
 
-    return max(map(of, model.blocks))
+    return max(map(of, range(len(model.blocks))))
 
 
 def check_blocks(linears: Mapping[str, tuple[int, int]]) -> None:

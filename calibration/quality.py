@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-from .evaluate import Piece, Scores, score_windows
+from .evaluate import LogitsSource, Piece, Scores, score_windows
 from .float_model import FloatModel
+from .streams import Hidden, Inputs
 from .windows import windows_of
+
+_POOL_BEYOND = 64  # tokens a sequence: pages are not filled to the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +60,35 @@ def by_engine(original: str, quantized: Path, tokens: Sequence[int], *, seqlen: 
     )
 
 
-def by_transformers(original: FloatModel, quantized: FloatModel, tokens: Sequence[int], *, seqlen: int, text: str) -> Quality:
-    """With transformers in float32, both models whole in memory."""
-    for model in (original, quantized):
-        model.load_all()
+def by_transformers(
+    original: FloatModel, quantized: FloatModel, tokens: Sequence[int], *, seqlen: int, text: str, scratch: Path | None = None
+) -> Quality:
+    """With transformers in float32, one block in memory at a time; all but the blocks must be loaded. Only whole windows are measured.
 
-    def source(model: FloatModel) -> Any:
+    `scratch`: a folder for the hidden states, which are in memory without one.
+    """
+    windows = windows_of(len(tokens) // seqlen * seqlen, seqlen=seqlen, stride=seqlen)
+    rows = torch.tensor([tokens[window.start : window.end] for window in windows])
+    number = {tuple(row): i for i, row in enumerate(rows.tolist())}
+
+    def source(model: FloatModel, name: str) -> LogitsSource:
+        hidden = Hidden((*rows.shape, model.hidden_size), None if scratch is None else scratch / name)
+        inputs = Inputs(model, rows)
+        inputs.start(hidden)
+        for index in range(len(model.blocks)):
+            block = model.load_block(index)
+            for chunk, out in inputs.run(index, block, hidden):
+                hidden[chunk] = out
+            model.free_block(index)
+
         @torch.no_grad()
         def logits(ids: Sequence[int]) -> Iterable[Piece]:
-            yield 0, model.module(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+            row = [number[tuple(ids)]]
+            yield 0, model.logits(rows[row], hidden[row])[0]
 
         return logits
 
-    scores: Scores = score_windows(tokens, windows_of(len(tokens), seqlen=seqlen, stride=seqlen), source(quantized), source(original))
+    scores: Scores = score_windows(tokens, windows, source(quantized, "quantized-eval.bin"), source(original, "original-eval.bin"))
     assert scores.reference_perplexity is not None
     assert scores.kl is not None
     assert scores.agreement is not None
@@ -104,6 +123,7 @@ def speed_of(model_path: str | None, prompt: Sequence[int], *, new_tokens: int =
         engine.generate(input_ids=[list(prompt)] * count, sampling_params=params)
         return count * new_tokens / (time.perf_counter() - started)
 
-    with Engine(model_path, show_progress=False, max_running_requests=together) as engine:
+    most = len(prompt) + new_tokens + _POOL_BEYOND
+    with Engine(model_path, show_progress=False, max_running_requests=together, max_total_tokens=together * most) as engine:
         timed(engine, 1)
         return Speed(alone=timed(engine, 1), together=timed(engine, together), num_together=together)

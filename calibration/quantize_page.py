@@ -1,18 +1,20 @@
-"""report.html: one page that needs no other file, with a plot of the error by module. Computes nothing."""
+"""report.html: one page that needs no other file, with plots of errors and ranges by module. Computes nothing."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from .quantize_run import QuantizeResult
 
 _SHOWN = 20
+_PLOTTED = {"error": "relative output error", "largest_weight": "largest |weight|", "largest_input": "largest |input|"}
 _PAGE = """<!doctype html>
 <html lang=en>
 <meta charset=utf-8>
@@ -34,8 +36,8 @@ pre { background: #f4f4f4; padding: .6rem; overflow-x: auto }
 <tr><td>{{ key }}</td><td class=number>{{ "%.1f" | format(before) }}</td><td class=number>{{ "%.1f" | format(after) }}</td></tr>
 {% endfor %}
 </table>
-<h2>Error by module</h2>
-{% if plot %}<img alt="relative output error of each module, by block" src="data:image/png;base64,{{ plot }}">
+<h2>Errors and ranges by module</h2>
+{% if plot %}<img alt="error, largest weight and largest input of each module, by block" src="data:image/png;base64,{{ plot }}">
 {% else %}<p>No plot: the package matplotlib is not installed (pip install 'octavo[bench]').</p>{% endif %}
 <h2>Modules that lose most</h2>
 <table>
@@ -70,22 +72,24 @@ def page_of(
 
 
 def _plot(result: QuantizeResult) -> str | None:
-    """A PNG in base64: relative output error of every module, a line for each kind; None where the package that draws is missing."""
+    """A PNG in base64: errors and ranges of every module, a line for each kind; None where the package that draws is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    kinds: dict[str, list[tuple[int, float]]] = {}
+    kinds: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for name, note in result.modules.items():
         block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
-        kinds.setdefault(name.rsplit(".", 1)[-1].split("[")[0], []).append((block, float(note["error"])))
-    figure = Figure(figsize=(9, 4))
-    axes = figure.subplots()
-    for kind, points in kinds.items():
-        axes.plot([x for x, _ in points], [max(y, 1e-12) for _, y in points], marker=".", linewidth=1, label=kind)
-    axes.set(xlabel="block", ylabel="relative output error", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
+        kinds.setdefault(name.rsplit(".", 1)[-1].split("[")[0], []).append((block, note))
+    figure = Figure(figsize=(9, 3 * len(_PLOTTED)))
+    panels = figure.subplots(len(_PLOTTED), sharex=True)
+    for axes, (key, label) in zip(panels, _PLOTTED.items(), strict=True):
+        for kind, points in kinds.items():
+            axes.plot([x for x, _ in points], [max(note[key], 1e-12) for _, note in points], marker=".", linewidth=1, label=kind)
+        axes.set(ylabel=label, yscale="log")
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("block")
+    panels[0].legend(fontsize=8, ncols=2)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
     return base64.b64encode(picture.getvalue()).decode()

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .quantize_flags import REPORT
 from .quantize_page import page_of
 from .quantize_run import QuantizeResult
 
-REPORTS = "report.html"
 _MIB, _GIB = 1 << 20, 1 << 30
 
 
@@ -78,7 +78,7 @@ def commands(result: QuantizeResult) -> list[str]:
 
 def write_reports(result: QuantizeResult, report: Path | None = None) -> list[Path]:
     """report.json, the HTML report (at `report`, or in the folder) and the model card; gives their paths."""
-    page = report or result.out / REPORTS
+    page = report or result.out / REPORT
     data = result.out / "report.json"
     card = result.out / "README.md"
     data.write_text(to_json(result) + "\n", encoding="utf-8")

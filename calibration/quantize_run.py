@@ -49,7 +49,8 @@ _EVAL_TOKENS = 1 << 14
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeResult:
-    """What was written, and what it cost. `modules`: by path, the relative output error, how it was rounded, the tokens that it saw."""
+    """What was written, and what it cost. `modules`: by path, the relative output error, how it was rounded, the tokens that
+    it saw, the largest weight and the largest input."""
 
     out: Path
     model: str
@@ -174,7 +175,7 @@ class _Run:
         model.load_outer()
         found = shapes(model, probe_inputs(model))
         size = sum(info.nbytes for info in self.reader.tensors().values())
-        return model, make_plan(self.files.name, model, self.recipe, found, budget_of(self.recipe), size)
+        return model, make_plan(self.files.name, model, self.recipe, found, budget_of(self.recipe), size, served=self.served)
 
     def all(self, place: Path, out: Path, *, measure_speed: bool, resume: bool) -> QuantizeResult:
         """Everything, in the work folder `place`; the model is made in its subfolder MODEL, and is meant to lie in `out` one day."""
@@ -199,7 +200,7 @@ class _Run:
         with self._timed("verifying"):
             verified = self._verify(made, model, results, written, tokens[:1])
         with self._timed("evaluating"):
-            quality = self._evaluate(made, model, held_back, written)
+            quality = self._evaluate(made, model, held_back, written, plan)
             before, after = self._speeds(made, tokens[0].tolist()) if measure_speed and self.served else (None, None)
         notes = results.notes()
         return QuantizeResult(
@@ -259,7 +260,7 @@ class _Run:
         count = budget_of(recipe).samples + held_back
         if recipe.calibration == "self":
             with (
-                drawing(self.model_path, str(self.files.root)) as generate,
+                drawing(self.model_path, str(self.files.root), recipe.seqlen) as generate,
                 Progress("writing text", count * recipe.seqlen, "tokens") as bar,
             ):
                 return write_samples(
@@ -267,9 +268,8 @@ class _Run:
                 )
         file = recipe.calibration_file()
         texts = hub_texts(recipe.calibration, tokenizer) if file is None else read_texts(file, tokenizer)
-        rows = rows_of(texts, tokenizer, samples=count, seqlen=recipe.seqlen, where=recipe.calibration)
-        order = torch.arange(count) if not held_back else torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed))
-        return rows[order]
+        rows = rows_of(texts, tokenizer, samples=count, seqlen=recipe.seqlen, where=recipe.calibration, of=recipe.samples + held_back)
+        return rows[torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed))]
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -327,7 +327,7 @@ class _Run:
                 again.free_block(index)
             return check_logits(again.logits(tokens, found), model.logits(tokens, meant))
 
-    def _evaluate(self, out: Path, model: FloatModel, held_back: Tensor, written: Written) -> Quality:
+    def _evaluate(self, out: Path, model: FloatModel, held_back: Tensor, written: Written, plan: Plan) -> Quality:
         recipe = self.recipe
         if self.eval_text is not None:
             tokens = self._tokenizer()(self.eval_text.read_text(encoding="utf-8")).input_ids[:_EVAL_TOKENS]
@@ -335,11 +335,12 @@ class _Run:
         else:
             tokens, seqlen = held_back.flatten().tolist(), recipe.seqlen
             text = "text of the model's own" if recipe.calibration == "self" else f"samples held back from {recipe.calibration}"
-        if self.served:
+        if plan.evaluates_whole:
             return by_engine(self.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text)
         with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
-            original, quantized = (FloatModel(self._transformers_config(), one) for one in (self.reader, reader))
-            return by_transformers(original, quantized, tokens, seqlen=seqlen, text=text)
+            quantized = FloatModel(self._transformers_config(), reader)
+            quantized.load_outer()
+            return by_transformers(model, quantized, tokens, seqlen=seqlen, text=text, scratch=out.parent if plan.on_disk else None)
 
     def _speeds(self, out: Path, prompt: list[int]) -> tuple[Speed, Speed]:
         return speed_of(self.model_path, prompt), speed_of(str(out), prompt)

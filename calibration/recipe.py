@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Method = Literal["auto", "awq", "gptq", "best", "fp8", "int8", "rtn"]
 Format = Literal["auto", "awq", "gptq", "compressed-tensors"]
@@ -30,7 +31,7 @@ class Recipe:
     group_size      inputs that share a scale; "auto": 64, or what divides every linear, at most 128
     format          of the checkpoint; auto: awq for asymmetric 4 bits, gptq for symmetric ones, compressed-tensors for the others
     symmetric       one zero point for all; None: what every engine reads (asymmetric for awq, symmetric for the others)
-    calibration     "self": the model writes its own; else a text, JSONL or chat file, or a hub data set
+    calibration     "self": the model writes its own; else a text, JSONL or chat file, or a hub data set (NAME or NAME:CONFIG)
     activations     of fp8: inputs rounded by a scale found for each token as it comes ("dynamic") or from calibration ("static")
     weight_scales   of fp8: one a channel, one a tensor, or one a block of 128 x 128
     ignore          regular expressions over module paths: what matches stays as it is
@@ -146,6 +147,8 @@ class Recipe:
     @property
     def scale_dtype(self) -> torch.dtype:
         """What scales are written as."""
+        import torch
+
         return torch.bfloat16 if self.layout == "compressed-tensors" else torch.float16
 
     @property

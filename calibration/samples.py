@@ -29,28 +29,30 @@ class NotEnoughTextError(ValueError):
     """A calibration text that is too short."""
 
 
-def rows_of(texts: Iterable[str], tokenizer: Tokenizer, *, samples: int, seqlen: int, where: str) -> Tensor:
+def rows_of(texts: Iterable[str], tokenizer: Tokenizer, *, samples: int, seqlen: int, where: str, of: int = 0) -> Tensor:
     """int64 [samples, seqlen]: the texts' tokens one after the other, cut into rows, each with the BOS token that a text gets.
 
-    Raises NotEnoughTextError, saying how many rows there would be.
+    They are spread evenly over the first `of` rows of the text, as far as there are so many. Raises NotEnoughTextError, saying how many
+    rows there would be.
     """
     start = list(tokenizer("").input_ids)[:1]
     if start and start[0] != tokenizer.bos_token_id:
         start = []
     room = seqlen - len(start)
-    wanted = samples * room
+    wanted = max(samples, of) * room
     tokens: list[int] = []
     for text in texts:
         if len(tokens) >= wanted:
             break
         tokens += tokenizer(text, add_special_tokens=False).input_ids
-    rows = min(samples, len(tokens) // room)
+    rows = min(max(samples, of), len(tokens) // room)
     if rows < samples:
         remedy = f"give --samples {rows}, a smaller --seqlen" if rows else f"give --seqlen {max(16, len(tokens) // 2)} or less"
         raise NotEnoughTextError(
             f"{where} has {len(tokens)} tokens, which makes {rows} samples of {seqlen} where {samples} are wanted: {remedy}, or more text"
         )
-    return torch.tensor([start + tokens[i * room : (i + 1) * room] for i in range(samples)], dtype=torch.int64)
+    chosen = [i * rows // samples for i in range(samples)]
+    return torch.tensor([start + tokens[i * room : (i + 1) * room] for i in chosen], dtype=torch.int64)
 
 
 def read_texts(file: Path, tokenizer: Tokenizer) -> Iterator[str]:
@@ -117,7 +119,10 @@ def _conversation(turns: Sequence[Any], tokenizer: Tokenizer, where: str) -> str
 
 
 def hub_texts(name: str, tokenizer: Tokenizer) -> Iterator[str]:
-    """The texts of the train split of a hub data set. Raises ValueError where it, or the library that reads it, is not to be had."""
+    """The texts of the train split of a hub data set, NAME or NAME:CONFIG, as many as are asked for.
+
+    Raises ValueError where it, or the library that reads it, is not to be had.
+    """
     try:
         from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -126,7 +131,8 @@ def hub_texts(name: str, tokenizer: Tokenizer) -> Iterator[str]:
             "pip install datasets, give a file, or take --calibration self"
         ) from None
     try:
-        items = load_dataset(name, split="train", streaming=True)
+        path, _, config = name.partition(":")
+        items = load_dataset(path, config or None, split="train", streaming=True)
         for at, item in enumerate(items, 1):
             yield _text_of(item, tokenizer, f"{name}: entry {at}")
     except (OSError, RuntimeError) as error:

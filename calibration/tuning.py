@@ -24,10 +24,10 @@ LOGIT_ROWS = 512  # logits in memory at once
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSchedule:
-    """`steps` of `batch` samples. Rates are about the largest change of a step, relative."""
+    """`steps` of `batch` samples: steps on one do more than half as many on two. Rates are about the largest change of a step, relative."""
 
     steps: int
-    batch: int = 2
+    batch: int = 1
     scale_rate: float = 1e-3
     norm_rate: float = 1e-3
     seed: int = 0

@@ -101,6 +101,7 @@ class Walk:
             for _ in self._inputs.run(index, block, self._quantized):
                 pass
         self._advance_floats(index, block)
+        ranges_of = {site: _ranges(site, block, collector) for site in grids}
         before = {key: value.data.clone() for key, value in block.named_parameters()} if steps.scale else {}
         stored = {name: self._model.names.stored[prefix + name] for name in before}
         scalings = apply_scales(block, structure.folds, collector, grids, stored, steps) if steps.scale else {}
@@ -110,7 +111,12 @@ class Walk:
             known = collector.of(group[0], k)
             for site, solved in zip(group, solve_group([site.weight(block) for site in group], known, grids[group[0]], steps), strict=True):
                 weights[site] = solved.weight
-                modules[prefix + str(site)] = {"error": solved.relative_error, "how": solved.how, "tokens": known.count}
+                modules[prefix + str(site)] = {
+                    "error": solved.relative_error,
+                    "how": solved.how,
+                    "tokens": known.count,
+                    **ranges_of[site],
+                }
         quantized = {site.parameter for site in weights}
         changed = {
             key: value.data.to(stored[key]).float()
@@ -146,6 +152,12 @@ class Walk:
             off += float((out - want).square().sum(dtype=torch.float64))
             size += float(want.square().sum(dtype=torch.float64))
         return off / size if size else 0.0
+
+
+def _ranges(site: Site, block: nn.Module, collector: Collector) -> dict[str, float]:
+    """The largest |weight| of a site and the largest |x| that it was given, as the model has them."""
+    weight = site.weight(block)
+    return {"largest_weight": float(weight.abs().max()), "largest_input": float(collector.of(site, weight.shape[1]).largest.max())}
 
 
 @torch.no_grad()

@@ -145,11 +145,13 @@ def _is_kernels_init(path: Path) -> bool:
 
 def package_list_faults(root: Path) -> list[str]:
     """Where `packages` in pyproject.toml differs from the folders that hold modules or data. Micro-benchmarks do not ship."""
-    listed = set(tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    listed = set(setup["packages"])
+    elsewhere = {folder: name for name, folder in setup.get("package-dir", {}).items()}  # a folder that is installed under another name
     relative = [path.relative_to(root) for path in files_of(root) if path.suffix != ".md"]
     folders = {path.parent for path in relative if path.parts[0] in MAY_IMPORT}
     shipped = {folder for folder in folders if folder.parts[0] != "benchmarks" or len(folder.parts) == 1}
-    actual = {"octavo", *(".".join(["octavo", *folder.parts]) for folder in shipped)}
+    actual = {"octavo", *(elsewhere.get(folder.as_posix()) or ".".join(["octavo", *folder.parts]) for folder in shipped)}
     return sorted([f"{name}: not listed" for name in actual - listed] + [f"{name}: listed, but empty" for name in listed - actual])
 
 
@@ -193,7 +195,9 @@ def test_import_octavo_is_light(tmp_path: Path) -> None:
     assert loaded_by("import octavo", {"torch", "numpy", "transformers", "numba", "octavo.runtime", "octavo.serve"}, tmp_path) == []
 
 
-@pytest.mark.parametrize("module", ["serve.cli", "serve.kernels_cli", "benchmarks.cli", "calibration.eval_cli"])
+@pytest.mark.parametrize(
+    "module", ["serve.cli", "serve.kernels_cli", "benchmarks.cli", "calibration.eval_cli", "calibration.quantize_flags"]
+)
 def test_commands_answer_help_without_loading_torch(tmp_path: Path, module: str) -> None:
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
     assert loaded_by(f"import octavo.{module}", {"torch", "transformers", "numba", "triton"}, tmp_path) == []

@@ -176,10 +176,19 @@ def _stop(*args: Any, **kwargs: Any) -> Any:
 
 def test_activations_on_disk_give_the_same_bytes(llama: Path, text: Path, tmp_path: Path) -> None:
     options = {**FAST, "method": "gptq", "calibration": str(text)}
-    quantize(str(llama), tmp_path / "memory", **options)
-    assert plan(str(llama), Recipe(**SMALL, max_memory=1 << 20)).on_disk
-    quantize(str(llama), tmp_path / "disk", **options, max_memory=1 << 20)
+    in_memory = quantize(str(llama), tmp_path / "memory", **options)
+    assert plan(str(llama), Recipe(**SMALL, calibration=str(text), max_memory=1 << 20)).on_disk
+    on_disk = quantize(str(llama), tmp_path / "disk", **options, max_memory=1 << 20)
     assert digests(tmp_path / "disk") == digests(tmp_path / "memory")
+    assert (in_memory.quality.by, on_disk.quality.by) == ("octavo", "transformers")  # the latter a block at a time
+    assert on_disk.quality.num_tokens == in_memory.quality.num_tokens
+    assert on_disk.quality.perplexity == pytest.approx(in_memory.quality.perplexity, rel=0.01)  # bfloat16 there, float32 here
+    assert on_disk.quality.kl_mean == pytest.approx(in_memory.quality.kl_mean, rel=0.1)
+
+
+def test_a_model_too_large_to_write_its_own_text(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot write its own calibration text in 0.0 GiB: give --calibration FILE"):
+        quantize(str(llama), tmp_path / "out", **FAST, max_memory=1 << 20)
 
 
 def test_tuning_that_does_not_fit_is_left_out_and_said(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from octavo.__main__ import main
 from octavo.calibration import quantize_cli
-from octavo.calibration.quantize_cli import _share, _size
+from octavo.calibration.quantize_flags import _share, _size
 
 from .architectures import make
 from .conftest import _write_tokenizer
@@ -40,9 +40,12 @@ def flags(llama: Path, text: Path, out: Path, *more: str) -> list[str]:
     return ["quantize", "--model-path", str(llama), "--out", str(out), "--calibration", str(text), *small, *more]
 
 
-def test_a_run_prints_a_table_and_writes_reports(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_a_table_and_writes_reports(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "out"
     assert main(flags(llama, text, out, "--method", "gptq", "--format", "gptq")) == 0
+    assert "peak memory       about" in caplog.text  # the plan, before the work
     printed = capsys.readouterr().out
     for part in ("14 quantized", "perplexity", "KL(original || quantized)", "read back", f"octavo serve --model-path {out}", "peak memory"):
         assert part in printed
@@ -50,6 +53,7 @@ def test_a_run_prints_a_table_and_writes_reports(llama: Path, text: Path, tmp_pa
     assert report["format"] == 1
     assert report["quality"]["kl_mean"] > 0
     assert len(report["modules"]) == 14
+    assert all(note["largest_weight"] > 0 and note["largest_input"] > 0 for note in report["modules"].values())
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "model.layers.1.mlp.down_proj" in page

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from octavo.calibration.samples import NotEnoughTextError, read_texts, rows_of
+from octavo.calibration.samples import NotEnoughTextError, hub_texts, read_texts, rows_of
 from octavo.calibration.self_text import write_samples
 
 from .conftest import BOS, MakeModel
@@ -90,6 +92,35 @@ def test_what_is_no_text(content: str, told: str, tmp_path: Path, plain: Any) ->
     file.write_text(content)
     with pytest.raises(ValueError, match=told):
         list(read_texts(file, plain))
+
+
+def test_rows_are_spread_over_the_text(plain: Any) -> None:
+    rows = rows_of(["".join(chr(97 + i % 26) * 16 for i in range(40))], plain, samples=4, seqlen=16, where="text", of=12)
+    first = plain("a").input_ids[0]
+    assert [sorted({int(token) - first for token in row}) for row in rows] == [[0], [3], [6], [9]]
+    short = rows_of(["a" * 16 + "b" * 16 + "c" * 16], plain, samples=2, seqlen=16, where="text", of=12)
+    assert [int(row[0]) - first for row in short] == [0, 1]
+
+
+def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch, plain: Any) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(path: str, config: str | None, **options: Any) -> Iterator[dict[str, str]]:
+        asked.append((path, config, options))
+        if path == "nowhere":
+            raise FileNotFoundError("no such data set")
+        return ({"text": f"text {i}"} for i in range(10**9))
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert next(hub_texts("wikitext:wikitext-2-raw-v1", plain)) == "text 0"
+    assert rows_of(hub_texts("some/set", plain), plain, samples=2, seqlen=16, where="some/set").shape == (2, 16)
+    assert [(path, config) for path, config, _ in asked] == [("wikitext", "wikitext-2-raw-v1"), ("some/set", None)]
+    assert asked[0][2] == {"split": "train", "streaming": True}
+    with pytest.raises(ValueError, match="'nowhere' is no file here, and the hub gave no such data set"):
+        next(hub_texts("nowhere", plain))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        next(hub_texts("some/set", plain))
 
 
 def test_a_model_writes_rows_of_its_own(with_bos: Any) -> None:
