@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,8 @@ class EngineConfig:
     max_total_tokens: int | None = None  # tokens in the KV pool; None: what mem_fraction_static leaves
     max_running_requests: int = 256
     max_queued_requests: int | None = None
+    queue_timeout_s: float | None = None  # a request that waits longer for its turn ends with 503
+    request_timeout_s: float | None = None  # a request that is older ends with 504
     chunked_prefill_size: int | None = None  # tokens a step computes at most; None: 2048 on CUDA, 256 on the CPU
     page_size: int = 16
     schedule_policy: Policy = "fcfs"
@@ -87,6 +90,10 @@ class EngineConfig:
             raise ValueError("--load-format dummy makes weights out of a config.json: name its folder or hub id with --model-path")
         if self.cuda_graph_max_bs is not None and self.disable_cuda_graph:
             raise ValueError(f"--cuda-graph-max-bs {self.cuda_graph_max_bs} and --disable-cuda-graph contradict each other: leave one out")
+        for name in ("queue_timeout_s", "request_timeout_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise ValueError(f"{_flag(name.removesuffix('_s'))} {seconds!r} is not valid: give seconds, more than 0")
         cached = self.max_radix_cache_len
         if cached is not None and (not isinstance(cached, int) or isinstance(cached, bool) or cached < 0):
             raise ValueError(f"--max-radix-cache-len {cached!r} is not valid: give 0 or more tokens")

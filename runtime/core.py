@@ -32,6 +32,7 @@ from .transfer import Fetch, HostCopy, to_device
 
 _MIXED_CHUNK = {"cpu": 32, "cuda": 512}
 _RATE_WINDOW_S = 10.0
+_EXPIRE_EVERY_S = 0.1
 
 logger = logging.getLogger("octavo.runtime")
 
@@ -82,6 +83,7 @@ class EngineCore:
         self._prompt_logprobs: dict[str, dict[int, TokenLogprob]] = {}
         self._logits_sinks: dict[str, LogitsSink] = {}
         self._recent: deque[tuple[float, int]] = deque()
+        self._expired_s = 0.0  # when it was last looked for what has waited too long
 
     def add(
         self,
@@ -101,7 +103,17 @@ class EngineCore:
         """
         max_tokens = admit(prompt, params, self.limits)
         tokens = list(prompt)
-        request = Request(request_id, len(tokens), tokens, params, max_tokens, stop_token_ids, namespace=namespace, priority=priority)
+        request = Request(
+            request_id,
+            len(tokens),
+            tokens,
+            params,
+            max_tokens,
+            stop_token_ids,
+            namespace=namespace,
+            priority=priority,
+            arrived_s=time.monotonic(),
+        )
         try:
             self.scheduler.add(request)
         except QueueFull as error:
@@ -132,6 +144,10 @@ class EngineCore:
     @torch.inference_mode()  # the sampler edits the runner's logits in place, which torch allows in this mode alone
     def step(self) -> list[TokenOutput]:
         """Launch one batch and give what has landed: this very batch, or with `overlap` the one before. Empty when there is nothing."""
+        expired = self._expire()
+        return expired + self._step()
+
+    def _step(self) -> list[TokenOutput]:
         batch = self.scheduler.schedule()
         if batch is None:
             return self._land()
@@ -142,9 +158,33 @@ class EngineCore:
                 raise
             return self._land() + self._relieve(batch, error)
         self.scheduler.launch(batch)
+        now = time.monotonic()
+        for row in batch.rows:
+            if row.request.started_s is None:
+                row.request.started_s = now
         outputs = self._land()
         self._flight = flight
         return outputs if self._overlap else self._land()
+
+    def _expire(self) -> list[TokenOutput]:
+        """End what has waited or run for longer than it may."""
+        queue, total = self.config.queue_timeout_s, self.config.request_timeout_s
+        now = time.monotonic()
+        if (queue is None and total is None) or now - self._expired_s < _EXPIRE_EVERY_S:
+            return []
+        self._expired_s = now
+        outputs = []
+        for request in self.scheduler.requests:
+            age = now - request.arrived_s
+            if total is not None and age > total:
+                finish = FinishReason("abort", message=f"the request was not done within {total:g} s (--request-timeout)", status_code=504)
+            elif queue is not None and request.started_s is None and age > queue:
+                told = f"the request waited {age:.1f} s for its turn, longer than {queue:g} s (--queue-timeout): try again later"
+                finish = FinishReason("abort", message=told, status_code=503)
+            else:
+                continue
+            outputs.append(self.abort(request.request_id, finish))
+        return [output for output in outputs if output is not None]
 
     def _launch(self, batch: Batch) -> _Flight:
         """Have the device compute and sample a batch. What the host knows stays as it was."""
@@ -217,6 +257,7 @@ class EngineCore:
         return {
             "num_running_reqs": len(scheduler.running),
             "num_waiting_reqs": len(scheduler.waiting),
+            "num_waiting_tokens": sum(request.num_pending for request in scheduler.waiting),
             "num_used_tokens": used,
             "max_total_num_tokens": self.runner.pool.num_tokens,
             "token_usage": round(used / self.runner.pool.num_tokens, 4),
@@ -225,8 +266,16 @@ class EngineCore:
             "cache_hit_rate": round(counters.cached_tokens / counters.prompt_tokens, 4) if counters.prompt_tokens else 0.0,
             "gen_throughput": round(self._rate(), 2),
             "num_steps": self.num_steps,
+            "device_memory_used_bytes": self._device_memory(),
             **vars(counters),
         }
+
+    def _device_memory(self) -> int | None:
+        """Bytes of the GPU that are taken, by whomever; None on the CPU."""
+        if self.runner.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.runner.device)
+        return total - free
 
     def _launch_prompt_logprobs(
         self, batch: Batch, logits: torch.Tensor
@@ -263,6 +312,7 @@ class EngineCore:
             cached_tokens=request.cached_tokens or 0,
             prompt_logprobs=self._prompt_logprobs_of(request),
             num_retractions=request.num_retractions,
+            queue_s=request.queue_s,
         )
 
     def _prompt_logprobs_of(self, request: Request) -> tuple[TokenLogprob, ...]:

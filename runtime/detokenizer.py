@@ -52,6 +52,7 @@ class OutputProcessor:
             prompt_logprobs=output.prompt_logprobs,
             finish=self._finish,
             num_retractions=output.num_retractions,
+            queue_s=output.queue_s,
         )
 
     def _take_tokens(self, output: TokenOutput) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from .config import EngineConfig
+from .logs import LogSettings
 from .outputs import TokenOutput
 from .sampling_params import SamplingParams
 
@@ -98,6 +99,14 @@ def encode_config(config: EngineConfig) -> str:
 
 def decode_config(text: str) -> EngineConfig:
     return msgspec.json.decode(text, type=EngineConfig)
+
+
+def encode_logs(logs: LogSettings) -> str:
+    return msgspec.json.encode(logs).decode()
+
+
+def decode_logs(text: str) -> LogSettings:
+    return msgspec.json.decode(text, type=LogSettings)
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:

@@ -42,6 +42,7 @@ class TokenOutput:
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # whole prompt, once, with the first output
     num_retractions: int = 0
+    queue_s: float = 0.0  # seconds that the request waited for its first step
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,4 @@ class TextOutput:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     num_retractions: int = 0
+    queue_s: float = 0.0

@@ -26,6 +26,7 @@ from .admission import EngineLimits, admit
 from .client import EngineDead, Health, ModelInfo, RequestRefused
 from .config import EngineConfig
 from .detokenizer import OutputProcessor
+from .logs import LogSettings
 from .messages import (
     Abort,
     Add,
@@ -40,6 +41,7 @@ from .messages import (
     Shutdown,
     ToEngine,
     encode_config,
+    encode_logs,
     encoder,
     from_engine_decoder,
     pack_tokens,
@@ -50,6 +52,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("octavo.engine")
 
+DUMP_STACKS = signal.SIGUSR1  # the engine process writes what each of its threads is doing
 SILENT_AFTER_S = 20.0  # without a turn of the engine's loop for so long, it counts as hung
 _POLL_MS = 100
 _ANSWER_TIMEOUT_S = 30.0
@@ -59,10 +62,10 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 Event = TokenOutput | Exception
 
 
-def launch_engine(config: EngineConfig, *, log_level: str = "info") -> EngineProcess:
+def launch_engine(config: EngineConfig, *, logs: LogSettings | None = None) -> EngineProcess:
     """Start an engine process and wait until its model is loaded. Raises ValueError for what the user can mend, EngineDead otherwise."""
     files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights)
-    engine = EngineProcess(config, files, log_level=log_level)
+    engine = EngineProcess(config, files, logs=logs)
     try:
         tokenizer = load_tokenizer(files, tokenizer_path=config.tokenizer_path, chat_template=config.chat_template)
         engine.wait_ready(tokenizer)
@@ -92,7 +95,7 @@ def _start_deaf_to_ctrl_c(command: Sequence[str]) -> subprocess.Popen[bytes]:
 class EngineProcess:
     """An EngineClient over a child process. Requests belong to one event loop; a thread of its own reads what the engine sends."""
 
-    def __init__(self, config: EngineConfig, files: ModelFiles, *, log_level: str = "info") -> None:
+    def __init__(self, config: EngineConfig, files: ModelFiles, *, logs: LogSettings | None = None) -> None:
         self._files = files
         self._is_embedded = config.model_path is None
         self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # only this user can enter it
@@ -104,12 +107,20 @@ class EngineProcess:
         self._inbox = context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
         self._inbox.bind(f"ipc://{self._folder}/from_engine")
-        command = [sys.executable, "-m", "octavo.runtime.worker", str(self._folder), encode_config(config), log_level]
+        command = [
+            sys.executable,
+            "-m",
+            "octavo.runtime.worker",
+            str(self._folder),
+            encode_config(config),
+            encode_logs(logs or LogSettings()),
+        ]
         self._process = _start_deaf_to_ctrl_c(command)
         self._ready: Future[Ready] = Future()
         self._dead = threading.Event()
         self._cause = ""
         self._closing = False
+        self._is_silent = False
         self._last_turn = time.monotonic()
         self._requests: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Event]]] = {}
         self._answers: dict[int, Future[Any]] = {}
@@ -273,6 +284,7 @@ class EngineProcess:
                 self._deliver(from_engine_decoder.decode(self._inbox.recv()))
             elif (code := self._process.poll()) is not None:
                 break
+            self._watch()
         if not self._cause:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
             self._cause = f"the engine process {how}"
@@ -285,6 +297,18 @@ class EngineProcess:
         for loop, events in list(self._requests.values()):
             self._post(loop, events, EngineDead(self._cause))
         self._inbox.close()
+
+    def _watch(self) -> None:
+        """Tell, once for each time, that a running engine has fallen silent, and have it write its stacks to stderr."""
+        age = time.monotonic() - self._last_turn
+        if not self._ready.done() or self._closing or age <= SILENT_AFTER_S:
+            if self._is_silent and age <= SILENT_AFTER_S:
+                self._is_silent = False
+                logger.warning("the engine answers again")
+        elif not self._is_silent:
+            self._is_silent = True
+            logger.critical("the engine has not answered for %.0f s: health is red, the stacks of its threads follow on stderr", age)
+            self._process.send_signal(DUMP_STACKS)
 
     def _deliver(self, message: FromEngine) -> None:
         match message:

@@ -40,6 +40,13 @@ class Request:
     leader: Request | None = field(default=None, repr=False)  # while waiting: who computes the pages that this one will share
     num_followed: int = 0  # leading tokens known to equal the leader's
     finish: FinishReason | None = None
+    arrived_s: float = 0.0  # by time.monotonic
+    started_s: float | None = None  # when its first step was launched
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds that it waited for its first step; 0 while it does."""
+        return 0.0 if self.started_s is None else self.started_s - self.arrived_s
 
     @property
     def is_running(self) -> bool:

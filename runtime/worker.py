@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ import traceback
 import zmq
 
 from .errors import RequestRefused
+from .logs import set_up_logging
 from .messages import (
     Abort,
     Add,
@@ -27,6 +29,7 @@ from .messages import (
     Shutdown,
     ToEngine,
     decode_config,
+    decode_logs,
     encoder,
     to_engine_decoder,
     unpack_tokens,
@@ -151,11 +154,13 @@ class _Worker:
             self.send(Heartbeat(time.monotonic() - self._last_turn))
 
 
-def main(folder: str, config_text: str, log_level: str) -> int:
-    """Entry of the engine process: the sockets' folder, the EngineConfig as JSON, and a log level."""
+def main(folder: str, config_text: str, logs_text: str) -> int:
+    """Entry of the engine process: the sockets' folder, the EngineConfig and the LogSettings as JSON."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the server decides when the engine stops
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # runtime/process.py asks so, when nothing else is answered
+    set_up_logging(decode_logs(logs_text), rotates=False)
     prepare_environment()
     code = _Worker(folder).run(config_text)
     zmq.Context.instance().destroy(linger=2000)

@@ -6,12 +6,13 @@ from fastapi import FastAPI
 
 from .. import __version__
 from ..runtime.client import EngineClient
-from . import control
+from . import control, figures, probes, tokens
 from .chat import chat_completions
 from .completions import completions
 from .context import ServeContext
 from .errors import Handler, guarded, install_router_errors
 from .generate import generate
+from .http_limits import BodyLimit
 from .middleware import BearerAuth, Exchanges
 from .openapi import openapi_of
 from .options import ServerOptions
@@ -23,7 +24,18 @@ _ROUTES: tuple[tuple[str, list[str], Handler, str], ...] = (
     ("/v1/models", ["GET"], control.list_models, "The model served"),
     ("/v1/models/{model:path}", ["GET"], control.get_model, "One model by name"),
     ("/generate", ["POST"], generate, "Continue a text (SGLang's API)"),
-    ("/health", ["GET"], control.health, "Whether the engine answers"),
+    ("/tokenize", ["POST"], tokens.tokenize, "Text or a conversation to token ids"),
+    ("/detokenize", ["POST"], tokens.detokenize, "Token ids to text"),
+    ("/v1/embeddings", ["POST"], control.embeddings, "Refused: the model generates text"),
+    ("/health", ["GET"], probes.health, "Whether the engine answers"),
+    ("/ready", ["GET"], probes.ready, "Whether a request would be answered"),
+    ("/livez", ["GET"], probes.live, "Whether anything but a restart could help"),
+    ("/health_generate", ["GET"], probes.health_generate, "Whether the engine generates a token"),
+    ("/stats", ["GET"], figures.stats, "Figures of this moment, one a line"),
+    ("/v1/loads", ["GET"], figures.loads, "How busy the engine is"),
+    ("/metrics", ["GET"], figures.metrics, "Metrics for Prometheus"),
+    ("/model_info", ["GET"], control.model_info, "What model is loaded"),
+    ("/get_model_info", ["GET"], control.model_info, "The same, under its older name"),
     ("/flush_cache", ["GET", "POST"], control.flush_cache, "Drop all cached prefixes"),
     ("/server_info", ["GET"], control.server_info, "Resolved options and live figures"),
     ("/get_server_info", ["GET"], control.server_info, "The same, under its older name"),
@@ -41,7 +53,8 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
             app.add_api_route(path, guarded(handler), methods=[method], summary=summary, operation_id=name)
     app.openapi = lambda: openapi_of(app)  # type: ignore[method-assign]
     install_router_errors(app)
-    if options.api_keys:
-        app.add_middleware(BearerAuth, keys=options.api_keys)
+    if options.api_keys or options.admin_api_keys:
+        app.add_middleware(BearerAuth, keys=options.api_keys, admin_keys=options.admin_api_keys)
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_mib << 20)
     app.add_middleware(Exchanges, on_end=context.count)  # outermost: a refusal carries an id and is logged too
     return app

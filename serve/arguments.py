@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from ..runtime.config import AttentionBackend, Device, Dtype, EngineConfig, KVCacheDtype, LoadFormat, Policy
+from ..runtime.logs import LogFormat
+from .config_file import flags_in
 from .options import LogLevel, ServerOptions
 
 _NEAR = 0.7  # how alike an unknown flag and the one it is taken for are, of 1
@@ -29,12 +33,26 @@ class Parser(argparse.ArgumentParser):
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; exits with code 2 and a message on stderr when it is not valid."""
+        namespace = self._parse(argv)
+        file = vars(namespace).pop("config_file", None)
+        if file is None:
+            return namespace
+        try:
+            from_file = flags_in(file)
+        except ValueError as error:
+            self.error(str(error))
+        self._parse(from_file, where=f"in {file}: ")
+        namespace = self._parse([*from_file, *argv])  # what comes later holds
+        del namespace.config_file
+        return namespace
+
+    def _parse(self, argv: Sequence[str], where: str = "") -> argparse.Namespace:
         try:
             namespace, unknown = self.parse_known_args([_ALONE.get(word, word) for word in argv])
         except argparse.ArgumentError as error:
-            self.error(_in_our_words(error))
+            self.error(where + _in_our_words(error))
         if unknown:
-            self.error(self._unknown(unknown[0]))
+            self.error(where + self._unknown(unknown[0]))
         return namespace
 
     def _unknown(self, argument: str) -> str:
@@ -45,6 +63,10 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name.strip("-"), flags, n=1, cutoff=_NEAR)  # without dashes, which all flags share
         near = near or [flag for flag in flags if len(name) > _LEAST_PREFIX and flag.startswith(name.strip("-"))]
         return f"unknown flag {name}" + (f"; did you mean {flags[near[0]]}?" if near else "; --help lists the flags")
+
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own swallows that nobody reads."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -85,6 +107,25 @@ def _explanation(text: str) -> str:
     if text not in ("short", "all"):
         raise argparse.ArgumentTypeError(f"{text!r} is not valid: give it alone or as --explain-quant=all")
     return text
+
+
+class _OneDevice(argparse.Action):
+    """A flag of what comes later: 1 is what there is, and more is refused."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values != 1:
+            raise argparse.ArgumentError(self, f"{values} is not possible: this version serves on one device; leave it out or give 1")
+
+
+def _key_file(text: str) -> list[str]:
+    try:
+        keys = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read ({error}): give a file with a key a line") from None
+    found = [key for key in keys if key]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} holds no key: give a file with a key a line")
+    return found
 
 
 def choices_of(annotation: Any) -> str:
@@ -201,9 +242,36 @@ def _add_server(parser: Parser) -> None:
         metavar="KEY",
         help="a key that clients must send; repeat it for several (default: open)",
     )
+    group.add_argument(
+        "--api-key-file",
+        action="extend",
+        type=_key_file,
+        dest="api_keys",
+        metavar="FILE",
+        help="more such keys, one a line; OCTAVO_API_KEY in the environment holds one too",
+    )
+    group.add_argument(
+        "--admin-api-key",
+        action="append",
+        dest="admin_api_keys",
+        metavar="KEY",
+        help="a key for what changes the server, and for everything else; OCTAVO_ADMIN_API_KEY in the environment too "
+        "(default: closed where --api-key is given, else open)",
+    )
     group.add_argument("--served-model-name", metavar="NAME", help=_server("the model's name in the API", "served_model_name"))
     group.add_argument("--strict-model-names", action="store_true", help="answer 404 to other model names (default: accept any)")
+    group.add_argument(
+        "--max-body-mib", type=whole_number, metavar="N", help=_server("larger request bodies are refused with 413", "max_body_mib")
+    )
     group.add_argument("--log-level", metavar=choices_of(LogLevel), help=_server("how much to log", "log_level"))
+    group.add_argument("--log-file", metavar="FILE", help="log to this file too; rotated at 100 MiB, with five old ones kept")
+    group.add_argument("--log-format", metavar=choices_of(LogFormat), help=_server("json: an object a line", "log_format"))
+    group.add_argument("--log-requests", action="store_true", help="log what each request asks: parameters and the beginning of its prompt")
+    group.add_argument("--enable-metrics", action="store_true", help="serve /metrics, which is the default")
+    group.add_argument("--disable-metrics", action="store_false", dest="enable_metrics", help="do not serve /metrics")
+    group.add_argument(
+        "--config", type=Path, dest="config_file", metavar="FILE", help="a YAML file of flags, without dashes; the command line wins"
+    )
     group.add_argument(
         "--shutdown-timeout",
         type=_number,
@@ -239,6 +307,13 @@ def _add_memory(parser: Parser) -> None:
 
 def _add_scheduling(parser: Parser) -> None:
     group = parser.add_argument_group("scheduling")
+    for flags, what in (
+        (("--tp-size", "--tp", "--tensor-parallel-size"), "devices that a model is cut across"),
+        (("--pp-size", "--pipeline-parallel-size"), "devices that hold a part of the layers each"),
+        (("--dp-size", "--dp", "--data-parallel-size"), "copies of the model"),
+        (("--nnodes", "--num-nodes"), "machines"),
+    ):
+        group.add_argument(*flags, action=_OneDevice, type=whole_number, metavar="N", help=f"{what}: 1 in this version")
     group.add_argument(
         "--attention-backend",
         metavar=choices_of(AttentionBackend),
@@ -266,6 +341,20 @@ def _add_scheduling(parser: Parser) -> None:
         help=_engine("most requests that wait; more get 503", "max_queued_requests"),
     )
     group.add_argument(
+        "--queue-timeout",
+        type=_number,
+        dest="queue_timeout_s",
+        metavar="S",
+        help=_engine("seconds that a request may wait for its turn before it gets 503", "queue_timeout_s"),
+    )
+    group.add_argument(
+        "--request-timeout",
+        type=_number,
+        dest="request_timeout_s",
+        metavar="S",
+        help=_engine("seconds from a request's arrival after which it is ended with 504", "request_timeout_s"),
+    )
+    group.add_argument(
         "--chunked-prefill-size",
         type=whole_number,
         metavar="N",
@@ -286,8 +375,10 @@ def options_of(namespace: argparse.Namespace) -> tuple[EngineConfig, ServerOptio
         if given.get("model_path", positional) != positional:
             raise ValueError(f"two models are given, {positional!r} and --model-path {given['model_path']!r}: leave one out")
         given["model_path"] = positional
-    if "api_keys" in given:
-        given["api_keys"] = tuple(given["api_keys"])
+    for name, variable in (("api_keys", "OCTAVO_API_KEY"), ("admin_api_keys", "OCTAVO_ADMIN_API_KEY")):
+        keys = [*given.get(name, ()), *([key] if (key := os.environ.get(variable)) else [])]
+        if keys:
+            given[name] = tuple(keys)
     server = _taken(given, (field.name for field in dataclasses.fields(ServerOptions)))
     return EngineConfig(**given), ServerOptions(**server)
 
@@ -302,10 +393,12 @@ def flags_of(config: EngineConfig, options: ServerOptions) -> list[str]:
         if not action.option_strings or value == default.get(action.dest):
             continue
         flag = action.option_strings[0]
-        if action.dest == "api_keys":
-            words += [flag, "..."] * len(options.api_keys)
+        if action.dest in ("api_keys", "admin_api_keys"):
+            words += [flag, "..."] * len(value or ()) if flag != "--api-key-file" else []
+        elif isinstance(value, bool):
+            words += [flag] if value is action.const else []
         else:
-            words += [flag] if value is True else [flag, str(value)]
+            words += [flag, str(value)]
     return words
 
 

@@ -11,6 +11,7 @@ import sys
 
 from .. import __version__
 from ..runtime.config import EngineConfig
+from ..runtime.logs import set_up_logging
 from ..runtime.start import prepare_environment
 from .arguments import flags_of, options_of, serve_parser
 from .options import ServerOptions
@@ -38,9 +39,9 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
     try:
         config, options = options_of(namespace)
         _check_backend(config)
+        _set_up_logging(options)
     except (ValueError, TypeError) as error:
         return _fail(prog, error, _BAD_USAGE)
-    _set_up_logging(options)
     if explanation is not None:
         return _explain(prog, config, every_refusal=explanation == "all")
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads, it ends us as Ctrl-C does
@@ -50,7 +51,7 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
 
         with listening_socket(options) as sock:
             logger.info("%s", _first_line(config, options))
-            client = launch_engine(config, log_level=options.log_level)
+            client = launch_engine(config, logs=options.logs)
             try:
                 return serve_until_stopped(client, options, sock, lambda: _announce(client, options, sock))
             finally:
@@ -108,9 +109,14 @@ def _fail(prog: str, error: Exception, code: int) -> int:
 
 
 def _set_up_logging(options: ServerOptions) -> None:
+    """Raises ValueError for a log file that cannot be written."""
+    try:
+        set_up_logging(options.logs, rotates=True)
+    except OSError as error:
+        raise ValueError(
+            f"--log-file {options.log_file} cannot be opened ({error.strerror}): give a file that this user can write"
+        ) from None
     level = options.log_level.upper()
-    logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("octavo").setLevel(level)
     logging.getLogger("uvicorn").setLevel(level if level != "INFO" else "WARNING")
 
 

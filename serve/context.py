@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TypeVar
 
 from ..runtime.client import EngineClient, ModelInfo
 from ..runtime.outputs import TextOutput
+from ..runtime.sampling_params import SamplingParams
 from ..runtime.tokenizer import Tokenizer
 from .exchange import Exchange
 from .jobs import ActiveJobs, Job, gather_job, run_job
+from .metrics import Metrics
 from .options import ServerOptions
 from .served_model import ServedModel
 
+logger = logging.getLogger("octavo.serve")
+
 T = TypeVar("T")
+_SHOWN_TOKENS = 200  # of a prompt, by --log-requests
 _INLINE_CHARACTERS = 4096  # about a millisecond of tokenizing; above, other streams would feel the pause
 
 
@@ -30,6 +37,8 @@ class ServeContext:
         self.active = ActiveJobs(client)
         self.is_draining = False  # set when the server stops: health turns red while streams end
         self.num_served = 0  # requests that the model answered
+        self.started_s = time.monotonic()
+        self.metrics = Metrics()
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="octavo-tokenize")
 
     @property
@@ -47,14 +56,26 @@ class ServeContext:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode)
 
     def run(self, job: Job, exchange: Exchange) -> AsyncGenerator[tuple[int, TextOutput], None]:
-        return run_job(self.client, self.active, job, exchange)
+        self._log_request(job, exchange)
+        return run_job(self.client, self.active, job, exchange, self.metrics)
 
     async def gather(self, job: Job, exchange: Exchange) -> list[TextOutput]:
-        return await gather_job(self.client, self.active, job, exchange)
+        self._log_request(job, exchange)
+        return await gather_job(self.client, self.active, job, exchange, self.metrics)
+
+    def _log_request(self, job: Job, exchange: Exchange) -> None:
+        if not self.options.log_requests:
+            return
+        default = SamplingParams()
+        for prompt, params in zip(job.prompts, job.params, strict=True):
+            asked = {name: value for name, value in asdict(params).items() if value != getattr(default, name)}
+            text = self.tokenizer.decode(prompt[:_SHOWN_TOKENS], skip_special_tokens=False)
+            logger.info("request=%s id=%s n=%d asks %s prompt=%r", exchange.request_id, job.id, job.n, asked, text)
 
     def count(self, exchange: Exchange) -> None:
         """Note an exchange that is over."""
         self.num_served += exchange.was_served
+        self.metrics.ended(exchange)
 
     def close(self) -> None:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The routes around generation: models, health, cache, aborts, what the server is. Knows no prompt."""
+"""The routes around generation: models, cache, aborts, what the server is. Knows no prompt."""
 
 from __future__ import annotations
 
@@ -36,15 +36,6 @@ def _context(request: Request) -> ServeContext:
     return context
 
 
-async def health(request: Request) -> Response:
-    """200 while the engine answers, else 503 and why. Asks nobody, so that it answers at once under any load."""
-    context = _context(request)
-    state = context.client.health()
-    ok, reason = (False, "the server is shutting down") if context.is_draining else (state.ok, state.reason)
-    age = state.heartbeat_age_s if math.isfinite(state.heartbeat_age_s) else None
-    return json_response({"status": "ok" if ok else "unavailable", "reason": reason, "heartbeat_age_s": age}, 200 if ok else 503)
-
-
 async def list_models(request: Request) -> Response:
     return json_response({"object": "list", "data": [_context(request).model.entry()]})
 
@@ -78,6 +69,34 @@ def _timeout(text: str) -> float:
     return timeout_s
 
 
+async def model_info(request: Request) -> Response:
+    """What model is loaded, by SGLang's keys and ours."""
+    context = _context(request)
+    info = context.info
+    told = {
+        "model_path": info.model_path,
+        "tokenizer_path": info.model_path,
+        "served_model_name": context.model.name,
+        "is_generation": True,
+        "weight_version": "default",
+        "context_length": info.context_length,
+        "max_total_num_tokens": info.max_total_tokens,
+        "vocab_size": info.vocab_size,
+        "eos_token_ids": info.eos_token_ids,
+        "has_chat_template": context.tokenizer.has_chat_template,
+        "preferred_sampling_params": dict(info.default_sampling),
+    }
+    return json_response(told)
+
+
+async def embeddings(request: Request) -> Response:
+    """Refused: every architecture that this server runs generates text."""
+    raise ApiError(
+        f"the model {_context(request).model.name!r} generates text and has no embeddings: ask a server with an embedding model",
+        code="unsupported_model",
+    )
+
+
 async def server_info(request: Request) -> Response:
     """The engine's resolved options and figures, and the server's own. Keys are told by number only.
 
@@ -88,6 +107,7 @@ async def server_info(request: Request) -> Response:
     engine = await context.client.server_info()
     own = asdict(context.options)
     own["api_keys"] = ["***"] * len(context.options.api_keys)
+    own["admin_api_keys"] = ["***"] * len(context.options.admin_api_keys)
     own["served_model_name"] = context.model.name
     return json_response({**engine, **_worked_out(engine, context.info), **own, "version": __version__, "active_jobs": len(context.active)})
 

@@ -22,7 +22,8 @@ from .exchange import CLIENT_CLOSED_REQUEST, Exchange
 
 logger = logging.getLogger("octavo.serve")
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ENGINE_CODES = {503: "engine_overloaded", 504: "request_timeout"}
 _RETRY_AFTER_S = "1"
 _MAX_SHOWN = 60
 Handler = Callable[[Request], Awaitable[Response]]
@@ -85,7 +86,7 @@ def as_api_error(error: Exception) -> ApiError:
 def raise_if_failed(finish: FinishReason) -> None:
     """Raise when the engine gave up on a request. One that its client ended is an answer like any other: it keeps its text."""
     if finish.type == "abort" and finish.status_code not in (0, CLIENT_CLOSED_REQUEST):
-        code = "engine_overloaded" if finish.status_code == 503 else "engine_failure" if finish.status_code >= 500 else None
+        code = _ENGINE_CODES.get(finish.status_code, "engine_failure" if finish.status_code >= 500 else None)
         raise ApiError(finish.message or "the engine ended this request", status_code=finish.status_code, code=code)
 
 
@@ -107,6 +108,7 @@ def guarded(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def handle(request: Request) -> Response:
+        request.state.exchange.route = request.scope["route"].path
         try:
             return await handler(request)
         except Exception as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..runtime.outputs import TextOutput
 
 CLIENT_CLOSED_REQUEST = 499
-PROBES = frozenset({"/health"})  # asked every few seconds: not worth a line each
+PROBES = frozenset({"/health", "/ready", "/livez", "/health_generate", "/metrics"})  # asked every few seconds: not worth a line each
 _MAX_LINE = 600
 
 
@@ -30,6 +30,7 @@ class Exchange:
     request_id: str
     method: str
     path: str
+    route: str = "other"  # the path of its route, whatever stands for its parameters; "other" where there is none
     status_code: int = 0  # 0: not answered yet
     message: str = ""  # why it failed
     cut: str = ""  # why its jobs were ended before they were done

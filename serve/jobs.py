@@ -15,6 +15,7 @@ from ..runtime.outputs import TextOutput
 from ..runtime.sampling_params import SamplingParams
 from .errors import ApiError, raise_if_failed, shown
 from .exchange import Exchange
+from .metrics import Metrics
 from .sampling import for_choice
 
 T = TypeVar("T")
@@ -98,19 +99,23 @@ class ActiveJobs:
         return await self.abort_all()
 
 
-async def run_job(client: EngineClient, active: ActiveJobs, job: Job, exchange: Exchange) -> AsyncGenerator[tuple[int, TextOutput], None]:
+async def run_job(
+    client: EngineClient, active: ActiveJobs, job: Job, exchange: Exchange, metrics: Metrics
+) -> AsyncGenerator[tuple[int, TextOutput], None]:
     """Yield (sequence, output) as they come, until every sequence has finished. Closing it early aborts what still runs.
 
-    `exchange` is told what has been made.
+    `exchange` is told what has been made, `metrics` when.
 
     Raises what `EngineClient.generate` raises, and ApiError when the engine gives up on a sequence.
     """
     latest = exchange.begin(job.id, prompt_tokens=job.prompt_tokens, n=job.n)
+    moments: dict[int, float] = {}
     with active.entered(job, exchange) as ids:
         streams = [_outputs(client, job, index, engine_id) for index, engine_id in enumerate(ids)]
         async with aclosing(merged(streams)) as outputs:
             async for item in outputs:
                 latest[item[0]] = item[1]
+                metrics.output(exchange, moments, *item)
                 yield item
 
 
@@ -172,10 +177,10 @@ async def _outputs(client: EngineClient, job: Job, index: int, engine_id: str) -
     raise ApiError("the engine ended this request without a reason", status_code=500, code="engine_failure")
 
 
-async def gather_job(client: EngineClient, active: ActiveJobs, job: Job, exchange: Exchange) -> list[TextOutput]:
+async def gather_job(client: EngineClient, active: ActiveJobs, job: Job, exchange: Exchange, metrics: Metrics) -> list[TextOutput]:
     """Run `job` to its end; one output a sequence, with all its text, tokens and log-probabilities."""
     parts: list[list[TextOutput]] = [[] for _ in range(len(job))]
-    async with aclosing(run_job(client, active, job, exchange)) as outputs:
+    async with aclosing(run_job(client, active, job, exchange, metrics)) as outputs:
         async for index, output in outputs:
             parts[index].append(output)
     return [joined(outputs) for outputs in parts]

@@ -20,6 +20,7 @@ from .streaming import error_event
 
 logger = logging.getLogger("octavo.serve")
 
+CONTROL = frozenset({"/flush_cache", "/abort_request"})  # what changes the server
 _LAST_WORD_S = 0.5  # for a client that does not read what it is sent
 _SAFE_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
@@ -87,23 +88,40 @@ class _Answer:
 
 
 class BearerAuth:
-    """Lets in who carries one of `keys` as a bearer token, and probes, which carry none. Compares every key in constant time."""
+    """Lets in who carries one of `keys` or `admin_keys` as a bearer token, and probes, which carry none.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    What changes the server is for `admin_keys` alone; without any it is closed. Without `keys`, everything else is open. Every key is
+    compared in constant time.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], admin_keys: Sequence[str]) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
+        self._admin_keys = [key.encode() for key in admin_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in PROBES and not self._admits(Headers(scope=scope)):
-            error = ApiError(
-                "the API key is missing or wrong: send the header 'Authorization: Bearer KEY'", status_code=401, code="invalid_api_key"
-            )
-            await error_response(error, scope["state"]["exchange"])(scope, receive, send)
+        refusal = self._refusal(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
+        if refusal is not None:
+            await error_response(refusal, scope["state"]["exchange"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _admits(self, headers: Headers) -> bool:
-        kind, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip().encode("latin-1", "replace")
-        matches = [hmac.compare_digest(given, key) for key in self._keys]
-        return kind.lower() == "bearer" and any(matches)
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        is_admin, is_known = _carries(headers, self._admin_keys), _carries(headers, self._keys)
+        if path in PROBES or is_admin:
+            return None
+        if path in CONTROL and (is_known or not self._keys):
+            remedy = "send the admin key" if self._admin_keys else "start the server with --admin-api-key, and send that key"
+            return ApiError(f"{path} changes the server and is closed to this key: {remedy}", status_code=403, code="admin_key_required")
+        if is_known or not self._keys:
+            return None
+        return ApiError(
+            "the API key is missing or wrong: send the header 'Authorization: Bearer KEY'", status_code=401, code="invalid_api_key"
+        )
+
+
+def _carries(headers: Headers, keys: Sequence[bytes]) -> bool:
+    kind, _, token = headers.get("authorization", "").partition(" ")
+    given = token.strip().encode("latin-1", "replace")
+    matches = [hmac.compare_digest(given, key) for key in keys]
+    return kind.lower() == "bearer" and any(matches)

@@ -12,12 +12,15 @@ from .control import AbortRequest
 from .generate_request import GenerateRequest, GenerateSampling
 from .protocol import ChatRequest, CompletionRequest
 from .request_body import Body
+from .tokens import DetokenizeRequest, TokenizeRequest
 
 _BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/generate": GenerateRequest,
     "/abort_request": AbortRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
 }
 _REF = "#/components/schemas/{model}"
 _ERROR = {

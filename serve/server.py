@@ -18,6 +18,7 @@ import uvicorn
 from ..runtime.client import EngineClient
 from .app import create_app
 from .context import ServeContext
+from .http_limits import LimitedHttp
 from .options import ServerOptions
 
 logger = logging.getLogger("octavo.serve")
@@ -94,7 +95,7 @@ def serve_until_stopped(client: RunningEngine, options: ServerOptions, sock: soc
         lifespan="off",
         timeout_graceful_shutdown=int(options.shutdown_timeout_s + _CUT_OFF_S + 1),
         loop="uvloop",
-        http="httptools",
+        http=LimitedHttp,
         ws="none",
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,

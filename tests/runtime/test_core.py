@@ -370,6 +370,32 @@ def test_info_counts_what_happened(runner: ModelRunner) -> None:
     assert idle["num_evictable_cached_tokens"] == 48  # 59 computed tokens, the same for both
 
 
+@pytest.mark.parametrize(
+    ("limit", "status_code", "told"),
+    [
+        ({"queue_timeout_s": 5.0}, 503, "longer than 5 s (--queue-timeout)"),
+        ({"request_timeout_s": 5.0}, 504, "within 5 s (--request-timeout)"),
+    ],
+)
+def test_what_takes_too_long_ends(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any], status_code: int, told: str
+) -> None:
+    core = make_core(runner, max_running_requests=1, **limit)
+    now = [100.0]
+    monkeypatch.setattr("octavo.runtime.core.time.monotonic", lambda: now[0])
+    core.add("first", prompt(40), SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True))
+    core.add("second", prompt(40, seed=1), GREEDY)
+    outputs = [output for _ in range(3) for output in core.step()]
+    assert all(output.finish is None for output in outputs)
+    assert outputs[0].queue_s == 0
+    now[0] += 6.0
+    ended = {output.request_id: output.finish for output in core.step() if output.finish is not None}
+    assert ended.keys() == ({"second"} if "queue_timeout_s" in limit else {"first", "second"})  # the first is not waiting any more
+    assert all(found is not None and found.status_code == status_code and told in found.message for found in ended.values())
+    finish(core)
+    core.scheduler.check_integrity()
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import pytest
 from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.client import EngineDead, RequestRefused
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.logs import LogSettings
 from octavo.runtime.outputs import TextOutput
 from octavo.runtime.process import EngineProcess, launch_engine
 from octavo.runtime.sampling_params import SamplingParams
@@ -26,7 +27,7 @@ LONG = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[EngineProcess]:
-    running = launch_engine(EngineConfig(max_total_tokens=8192, max_queued_requests=40), log_level="warning")
+    running = launch_engine(EngineConfig(max_total_tokens=8192, max_queued_requests=40), logs=LogSettings(level="warning"))
     yield running
     running.close()
 
@@ -117,7 +118,7 @@ async def test_questions_are_answered(engine: EngineProcess) -> None:
 
 
 async def test_sigkill_under_load_reaches_every_waiting_caller() -> None:
-    victim = await asyncio.to_thread(launch_engine, EngineConfig(max_total_tokens=4096), log_level="warning")
+    victim = await asyncio.to_thread(launch_engine, EngineConfig(max_total_tokens=4096), logs=LogSettings(level="warning"))
     try:
         waiting = [asyncio.create_task(collect(victim, [3, 4, index], LONG, f"doomed-{index}")) for index in range(8)]
         await asyncio.sleep(0.5)
@@ -136,14 +137,45 @@ async def test_sigkill_under_load_reaches_every_waiting_caller() -> None:
         victim.close()
 
 
+async def test_an_engine_that_falls_silent_is_told_and_comes_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("octavo.runtime.process.SILENT_AFTER_S", 1.5)
+    engine = await asyncio.to_thread(launch_engine, EngineConfig(max_total_tokens=4096), logs=LogSettings(level="warning"))
+
+    async def until(is_ok: bool) -> None:
+        async with asyncio.timeout(10):
+            while engine.health().ok != is_ok:
+                await asyncio.sleep(0.05)
+
+    def told(words: str) -> int:
+        return sum(words in record.getMessage() for record in caplog.records)
+
+    try:
+        waiting = asyncio.create_task(collect(engine, [3, 4, 5], LONG, "patient"))
+        await asyncio.sleep(0.3)
+        os.kill(engine.pid, signal.SIGSTOP)
+        await until(False)
+        assert "has not answered for" in engine.health().reason
+        await asyncio.sleep(1)
+        assert told("health is red") == 1  # once, however long it lasts
+        os.kill(engine.pid, signal.SIGCONT)
+        await until(True)
+        assert (await waiting)[-1].finish is not None
+        assert told("the engine answers again") == 1
+        assert "most recent call first" in capfd.readouterr().err  # the stacks of its threads
+    finally:
+        engine.close()
+
+
 def test_a_start_that_cannot_work_says_what_to_change() -> None:
     with pytest.raises(ValueError, match="--context-length 9000 is beyond the model's 8192"):
-        launch_engine(EngineConfig(context_length=9000), log_level="critical")
+        launch_engine(EngineConfig(context_length=9000), logs=LogSettings(level="critical"))
 
 
 def test_ctrl_c_does_not_reach_an_engine_that_starts() -> None:
     """A terminal sends it to the whole group, and the server decides."""
-    engine = EngineProcess(EngineConfig(max_total_tokens=512), resolve_model(None), log_level="warning")
+    engine = EngineProcess(EngineConfig(max_total_tokens=512), resolve_model(None), logs=LogSettings(level="warning"))
     try:
         for _ in range(50):  # while Python starts and imports
             os.kill(engine.pid, signal.SIGINT)
@@ -154,7 +186,7 @@ def test_ctrl_c_does_not_reach_an_engine_that_starts() -> None:
 
 
 def test_close_ends_the_process() -> None:
-    engine = launch_engine(EngineConfig(max_total_tokens=512), log_level="warning")
+    engine = launch_engine(EngineConfig(max_total_tokens=512), logs=LogSettings(level="warning"))
     pid = engine.pid
     engine.close()
     with pytest.raises(ProcessLookupError):

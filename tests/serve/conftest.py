@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from octavo.serve.app import create_app
+from octavo.serve.http_limits import LimitedHttp
 from octavo.serve.options import ServerOptions
 
 from .fake_engine import FakeEngine
@@ -51,7 +52,7 @@ def start_server() -> Iterator[Callable[..., Served]]:
         engine = FakeEngine()
         app = create_app(engine, ServerOptions(**options))
         sock = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", http="httptools", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", http=LimitedHttp, timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
         while not server.started:

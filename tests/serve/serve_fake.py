@@ -17,7 +17,7 @@ def main() -> int:
     fake_engine = runpy.run_path(str(Path(__file__).with_name("fake_engine.py")), run_name="fake_engine")
     fields = json.loads(sys.argv[1])
 
-    def launch_engine(config: Any, *, log_level: str) -> Any:
+    def launch_engine(config: Any, *, logs: Any) -> Any:
         if "start_failure" in fields:
             raise RuntimeError(fields["start_failure"])
         if "start_hangs" in fields:

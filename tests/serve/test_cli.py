@@ -96,6 +96,16 @@ def test_flags_are_told_where_they_differ():
         (["--schedule-policy", "random"], "--schedule-policy 'random' is not valid: give fcfs or lpm"),
         (["--seed", "x"], "--random-seed 'x' is not valid: give a whole number"),
         (["--mem-fraction-static", "half"], "--mem-fraction-static 'half' is not valid: give a number"),
+        (["--tp", "2"], "--tp-size 2 is not possible: this version serves on one device"),
+        (["--num-nodes", "2"], "--nnodes 2 is not possible"),
+        (["--tp", "two"], "--tp-size 'two' is not valid: give a whole number"),
+        (["--log-format", "xml"], "--log-format 'xml' is not valid: give text or json"),
+        (["--log-file", "/no/such/folder/x.log"], "--log-file /no/such/folder/x.log cannot be opened"),
+        (["--queue-timeout", "0"], "--queue-timeout 0.0 is not valid: give seconds, more than 0"),
+        (["--request-timeout", "nan"], "--request-timeout nan is not valid"),
+        (["--admin-api-key", " "], "--admin-api-key is not valid, it is empty"),
+        (["--api-key-file", "/no/such/file"], "--api-key-file '/no/such/file' cannot be read"),
+        (["--config", "/no/such/file"], "--config /no/such/file: No such file"),
         (["a", "b"], "unexpected argument 'b'"),
         (["a", "--model-path", "b"], "two models"),
         (["--api-key", ""], "--api-key is not valid, it is empty"),
@@ -105,6 +115,58 @@ def test_flags_are_told_where_they_differ():
 def test_bad_command_lines_end_with_two(argv, words, capsys):
     assert main(argv) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_config_file_gives_flags_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "model-path: m\nport: 8000\nmax_running_requests: 8\ndisable-radix-cache: true\nstrict-model-names: false\n"
+        "api-key: [a, b]\nmem-fraction-static: 0.5\ntp: 1\n--served-model-name: n\n"
+    )
+    config, options = _options("--config", str(file), "--port", "9000")
+    assert (config.model_path, config.max_running_requests, config.disable_radix_cache, config.mem_fraction_static) == ("m", 8, True, 0.5)
+    assert (options.port, options.api_keys, options.strict_model_names, options.served_model_name) == (9000, ("a", "b"), False, "n")
+    file.write_text("")
+    assert _options(f"--config={file}") == (EngineConfig(), ServerOptions())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("prot: 1", "unknown flag --prot; did you mean --port?"),
+        ("port: many", "--port 'many' is not valid"),
+        ("- port", "must hold a mapping"),
+        ("port: {a: 1}", "port must be a value or a list of values"),
+        ("port: [", "is not valid YAML"),
+        ("config: other.yaml", "names another config"),
+        ("port: 99999", "--port 99999 is not valid"),
+    ],
+)
+def test_a_bad_config_file_is_named(tmp_path, capsys, content, words):
+    file = tmp_path / "serve.yaml"
+    file.write_text(content)
+    assert main(["--config", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert "99999" in content or str(file) in told
+
+
+def test_keys_from_a_file_and_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("one\n\n  two  \n")
+    monkeypatch.setenv("OCTAVO_API_KEY", "three")
+    monkeypatch.setenv("OCTAVO_ADMIN_API_KEY", "root")
+    config, options = _options("--api-key", "zero", "--api-key-file", str(file))
+    assert (options.api_keys, options.admin_api_keys) == (("zero", "one", "two", "three"), ("root",))
+    assert flags_of(config, options) == ["--api-key", "..."] * 4 + ["--admin-api-key", "..."]
+    file.write_text("\n")
+    with pytest.raises(SystemExit):
+        _options("--api-key-file", str(file))
+
+
+def test_metrics_are_on_unless_turned_off():
+    assert [_options(*argv)[1].enable_metrics for argv in ([], ["--enable-metrics"], ["--disable-metrics"])] == [True, True, False]
+    assert flags_of(*_options("--disable-metrics")) == ["--disable-metrics"]
 
 
 def test_help_tells_the_defaults_of_the_dataclasses(capsys):

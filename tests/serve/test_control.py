@@ -9,24 +9,7 @@ import httpx
 import openai
 import pytest
 
-from octavo.runtime.client import Health
 from octavo.serve.options import ServerOptions
-
-
-def test_health(served):
-    response = served.http.get("/health")
-    assert (response.status_code, response.json()) == (200, {"status": "ok", "reason": "running", "heartbeat_age_s": 0.01})
-    served.engine.state = Health(False, "no sign of life for 12 s", float("inf"))
-    response = served.http.get("/health")
-    assert (response.status_code, response.json()["reason"]) == (503, "no sign of life for 12 s")
-
-
-def test_health_turns_red_when_the_server_stops(served):
-    served.app.state.context.is_draining = True
-    try:
-        assert served.http.get("/health").status_code == 503
-    finally:
-        served.app.state.context.is_draining = False
 
 
 def test_models(served):
@@ -73,6 +56,23 @@ def test_api_keys_and_their_absence_from_server_info(start_server):
     info = server.http.get("/server_info", headers={"Authorization": "Bearer one"})
     assert "zwei-secret" not in info.text
     assert info.json()["api_keys"] == ["***", "***"]
+
+
+def test_what_changes_the_server_is_for_its_admin(start_server):
+    def statuses(server: Any, key: str) -> list[int]:
+        headers = {"Authorization": f"Bearer {key}"}
+        control = [server.http.post(path, json={"abort_all": True}, headers=headers) for path in ("/flush_cache", "/abort_request")]
+        return [response.status_code for response in (*control, server.http.get("/v1/models", headers=headers))]
+
+    both = start_server(api_keys=("user",), admin_api_keys=("admin",))
+    assert [statuses(both, key) for key in ("admin", "user", "wrong")] == [[200, 200, 200], [403, 403, 200], [401, 401, 401]]
+    assert statuses(start_server(api_keys=("user",)), "user") == [403, 403, 200]
+    assert statuses(start_server(admin_api_keys=("admin",)), "none") == [403, 403, 200]
+    assert statuses(start_server(), "none") == [200, 200, 200]
+    refused = both.http.post("/flush_cache", headers={"Authorization": "Bearer user"}).json()["error"]
+    assert (refused["type"], refused["code"]) == ("permission_error", "admin_key_required")
+    info = both.http.get("/server_info", headers={"Authorization": "Bearer user"})
+    assert info.json()["admin_api_keys"] == ["***"]
 
 
 @pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])

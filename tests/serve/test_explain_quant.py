@@ -12,6 +12,7 @@ import pytest
 
 from octavo.quant.checkpoint.method_names import _METHODS
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.logs import LogSettings
 from octavo.runtime.process import launch_engine
 from octavo.serve import cli
 from octavo.serve.app import create_app
@@ -121,7 +122,7 @@ def test_a_start_that_does_not_fit_the_model_ends_with_one_and_its_reason():
 @pytest.mark.needs_embedded_model
 async def test_server_info_has_the_wish_and_what_came_of_it():
     config = EngineConfig(device="cpu", max_total_tokens=512)
-    engine = await asyncio.to_thread(launch_engine, config, log_level="warning")
+    engine = await asyncio.to_thread(launch_engine, config, logs=LogSettings(level="warning"))
     try:
         app = create_app(engine, ServerOptions())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://octavo") as http:
