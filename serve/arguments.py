@@ -19,6 +19,7 @@ _NEAR = 0.7  # how alike an unknown flag and the one it is taken for are, of 1
 _LEAST_PREFIX = 4  # characters of an unknown flag that may be the beginning of one, with its dashes
 # What these flags are, given alone. A value of theirs needs "=": a word that follows is not one, but may be the model.
 _ALONE = {"--explain-quant": "--explain-quant=short"}
+_QUEUED_PER_RUNNING = 4
 _UNSET = argparse.SUPPRESS  # a flag not given leaves no trace, so that each default lives in its dataclass alone
 
 
@@ -338,7 +339,7 @@ def _add_scheduling(parser: Parser) -> None:
         "--max-queued-requests",
         type=whole_number,
         metavar="N",
-        help=_engine("most requests that wait; more get 503", "max_queued_requests"),
+        help=f"most requests that wait; more get 503 (default: {_QUEUED_PER_RUNNING} times --max-running-requests)",
     )
     group.add_argument(
         "--queue-timeout",
@@ -380,13 +381,22 @@ def options_of(namespace: argparse.Namespace) -> tuple[EngineConfig, ServerOptio
         if keys:
             given[name] = tuple(keys)
     server = _taken(given, (field.name for field in dataclasses.fields(ServerOptions)))
-    return EngineConfig(**given), ServerOptions(**server)
+    return _bounded(EngineConfig(**given)), ServerOptions(**server)
+
+
+def _bounded(config: EngineConfig) -> EngineConfig:
+    """A server's queue has an end: behind it a client does better to ask another replica than to wait."""
+    if config.max_queued_requests is not None:
+        return config
+    return dataclasses.replace(config, max_queued_requests=_QUEUED_PER_RUNNING * config.max_running_requests)
 
 
 def flags_of(config: EngineConfig, options: ServerOptions) -> list[str]:
     """The flags, but for the model, that make two option objects what they are: words for people, which tell no API key."""
     given = {**vars(config), **vars(options)}
-    default = {**vars(EngineConfig()), **vars(ServerOptions()), "model_path": config.model_path}
+    usual = _bounded(EngineConfig(max_running_requests=config.max_running_requests))
+    default = {**vars(usual), **vars(ServerOptions()), "model_path": config.model_path}
+    default["max_running_requests"] = EngineConfig().max_running_requests
     words: list[str] = []
     for action in serve_parser("")._actions:
         value = given.get(action.dest)

@@ -20,7 +20,13 @@ def _options(*argv: str) -> tuple[EngineConfig, ServerOptions]:
 
 
 def test_nothing_given_is_every_default():
-    assert _options() == (EngineConfig(), ServerOptions())
+    assert _options() == (EngineConfig(max_queued_requests=1024), ServerOptions())
+
+
+def test_a_servers_queue_has_an_end():
+    assert _options("--max-running-requests", "8")[0].max_queued_requests == 32
+    assert _options("--max-queued-requests", "5")[0].max_queued_requests == 5
+    assert flags_of(*_options("--max-running-requests", "8")) == ["--max-running-requests", "8"]
 
 
 @pytest.mark.parametrize("argv", [["--model-path", "m"], ["--model", "m"], ["m"], ["--model-path=m"], ["m", "--model", "m"]])
@@ -127,7 +133,7 @@ def test_a_config_file_gives_flags_and_the_command_line_wins(tmp_path):
     assert (config.model_path, config.max_running_requests, config.disable_radix_cache, config.mem_fraction_static) == ("m", 8, True, 0.5)
     assert (options.port, options.api_keys, options.strict_model_names, options.served_model_name) == (9000, ("a", "b"), False, "n")
     file.write_text("")
-    assert _options(f"--config={file}") == (EngineConfig(), ServerOptions())
+    assert _options(f"--config={file}") == _options()
 
 
 @pytest.mark.parametrize(

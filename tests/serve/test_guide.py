@@ -1,0 +1,86 @@
+"""SGLang's production deployment guide: its commands, endpoints and metrics work here when the module's name is exchanged.
+
+Three of the guide's examples break in a shell, since a comment follows a line's backslash: they are here as they were meant.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from octavo.serve.arguments import options_of, serve_parser
+from octavo.serve.cli import main
+
+M8, M70 = "meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-70B-Instruct"
+COMMANDS = {
+    f"--model-path {M8} --host 0.0.0.0 --port 30000 --mem-fraction-static 0.9": {
+        "model_path": M8,
+        "host": "0.0.0.0",
+        "mem_fraction_static": 0.9,
+    },
+    f"--model-path {M8} --host 0.0.0.0 --port 30000": {"port": 30000},
+    f"--model-path {M8} --enable-metrics": {"enable_metrics": True},
+    f"--model-path {M8} --log-level debug": {"log_level": "debug"},
+    f"--model-path {M8} --log-file /var/log/sglang.log": {"log_file": "/var/log/sglang.log"},
+    f"--model-path {M8} --mem-fraction-static 0.95 --max-radix-cache-len 16384 --max-running-requests 256": {
+        "mem_fraction_static": 0.95,
+        "max_radix_cache_len": 16384,
+        "max_running_requests": 256,
+    },
+    f"--model-path {M8} --max-running-requests 32 --schedule-policy fcfs": {"max_running_requests": 32, "schedule_policy": "fcfs"},
+    f"--model-path {M8} --api-key YOUR_SECRET_KEY": {"api_keys": ("YOUR_SECRET_KEY",)},
+    "--max-radix-cache-len 4096 --mem-fraction-static 0.75 --quantization fp8": {"quantization": "fp8", "max_radix_cache_len": 4096},
+    "--max-running-requests 128 --max-radix-cache-len 2048 --quantization awq": {"quantization": "awq"},
+    "TheBloke/Llama-2-70B-GPTQ --quantization gptq": {"quantization": "gptq"},
+}
+OF_SEVERAL_DEVICES = (
+    f"--model-path {M70} --tp 4 --port 30000",
+    f"--model-path {M70} --quantization fp8 --tp 4",
+    "--model-path TheBloke/Llama-2-70B-AWQ --quantization awq --tp 2",
+    f"--model-path={M70} --tp=4 --host=0.0.0.0 --port=30000 --mem-fraction-static=0.9",
+    f"--model-path {M70} --tp 4 --mem-fraction-static 0.85 --max-radix-cache-len 8192",
+    "--model-path meta-llama/Meta-Llama-3-405B-Instruct --tp 8 --num-nodes 2",
+)
+GREPS = {"/stats": ("cache", "queue_size", "cache_hit_rate"), "/metrics": ("duration",)}
+METRICS = (
+    "sglang_request_total",
+    "sglang_request_duration_seconds",
+    "sglang_tokens_generated_total",
+    "sglang_active_requests",
+    "sglang_queue_size",
+    "sglang_radix_cache_hit_rate",
+    "sglang_gpu_memory_used_bytes",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_means_what_it_says(command):
+    config, options = options_of(serve_parser("serve").parse_all(shlex.split(command)))
+    known = {**vars(config), **vars(options)}
+    assert {name: known[name] for name in COMMANDS[command]} == COMMANDS[command]
+
+
+@pytest.mark.parametrize("command", OF_SEVERAL_DEVICES)
+def test_what_comes_later_is_refused_in_a_sentence(command, capsys):
+    assert main(shlex.split(command)) == 2
+    assert re.search(r"--(tp-size|nnodes) \d is not possible: this version serves on one device", capsys.readouterr().err)
+
+
+def test_endpoints_and_what_is_grepped_for(served):
+    for path in ("/health", "/v1/models", "/stats", "/metrics"):
+        assert served.http.get(path).status_code == 200
+    for path, words in GREPS.items():
+        lines = served.http.get(path).text.splitlines()
+        assert all(any(word in line for line in lines) for word in words)
+    text = served.http.get("/metrics").text
+    assert all(f"# TYPE {name} " in text for name in METRICS)
+
+
+def test_the_request_with_a_key(start_server):
+    server = start_server(api_keys=("YOUR_SECRET_KEY",))
+    body = {"model": "default", "messages": [{"role": "user", "content": "Hi"}]}
+    answered = server.http.post("/v1/chat/completions", json=body, headers={"Authorization": "Bearer YOUR_SECRET_KEY"})
+    assert answered.status_code == 200
+    assert server.http.post("/v1/chat/completions", json=body).status_code == 401
