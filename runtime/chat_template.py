@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +19,9 @@ import jinja2.ext
 import jinja2.sandbox
 
 MAX_RENDERED_CHARS = 32_000_000
+MAX_LOOP_STEPS = 2_000_000  # of all loops of a template together
+_MAX_OPERAND = 10_000_000  # characters or items that `*` may make; bits of a number
+_STEPS = "_octavo_steps"  # in a template's variables: how many there have been
 # Ends in a space, so that a template that trims its messages shows itself.
 _CONTINUE_MARK = "<octavo-continues-here> "
 
@@ -57,6 +61,7 @@ class ChatTemplate:
         if continue_final_message:
             _mark_end(conversation[-1])
         variables = {
+            _STEPS: itertools.count(1),
             **self._special_tokens,
             **(chat_template_kwargs or {}),
             "messages": conversation,
@@ -142,14 +147,55 @@ class _GenerationTag(jinja2.ext.Extension):  # type: ignore[misc]
         return jinja2.nodes.Scope(body, lineno=line)
 
 
+class _Counted:
+    """What a loop runs over, with its steps counted."""
+
+    def __init__(self, items: Any, steps: Iterator[int]) -> None:
+        self._items, self._steps = items, steps
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items:
+            if next(self._steps) > MAX_LOOP_STEPS:
+                raise _Raised(f"its loops take more than {MAX_LOOP_STEPS} steps")
+            yield item
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+@jinja2.pass_context  # type: ignore[untyped-decorator] # jinja2 is not followed
+def _counted(context: jinja2.runtime.Context, items: Any) -> _Counted:
+    return _Counted(items, context[_STEPS])
+
+
+class _Cage(jinja2.sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc]
+    """Jinja's sandbox, which lets a template neither out nor loop or grow without end."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        for one, other in ((left, right), (right, left)):
+            if isinstance(other, int) and isinstance(one, str | bytes | list | tuple) and len(one) * other > _MAX_OPERAND:
+                raise _Raised(f"it makes something of more than {_MAX_OPERAND} parts")
+        if operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _MAX_OPERAND:
+            raise _Raised(f"it makes a number of more than {_MAX_OPERAND} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+def _bounded(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
+    """The same template, whose loops count their steps."""
+    for loop in list(tree.find_all(jinja2.nodes.For)):
+        loop.iter = jinja2.nodes.Filter(loop.iter, "_octavo_counted", [], [], None, None, lineno=loop.lineno)
+    return tree
+
+
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
+    environment = _Cage(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
+    environment.filters["_octavo_counted"] = _counted
     environment.filters["tojson"] = _tojson
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     try:
-        return environment.from_string(source)
+        return environment.from_string(_bounded(environment.parse(source)))
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"the chat template is not valid Jinja: {error.message} at line {error.lineno}") from error

@@ -113,6 +113,11 @@ def test_refusals_carry_the_templates_words(folder: Path) -> None:
         "{{ messages.append(1) }}",
         "{% for i in range(10**9) %}x{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% for i in range(99999) %}{{ m(n + 1) }}{% endfor %}{% endmacro %}{{ m(0) }}",
+        "{% for i in 'x' * 10**9 %}{% endfor %}",
+        "{{ (10**9 * ['x']) | length }}",
+        "{{ 7 ** (10 ** 9) }}",
         "{% include 'secret' %}",
     ],
 )
@@ -120,6 +125,12 @@ def test_templates_are_caged(hostile: str) -> None:
     with pytest.raises(TemplateError):
         ChatTemplate({"default": hostile}, {}).render(CHAT)
     assert MAX_RENDERED_CHARS < 10**8
+
+
+def test_loops_know_their_place() -> None:
+    source = "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ ' last' if loop.last }}{% else %}none{% endfor %}"
+    source += "{% for k, v in {'a': 1}.items() if v %}{{ k }}{% if true %}{% break %}{% endif %}{% endfor %}{{ 'ab' * 2 }}{{ 2 ** 3 }}"
+    assert ChatTemplate({"default": source}, {}).render(CHAT * 2) == "1/22/2 lasta" + "abab8"
 
 
 def test_where_templates_come_from(folder: Path) -> None:
