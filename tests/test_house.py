@@ -174,6 +174,40 @@ def test_a_wrong_package_list_is_found(tmp_path: Path) -> None:
     assert package_list_faults(write_tree(tmp_path, files)) == ["octavo.kernels.configs: not listed", "octavo.serve: listed, but empty"]
 
 
+# What could run somebody else's code
+
+
+_RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+_RUNS_CALLS = {"eval", "exec", "compile", "torch.load", "yaml.load", "yaml.unsafe_load", "np.load"}
+_RUNS_METHODS = {"recv_pyobj", "send_pyobj"}
+
+
+def code_runners(root: Path) -> list[str]:
+    """Where the package unpickles or evaluates: data from a socket, a checkpoint or a request must stay data."""
+    found = []
+    for path in python_files(root):
+        if path.relative_to(root).parts[0] == "tests":
+            continue
+        for line, name in imported_names(root, path):
+            if name.split(".")[0] in _RUNS_CODE:
+                found.append(f"{path.relative_to(root)}:{line}: {name}")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called in _RUNS_CALLS or called.rsplit(".", 1)[-1] in _RUNS_METHODS:
+                    found.append(f"{path.relative_to(root)}:{node.lineno}: {called}")
+    return found
+
+
+def test_nothing_runs_code_out_of_data() -> None:
+    assert code_runners(ROOT) == []
+
+
+@pytest.mark.parametrize("source", ["import pickle", "from marshal import loads", "eval('1')", "torch.load(f)", "sock.recv_pyobj()"])
+def test_what_would_run_code_is_found(tmp_path: Path, source: str) -> None:
+    assert len(code_runners(write_tree(tmp_path, {"serve/a.py": source, "tests/a.py": source, "serve/b.py": "model.eval()"}))) == 1
+
+
 # What import costs
 
 
