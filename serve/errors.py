@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from ..runtime.client import EngineDead, RequestRefused
 from ..runtime.outputs import FinishReason
@@ -32,8 +33,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 class ApiError(Exception):
     """An answer that is an error. `param` names the field at fault, `code` is the machine-readable reason."""
 
-    def __init__(self, message: str, *, status_code: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, status_code: int = 400, param: str | None = None, code: str | None = None, allow: str | None = None
+    ) -> None:
         super().__init__(message)
+        self.allow = allow  # methods, of a 405
         self.message = message
         self.status_code = status_code
         self.param = param
@@ -47,6 +51,8 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
+        if self.allow is not None:
+            return {"Allow": self.allow}
         if self.status_code == 401:
             return {"WWW-Authenticate": "Bearer"}
         if self.status_code in (429, 503) and self.code != "engine_dead":
@@ -132,5 +138,7 @@ def _of_router(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(f"there is no {where}; GET /openapi.json lists what there is", status_code=404, code="unknown_url")
     if error.status_code == 405:
-        return ApiError(f"{where} is not allowed; GET /openapi.json lists the methods", status_code=405, code="method_not_allowed")
+        methods = {method for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE for method in route.methods}
+        told = f"{where} is not allowed; GET /openapi.json lists the methods"
+        return ApiError(told, status_code=405, code="method_not_allowed", allow=", ".join(sorted(methods)))
     return ApiError(str(error.detail), status_code=error.status_code)

@@ -126,7 +126,19 @@ def test_openapi_knows_the_bodies(served):
     body = page["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/ChatRequest"}
     assert "StreamOptions" in page["components"]["schemas"]
+    completion = page["components"]["schemas"]["CompletionRequest"]
+    assert {"type": "null"} in completion["properties"]["echo"]["anyOf"]
+    assert completion["properties"]["user"] == {"description": "Accepted, and without effect."}
+    assert "text/event-stream" in page["paths"]["/generate"]["post"]["responses"]["200"]["content"]
+    assert list(page["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
+    assert page["paths"]["/v1/models/{model}"]["get"]["parameters"][0]["name"] == "model"
     assert "422" not in page["paths"]["/generate"]["post"]["responses"]
+
+
+def test_a_wrong_method_is_told_the_right_ones(served):
+    assert served.http.delete("/flush_cache").headers["allow"] == "GET, POST"
+    refused = served.http.get("/generate")
+    assert (refused.status_code, refused.headers["allow"], refused.json()["error"]["code"]) == (405, "POST", "method_not_allowed")
 
 
 def test_health_is_quick_while_a_long_text_is_tokenized(served):
