@@ -8,6 +8,7 @@ itself: it is run with blocks that hand their input on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from ..quant.checkpoint.reader import WeightReader
 from ..quant.schemes.base import check_finite
 
-_AS_TUPLE = (False, True)  # what blocks give: a hidden state, or a tuple that begins with it; the model's code tells by what it does
+_Gives = Callable[[Tensor], Any]
+# What blocks give: a hidden state, or a tuple that begins with it. The model's code tells by what it does.
+_GIVES: tuple[_Gives, ...] = (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None))
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -58,11 +61,10 @@ class FloatModel:
         self.blocks_path, self.blocks = _find_blocks(self.module)
         self.names = _Names(self.module, reader)
 
-    @property
-    def hidden_size(self) -> int:
-        """Of the hidden state that goes from block to block."""
-        size: int = self.module.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
-        return size
+    @functools.cached_property
+    def hidden_shape(self) -> tuple[int, ...]:
+        """Of one token's state on its way from block to block: [H], or [streams, H]. What is outside the blocks must be loaded."""
+        return tuple(self.calls(torch.zeros(1, 2, dtype=torch.int64))[0].shape[2:])
 
     @property
     def context_length(self) -> int | None:
@@ -125,22 +127,35 @@ class FloatModel:
 
     def calls(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """The hidden state [B, T, H] that enters the first block for `tokens` int64 [B, T], and what each block is called with."""
-        for as_tuple in _AS_TUPLE:
-            recorder = _Recorder(self.blocks, as_tuple)
-            with recorder, torch.no_grad(), contextlib.suppress(_NotFollowing):
-                self.module(input_ids=tokens, use_cache=False)
-                return recorder.first, recorder.calls
-        raise UnknownArchitectureError(
-            f"{type(self.module).__name__} does not hand a block's output to the next as it is: it cannot be quantized block by block"
-        )
+        recorder = self._followed(tokens, None)[1]
+        if recorder.order != list(range(len(self.blocks))):
+            raise UnknownArchitectureError(
+                f"{type(self.module).__name__} does not call its blocks once each, in their order: it cannot be quantized block by block"
+            )
+        if recorder.first.shape[:2] != tokens.shape:
+            raise UnknownArchitectureError(
+                f"{type(self.module).__name__} gives its blocks other positions than its tokens have: it cannot be quantized so"
+            )
+        return recorder.first, recorder.calls
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The logits [B, T, vocab_size] after the last block gave `hidden` for `tokens`."""
-        for as_tuple in _AS_TUPLE:
-            with _Recorder(self.blocks, as_tuple, replace=hidden), contextlib.suppress(_NotFollowing):
-                out: Tensor = self.module(input_ids=tokens, use_cache=False).logits
-                return out
-        raise UnknownArchitectureError(f"{type(self.module).__name__} does not hand the last block's output on as it is")
+        out: Tensor = self._followed(tokens, hidden)[0].logits
+        return out
+
+    def _followed(self, tokens: Tensor, replace: Tensor | None) -> tuple[Any, _Recorder]:
+        """What the model gives when its blocks hand their input on, the last one `replace`; and what was recorded."""
+        cause: Exception | None = None
+        for gives in _GIVES:
+            recorder = _Recorder(self.blocks, gives, replace)
+            try:
+                with recorder, torch.set_grad_enabled(replace is not None and torch.is_grad_enabled()):
+                    return self.module(input_ids=tokens, use_cache=False), recorder
+            except (_NotFollowing, TypeError, ValueError, IndexError, AttributeError) as error:  # it expects something else of a block
+                cause = cause or error
+        raise UnknownArchitectureError(
+            f"{type(self.module).__name__} does not hand a block's output to the next as it is: it cannot be quantized block by block"
+        ) from cause
 
 
 class _NotFollowing(Exception):  # a signal, caught here
@@ -150,9 +165,10 @@ class _NotFollowing(Exception):  # a signal, caught here
 class _Recorder:
     """Stands in for the blocks: each hands its hidden state on (the last one `replace`), and what it was called with is kept."""
 
-    def __init__(self, blocks: Sequence[nn.Module], as_tuple: bool, *, replace: Tensor | None = None) -> None:
-        self._blocks, self._as_tuple, self._replace = blocks, as_tuple, replace
+    def __init__(self, blocks: Sequence[nn.Module], gives: _Gives, replace: Tensor | None) -> None:
+        self._blocks, self._gives, self._replace = blocks, gives, replace
         self.calls: list[Call] = []
+        self.order: list[int] = []  # of the blocks that were called
         self.first: Tensor = torch.empty(0)
         self._previous: Tensor | None = None
 
@@ -177,10 +193,11 @@ class _Recorder:
                 self.first = hidden
             kept = {key: value for key, value in kwargs.items() if key != name}
             self.calls.append(Call(args[1:], kept, name))
+            self.order.append(index)
             if self._replace is not None and index == len(self._blocks) - 1:
                 hidden = self._replace
             self._previous = hidden
-            return (hidden,) if self._as_tuple else hidden
+            return self._gives(hidden)
 
         return forward
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .self_text import TEMPERATURE, TOP_P, Generate
+
+if TYPE_CHECKING:
+    from octavo import Engine
+
+logger = logging.getLogger(__name__)
 
 BATCH = 32
 _PROMPT_TOKENS = 128  # room for them
@@ -28,13 +34,11 @@ def served(model_path: str | None) -> bool:
 @contextmanager
 def drawing(model_path: str | None, root: str, seqlen: int) -> Iterator[Generate]:
     """A Generate of the model, which is in memory inside, for texts of up to about `seqlen` tokens."""
-    if not served(model_path):
+    engine = _engine(model_path, BATCH * (seqlen + _PROMPT_TOKENS)) if served(model_path) else None
+    if engine is None:
         yield _by_transformers(root)
         return
-    from octavo import Engine
-
-    pool = BATCH * (seqlen + _PROMPT_TOKENS)
-    with Engine(model_path, show_progress=False, max_running_requests=BATCH, max_total_tokens=pool) as engine:
+    with engine:
 
         def generate(prompts: Sequence[Sequence[int]], count: int, seed: int) -> Sequence[Sequence[int]]:
             params = [
@@ -46,6 +50,17 @@ def drawing(model_path: str | None, root: str, seqlen: int) -> Iterator[Generate
             ]
 
         yield generate
+
+
+def _engine(model_path: str | None, max_total_tokens: int) -> Engine | None:
+    """None where a config of a known architecture lies beside weights that the Engine does not know."""
+    from octavo import Engine
+
+    try:
+        return Engine(model_path, show_progress=False, max_running_requests=BATCH, max_total_tokens=max_total_tokens)
+    except ValueError as error:
+        logger.warning("Octavo's engine does not read this model (%s): transformers writes the calibration text", error)
+        return None
 
 
 def _by_transformers(root: str) -> Generate:

@@ -27,7 +27,8 @@ _DEFAULT_SHARE = 0.8  # of the memory that is free
 _GIB = 2**30
 _PROBE_TOKENS = 24
 _SQUARES, _WEIGHT_COPIES = 10, 8  # float32 at once while a linear is solved, [K, K] (some of them float64) and [N, K]
-_EVAL_LOGIT_COPIES = 4  # of a window's: both models', and what is made of them
+_EVAL_LOGIT_COPIES = 8  # of a window's: both models', and what is made of them
+_ENGINE_BYTES = 300 << 20  # of an Engine, beside its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ def make_plan(
     others = sum(parameter.numel() for parameter in model.module.parameters()) - weights
     width = max(dtype.itemsize for dtype in model.names.stored.values())
     after = others * width + int(weights * ((8 if recipe.eight_bit else recipe.bits) + overhead) / 8)
-    streams = (budget.samples + budget.solve_samples) * recipe.seqlen * model.hidden_size * 4
+    streams = (budget.samples + budget.solve_samples) * recipe.seqlen * math.prod(model.hidden_shape) * 4
     if recipe.calibration == "self" and _BASE_BYTES + bytes_before > max_memory:
         raise ValueError(
             f"the model, {bytes_before / _GIB:.1f} GiB whole, cannot write its own calibration text in {max_memory / _GIB:.1f} GiB: "
@@ -128,7 +129,7 @@ def make_plan(
         )
     fixed = _BASE_BYTES + _outer_bytes(model) + _block_bytes(model, linears)
     on_disk = fixed + streams > max_memory
-    both = _BASE_BYTES + bytes_before + after + _EVAL_LOGIT_COPIES * DEFAULT_SEQLEN * model.vocab_size * 4
+    both = _BASE_BYTES + 2 * _ENGINE_BYTES + bytes_before + after + _EVAL_LOGIT_COPIES * DEFAULT_SEQLEN * model.vocab_size * 4
     whole = served and both <= max_memory
     peak = max(fixed + (0 if on_disk else streams), both if whole else 0, _BASE_BYTES + bytes_before if recipe.calibration == "self" else 0)
     schedule, skipped = budget.schedule, None
@@ -161,7 +162,7 @@ def make_plan(
 def probe_inputs(model: FloatModel) -> Inputs:
     """A few tokens, to look at the structure of blocks with."""
     inputs = Inputs(model, torch.arange(_PROBE_TOKENS)[None] % model.vocab_size)
-    inputs.start(Hidden((1, _PROBE_TOKENS, model.hidden_size)))
+    inputs.start(Hidden((1, _PROBE_TOKENS, *model.hidden_shape)))
     return inputs
 
 

@@ -224,7 +224,7 @@ class _Run:
         )
 
     def _hidden(self, plan: Plan, samples: int, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
-        shape = (samples, self.recipe.seqlen, model.hidden_size)
+        shape = (samples, self.recipe.seqlen, *model.hidden_shape)
         return Hidden(shape, work.path / f"{name}.bin" if plan.on_disk else None)
 
     @contextmanager
@@ -336,7 +336,11 @@ class _Run:
             tokens, seqlen = held_back.flatten().tolist(), recipe.seqlen
             text = "text of the model's own" if recipe.calibration == "self" else f"samples held back from {recipe.calibration}"
         if plan.evaluates_whole:
-            return by_engine(self.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text)
+            try:
+                return by_engine(self.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text)
+            except (ValueError, RuntimeError) as error:  # a config of a known architecture does not promise known weights
+                logger.warning("Octavo's engine does not read this model (%s): transformers evaluates it", error)
+                self.served = False
         with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
             quantized = FloatModel(self._transformers_config(), reader)
             quantized.load_outer()

@@ -16,16 +16,19 @@ CHUNK_TOKENS = 4096  # computed at once
 
 
 class Hidden:
-    """float32 [S, T, H] of S samples, in memory or, with `file`, on disk, of which no more is in memory than was asked for."""
+    """float32 [S, T, ...] of S samples and T tokens, each with H numbers or several streams of H.
 
-    def __init__(self, shape: tuple[int, int, int], file: Path | None = None) -> None:
+    In memory or, with `file`, on disk, of which no more is in memory than was asked for.
+    """
+
+    def __init__(self, shape: tuple[int, ...], file: Path | None = None) -> None:
         self.shape, self._file = shape, file
         self._values = torch.empty(shape) if file is None else None
         if file is not None:
             np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Tensor:
-        """[R, T, H] of some samples; a view where they are in memory and `rows` is a slice."""
+        """[R, T, ...] of some samples; a view where they are in memory and `rows` is a slice."""
         if self._values is not None:
             return self._values[rows]
         assert self._file is not None
@@ -71,7 +74,7 @@ class Inputs:
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, hidden: Hidden) -> Iterator[tuple[slice, Tensor]]:
-        """The output [B, T, H] of block `index` for each chunk of `hidden`, which is left as it is and may have the first samples only."""
+        """The output [B, T, ...] of block `index` for each chunk of `hidden`, which is left as it is, or of its first samples."""
         for chunk, calls in zip(self.chunks, self._calls, strict=True):
             if chunk.start >= hidden.shape[0]:
                 return

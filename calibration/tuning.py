@@ -152,8 +152,8 @@ def tune(
 
 
 def kl_and_gradient(hidden: Tensor, target: Tensor, logits_of: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
-    """Mean KL(target || hidden) over the rows of [..., H], nats, and its gradient by `hidden`. Logits are made a part at a time."""
-    rows, wanted = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1, hidden.shape[-1])
+    """Mean KL(target || hidden) over the tokens of [B, T, ...], nats, and its gradient by `hidden`. Logits are made a part at a time."""
+    rows, wanted = hidden.flatten(0, 1), target.flatten(0, 1)
     gradient = torch.empty_like(rows)
     total = 0.0
     for at in range(0, len(rows), LOGIT_ROWS):

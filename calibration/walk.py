@@ -39,7 +39,7 @@ def structure_of(model: FloatModel, inputs: Inputs, index: int, block: nn.Module
     call = inputs.call(index)
     draw = torch.Generator().manual_seed(index)
     rows = inputs.chunks[0].stop
-    hidden = torch.randn(rows, inputs.shape[1], model.hidden_size, generator=draw)
+    hidden = torch.randn(rows, inputs.shape[1], *model.hidden_shape, generator=draw)
 
     @torch.no_grad()
     def run() -> Tensor:

@@ -69,6 +69,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_WIDE, **_MLA},  # low ranks between the linears, the first block dense
     "gpt_oss": {**_WIDE, **_OSS},  # experts transposed, in one tensor in the checkpoint too
     "lfm2": {**_WIDE, "layer_types": ["conv", "full_attention"]},  # blocks of two kinds
+    "exaone": _WIDE,  # calls itself a Llama, and has other names in its checkpoint
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB, "state_size": 8},  # no attention
 }
 
