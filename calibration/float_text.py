@@ -16,8 +16,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BATCH = 32
+_BATCH = 32
+_POOL_BYTES = 1 << 30  # of keys and values, at most
 _PROMPT_TOKENS = 128  # room for them
+
+
+def batch_of(config: Any, seqlen: int) -> int:
+    """How many texts of `seqlen` tokens are drawn at once, by what keys and values of them take. `config` is transformers'."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // max(1, getattr(text, "num_attention_heads", 1))
+    per_text = (seqlen + _PROMPT_TOKENS) * 2 * text.num_hidden_layers * heads * width * 2
+    return int(max(1, min(_BATCH, _POOL_BYTES // max(1, per_text))))
 
 
 def served(model_path: str | None) -> bool:
@@ -32,9 +42,9 @@ def served(model_path: str | None) -> bool:
 
 
 @contextmanager
-def drawing(model_path: str | None, root: str, seqlen: int) -> Iterator[Generate]:
-    """A Generate of the model, which is in memory inside, for texts of up to about `seqlen` tokens."""
-    engine = _engine(model_path, BATCH * (seqlen + _PROMPT_TOKENS)) if served(model_path) else None
+def drawing(model_path: str | None, root: str, seqlen: int, batch: int) -> Iterator[Generate]:
+    """A Generate of the model, which is in memory inside, for `batch` texts of up to about `seqlen` tokens at a time."""
+    engine = _engine(model_path, batch, batch * (seqlen + _PROMPT_TOKENS)) if served(model_path) else None
     if engine is None:
         yield _by_transformers(root)
         return
@@ -52,12 +62,12 @@ def drawing(model_path: str | None, root: str, seqlen: int) -> Iterator[Generate
         yield generate
 
 
-def _engine(model_path: str | None, max_total_tokens: int) -> Engine | None:
+def _engine(model_path: str | None, batch: int, max_total_tokens: int) -> Engine | None:
     """None where a config of a known architecture lies beside weights that the Engine does not know."""
     from octavo import Engine
 
     try:
-        return Engine(model_path, show_progress=False, max_running_requests=BATCH, max_total_tokens=max_total_tokens)
+        return Engine(model_path, show_progress=False, max_running_requests=batch, max_total_tokens=max_total_tokens)
     except ValueError as error:
         logger.warning("Octavo's engine does not read this model (%s): transformers writes the calibration text", error)
         return None

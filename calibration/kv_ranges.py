@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 FP8_MAX = 448.0
+_MARGIN = 1.05  # for what was not seen, and what the last pass moves
 
 
 class KVRanges:
@@ -27,7 +28,7 @@ class KVRanges:
         """What a code is multiplied with: `<module>.k_scale` and `<module>.v_scale`, as llm-compressor names them."""
         found = {}
         for module, (k, v) in self.largest.items():
-            found[f"{module}.k_scale"], found[f"{module}.v_scale"] = max(k, 1e-6) / FP8_MAX, max(v, 1e-6) / FP8_MAX
+            found[f"{module}.k_scale"], found[f"{module}.v_scale"] = (_MARGIN * max(size, 1e-6) / FP8_MAX for size in (k, v))
         return found
 
     @contextmanager

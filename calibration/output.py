@@ -86,6 +86,21 @@ class Written:
     num_packed: int
     example: GroupedWeight
     transposed: frozenset[str]  # tensors of the original that are stored [K, N], where a quantized module is [N, K]
+    kept: tuple[str, ...]  # modules of the blocks with matrices that stayed as they are, by the checkpoint's names
+    stacked: bool  # whether experts that the checkpoint has as one tensor became modules
+
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def with_fused(kept: Sequence[str]) -> list[str]:
+    """`kept`, and what engines make of several of them: they look for a fused module by its own name."""
+    known = set(kept)
+    parents = sorted({path.rpartition(".")[0] for path in kept})
+    fused = [
+        f"{parent}.{name}" for parent in parents for name, parts in _FUSED.items() if all(f"{parent}.{part}" in known for part in parts)
+    ]
+    return [*kept, *(path for path in fused if path not in known)]
 
 
 def by_source(model: FloatModel, index: int, result: BlockResult) -> BySource:
@@ -173,6 +188,8 @@ def write_weights(
     packed = num_packed = 0
     example: GroupedWeight | None = None
     transposed: set[str] = set()
+    kept: list[str] = []
+    stacked = False
 
     def keep(name: str, tensor: Tensor, group: dict[str, int]) -> None:
         shards.add(name, tensor)
@@ -184,10 +201,13 @@ def write_weights(
     for index, result in enumerate(results):
         block = by_source(model, index, result)
         transposed |= block.transposed
+        stacked = stacked or any(len(tensors[name].shape) > 2 for name in block.replaced)
         for name in of_block.get(index, []):
             if name in block.replaced:
                 linears["before"] += tensors[name].nbytes
                 continue
+            if len(tensors[name].shape) > 1:
+                kept.append(name.removesuffix(".weight"))
             value = block.changed.get(name)
             dtype = model.names.stored[model.names.targets[name]] if value is not None else None
             keep(name, _as_stored(model, reader, name) if value is None else value.to(dtype), others)
@@ -204,7 +224,7 @@ def write_weights(
     linears["after"] = packed
     shards.close()
     assert example is not None
-    return Written(groups, packed, num_packed, example, frozenset(transposed))
+    return Written(groups, packed, num_packed, example, frozenset(transposed), tuple(kept), stacked)
 
 
 def _as_stored(model: FloatModel, reader: WeightReader, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from .budget import Budget
+from .budget import Budget, budget_of
 from .eight_bit import BLOCK
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
@@ -50,6 +51,15 @@ class Plan:
     peak_bytes: int
     max_memory: int
     evaluates_whole: bool  # both models in memory at once, in Octavo's Engine; else block by block
+
+    def as_decided(self, tuned: bool) -> Plan:
+        """The same plan with the last pass or without, as it was decided when the run began: it must give the same bytes."""
+        if tuned == (self.budget.schedule is not None):
+            return self
+        if tuned:
+            return replace(self, budget=budget_of(self.recipe), skipped_tuning=None)
+        told = "left out, as when the run began" if budget_of(self.recipe).schedule else None
+        return replace(self, budget=replace(self.budget, schedule=None), skipped_tuning=told)
 
     def grid_of(self, path: str, n: int, k: int) -> Grid | None:
         """The grid of a linear [n, k]; None where it stays as it is."""
@@ -109,13 +119,14 @@ def make_plan(
     if model.context_length is not None and recipe.seqlen > model.context_length:
         context = model.context_length
         raise ValueError(f"seqlen {recipe.seqlen} is beyond the model's context of {context} tokens: give --seqlen {context} or less")
+    _check_ignore(recipe, found)
     linears = {path: shape for path, shape in found.items() if not recipe.ignores(path) and not any(size % _PACKED for size in shape)}
     if not linears:
         raise ValueError("there is no linear to quantize: --ignore leaves none, or the model has none that can be packed")
     size = -1 if recipe.eight_bit else group_size_of(recipe, linears)
     if recipe.strategy == "block":
         check_blocks(linears)
-    max_memory = recipe.max_memory or int(psutil.virtual_memory().available * _DEFAULT_SHARE)
+    max_memory = recipe.max_memory or int(_available_memory() * _DEFAULT_SHARE)
     weights = sum(n * k for n, k in linears.values())
     overhead = 20 / (size if size > 0 else 1024)
     others = sum(parameter.numel() for parameter in model.module.parameters()) - weights
@@ -159,6 +170,18 @@ def make_plan(
     )
 
 
+def _check_ignore(recipe: Recipe, found: Mapping[str, tuple[int, int]]) -> None:
+    """Raises ValueError for a pattern that matches nothing, and for one that leaves out some experts of a parameter."""
+    for pattern in recipe.ignore:
+        if not any(re.search(pattern, path) for path in found):
+            shown = ", ".join(list(found)[:3])
+            raise ValueError(f"ignore {pattern!r} matches no linear of the model: they are called {shown}, ...")
+    for whole in sorted({path.split("[")[0] for path in found if "[" in path}):
+        experts = [path for path in found if path.split("[")[0] == whole]
+        if len({recipe.ignores(path) for path in experts}) > 1:
+            raise ValueError(f"ignore leaves out some experts of {whole}, which are one tensor: leave out all of them or none")
+
+
 def probe_inputs(model: FloatModel) -> Inputs:
     """A few tokens, to look at the structure of blocks with."""
     inputs = Inputs(model, torch.arange(_PROBE_TOKENS)[None] % model.vocab_size)
@@ -166,14 +189,26 @@ def probe_inputs(model: FloatModel) -> Inputs:
     return inputs
 
 
-def check_disk(plan: Plan, out: Path) -> None:
-    """Raises OSError where the disk has less room than the run will need."""
+def check_disk(plan: Plan, out: Path, *, present: int = 0) -> None:
+    """Raises OSError where the disk has less room than the run will need, `present` bytes of which are there already."""
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(place).free, plan.bytes_after + plan.work_bytes
+    free, needed = shutil.disk_usage(place).free, plan.bytes_after + plan.work_bytes - present
     if free < needed:
         raise OSError(
             f"{place} has {free / _GIB:.1f} GiB free, and this run needs about {needed / _GIB:.1f}: make room, or give --out elsewhere"
         )
+
+
+def _available_memory() -> int:
+    """Bytes that this process may still take: the machine's, or what its container's limit leaves."""
+    available: int = psutil.virtual_memory().available
+    try:
+        group = Path("/sys/fs/cgroup")
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(cached.get("inactive_file", 0))
+        return min(available, int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError):  # no container, or one without a limit
+        return available
 
 
 def _outer_bytes(model: FloatModel) -> int:

@@ -15,7 +15,7 @@ from typing import Self
 from .command import BAD_INPUT, FAILED, INTERRUPTED, CommandParser, fail
 from .quantize_flags import add_flags, recipe_of
 from .quantize_report import summary, write_reports
-from .quantize_run import GateError, QuantizeResult, plan, quantize
+from .quantize_run import WORK, GateError, QuantizeResult, plan, quantize
 
 GATE_FAILED = 3
 
@@ -39,8 +39,9 @@ def run(args: argparse.Namespace, *, prog: str) -> int:
             return fail(prog, f"the quality gate does not hold: {error}", GATE_FAILED)
         except (KeyboardInterrupt, ValueError, TypeError, OSError, RuntimeError) as error:
             if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
-                told = f"stopped; the finished blocks are in {args.out}: give the same command with --resume to go on"
-                return fail(prog, told, INTERRUPTED)
+                unfinished = args.out is not None and (args.out / WORK).exists()
+                told = f"; the finished blocks are in {args.out}: give the same command with --resume to go on" if unfinished else ""
+                return fail(prog, f"stopped{told}", INTERRUPTED)
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
             return fail(prog, text, BAD_INPUT if isinstance(error, ValueError | TypeError) else FAILED)
 
@@ -69,6 +70,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan(args.model_path, recipe).describe())
         return 0
+    if args.report is not None and not args.report.absolute().parent.is_dir():
+        raise ValueError(f"cannot write --report {args.report}: its folder does not exist")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger(__package__).setLevel(logging.INFO)  # what is planned, before it starts
     result = quantize(args.model_path, args.out, recipe=recipe, eval_text=args.eval, measure_speed=not args.skip_speed, resume=args.resume)
@@ -77,9 +80,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _tell(result: QuantizeResult, report: Path | None) -> None:
-    written = write_reports(result, report)
-    print(summary(result))
-    print(f"reports: {', '.join(map(str, written))}")
+    print(summary(result), flush=True)
+    try:
+        print(f"reports: {', '.join(map(str, write_reports(result, report)))}")
+    except OSError as error:  # the model is there, and the exit code is the gate's
+        print(f"the reports were not all written: {error}", file=sys.stderr)
 
 
 def _parser(prog: str) -> CommandParser:

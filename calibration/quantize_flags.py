@@ -88,7 +88,10 @@ def _share(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no share: give such as 3% or 0.03")
-    return float(found[1]) / (100 if found[2] else 1)
+    share = float(found[1]) / (100 if found[2] else 1)
+    if share > 1 and not found[2]:
+        raise argparse.ArgumentTypeError(f"{text!r} would be {share:.0%}: give {text}% or {share / 100:g}")
+    return share
 
 
 def _group_size(text: str) -> int | str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def facts(result: QuantizeResult) -> list[tuple[str, str]]:
         ("model", result.model),
         ("written to", f"{result.out} ({recipe.layout}; {recipe.form(result.group_size)}; method {recipe.method}, effort {recipe.effort})"),
         ("linears", f"{len(result.modules)} quantized, {result.bits_per_weight:.2f} bits a weight; {len(result.kept)} left as they are"),
-        ("read back", f"every tensor equal; logits within {result.verified:.1g} of the largest"),
+        ("read back", f"every quantized tensor equal; logits within {result.verified:.1g} of the largest"),
     ]
     quality = result.quality
     rows += [
@@ -57,8 +58,15 @@ def facts(result: QuantizeResult) -> list[tuple[str, str]]:
         ("time", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items() if seconds >= 0.5) or "under a second")
     )
     rows.append(("peak memory", f"{result.peak_bytes / _GIB:.2f} GiB (estimated: {result.estimated_peak_bytes / _GIB:.2f})"))
+    if result.kept:
+        rows.append(("left as they are", _listed(result.kept)))
     rows += [("note", note) for note in result.notes]
     return rows
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def sizes(result: QuantizeResult) -> list[tuple[str, float, float]]:
@@ -97,8 +105,12 @@ def to_json(result: QuantizeResult) -> str:
 
 def model_card(result: QuantizeResult) -> str:
     """A README for the folder."""
-    table = "".join(f"| {name} | {value} |\n" for name, value in facts(result))
-    serve, recipe = "\n".join(commands(result)), json.dumps(result.recipe.to_dict(), indent=1)
+    public = replace(result, model=Path(result.model).name, out=Path())  # others have other folders
+    table = "".join(f"| {name} | {value} |\n" for name, value in facts(public))
+    serve = "\n".join(commands(public))
+    asked = result.recipe.to_dict()
+    file = result.recipe.calibration_file()
+    recipe = json.dumps({**asked, "calibration": file.name} if file is not None else asked, indent=1)
     return (
         f"---\nlibrary_name: transformers\ntags:\n- quantized\n- {result.recipe.layout}\n- octavo\n---\n\n"
         f"# {Path(result.model).name}, quantized\n\nMade by `octavo quantize`.\n\n| | |\n|---|---|\n{table}\n"

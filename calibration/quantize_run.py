@@ -8,7 +8,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from .budget import budget_of
 from .climb import climb
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
-from .float_text import BATCH, drawing, served
-from .output import Written, by_source, copy_tokenizer, quantization_config, write_config, write_weights
+from .float_text import batch_of, drawing, served
+from .output import Written, by_source, copy_tokenizer, quantization_config, with_fused, write_config, write_weights
 from .plan import Plan, check_disk, make_plan, probe_inputs
 from .progress import Progress
 from .quality import Quality, Speed, by_engine, by_transformers, speed_of
@@ -43,8 +43,11 @@ from .work import Results, WorkFolder
 logger = logging.getLogger(__name__)
 
 WORK, MODEL = ".quantize", "model"  # inside the output folder, until a run is done; the model inside an attempt's folder
+_NOT_IDENTITY = ("max_memory", "max_ppl_increase", "max_kl")  # may differ when a run goes on
+_PUBLISHING = "publishing"  # in WORK, while files are moved out of it
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
 _EVAL_TOKENS = 1 << 14
+_LEAST_EVAL_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class QuantizeResult:
     group_size: int
     modules: Mapping[str, Mapping[str, Any]]
     block_errors: Mapping[str, float]  # what each block adds to the relative error of the hidden state
-    kept: tuple[str, ...]  # linears that stayed as they were
+    kept: tuple[str, ...]  # modules of the blocks that stayed as they were, routers among them, by the checkpoint's names
     notes: tuple[str, ...]  # what was left out, and why
     groups: Mapping[str, Mapping[str, int]]  # bytes before and after, by kind of tensor
     bits_per_weight: float  # of the quantized linears, scales and zero points included
@@ -147,7 +150,8 @@ def attempt_name(asked: Recipe, tried: Recipe) -> str:
 
 def publish(made: Path, out: Path) -> None:
     """Move a finished model out of the work folder, and remove that."""
-    for file in sorted(made.iterdir()):
+    (out / WORK / _PUBLISHING).touch()
+    for file in sorted(made.iterdir(), key=lambda file: (file.name == "config.json", file.name)):  # without it, no engine takes the folder
         os.replace(file, out / file.name)
     shutil.rmtree(out / WORK)
 
@@ -168,6 +172,21 @@ class _Run:
         refuse_quantized(self.files, self.config, self.reader)
         self.served = served(model_path)
         self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.eval_tokens = self._read_eval_text()
+
+    def _read_eval_text(self) -> list[int] | None:
+        """Tokens of the text to evaluate on, before any work is done. Raises ValueError for one that cannot be read or is too short."""
+        if self.eval_text is None:
+            return None
+        try:
+            content = self.eval_text.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.eval_text} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
+        tokens: list[int] = self._tokenizer()(content).input_ids[:_EVAL_TOKENS]
+        if len(tokens) < _LEAST_EVAL_TOKENS:
+            raise ValueError(f"{self.eval_text} has {len(tokens)} tokens: give a text of at least {_LEAST_EVAL_TOKENS} to evaluate on")
+        return tokens
 
     def plan(self) -> tuple[FloatModel, Plan]:
         """The model, what is outside its blocks read, and what will be done to it."""
@@ -180,14 +199,22 @@ class _Run:
     def all(self, place: Path, out: Path, *, measure_speed: bool, resume: bool) -> QuantizeResult:
         """Everything, in the work folder `place`; the model is made in its subfolder MODEL, and is meant to lie in `out` one day."""
         model, plan = self.plan()
-        check_disk(plan, out)
-        logger.info("%s", plan.describe())
+        check_disk(plan, out, present=sum(file.stat().st_size for file in place.rglob("*") if file.is_file()))
         work = WorkFolder(place, self._identity(), resume=resume)
+        plan = plan.as_decided(work.decided({"tuned": plan.budget.schedule is not None})["tuned"])
+        logger.info("%s", plan.describe())
         made = work.path / MODEL
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
-        with self._timed("samples"):
-            tokens, held_back = self._samples(work)
+        try:
+            with self._timed("samples"):
+                tokens, held_back = self._samples(work)
+        except ValueError:  # nothing is done that --resume could go on with
+            shutil.rmtree(work.path)
+            for folder in (work.path.parent, out):
+                with suppress(OSError):  # other things lie there
+                    folder.rmdir()
+            raise
         floats = self._hidden(plan, plan.budget.samples, model, work, "floats")
         with self._timed("blocks"):
             self._walk(model, Inputs(model, tokens, cut=plan.budget.solve_samples), work, plan, floats)
@@ -201,8 +228,15 @@ class _Run:
             verified = self._verify(made, model, results, written, tokens[:1])
         with self._timed("evaluating"):
             quality = self._evaluate(made, model, held_back, written, plan)
-            before, after = self._speeds(made, tokens[0].tolist()) if measure_speed and self.served else (None, None)
+            before, after = self._speeds(made, tokens[0].tolist(), model, plan) if measure_speed else (None, None)
         notes = results.notes()
+        notes_of_run = [] if plan.skipped_tuning is None else [f"tuning {plan.skipped_tuning}"]
+        if written.transposed or written.stacked:
+            what = "weights that are stored transposed" if written.transposed else "experts that are one tensor in the checkpoint"
+            notes_of_run.append(
+                f"the original has {what}: no engine is known to read them quantized; they were verified by Octavo's reader"
+            )
+        notes_of_run += self.notes
         return QuantizeResult(
             out=out,
             model=self.files.name,
@@ -210,8 +244,8 @@ class _Run:
             group_size=plan.group_size,
             modules={name: about for note in notes for name, about in note["modules"].items()},
             block_errors=_added([note["error"] for note in notes], [model.block_prefix(index)[:-1] for index in range(plan.num_blocks)]),
-            kept=plan.kept,
-            notes=() if plan.skipped_tuning is None else (f"tuning {plan.skipped_tuning}",),
+            kept=written.kept,
+            notes=tuple(notes_of_run),
             groups=written.groups,
             bits_per_weight=8 * written.packed_bytes / written.num_packed,
             quality=quality,
@@ -241,8 +275,9 @@ class _Run:
         return AutoConfig.for_model(**self.config)
 
     def _identity(self) -> Mapping[str, Any]:
-        weights = {file.name: file.stat().st_size for file in self.files.weight_files}
-        return {"recipe": self.recipe.to_dict(), "model": self.files.name, "weights": weights}
+        weights = {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in self.files.weight_files}
+        recipe = {name: value for name, value in self.recipe.to_dict().items() if name not in _NOT_IDENTITY}
+        return {"recipe": recipe, "model": self.files.name, "weights": weights, "measured on": str(self.eval_text)}
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
@@ -259,16 +294,19 @@ class _Run:
         held_back = 0 if self.eval_text is not None else max(1, round(recipe.samples * _HELD_BACK))
         count = budget_of(recipe).samples + held_back
         if recipe.calibration == "self":
+            batch = batch_of(self._transformers_config(), recipe.seqlen)
             with (
-                drawing(self.model_path, str(self.files.root), recipe.seqlen) as generate,
+                drawing(self.model_path, str(self.files.root), recipe.seqlen, batch) as generate,
                 Progress("writing text", count * recipe.seqlen, "tokens") as bar,
             ):
                 return write_samples(
-                    generate, tokenizer, samples=count, seqlen=recipe.seqlen, seed=recipe.seed, batch=BATCH, on_tokens=bar.step
+                    generate, tokenizer, samples=count, seqlen=recipe.seqlen, seed=recipe.seed, batch=batch, on_tokens=bar.step
                 )
         file = recipe.calibration_file()
         texts = hub_texts(recipe.calibration, tokenizer) if file is None else read_texts(file, tokenizer)
-        rows = rows_of(texts, tokenizer, samples=count, seqlen=recipe.seqlen, where=recipe.calibration, of=recipe.samples + held_back)
+        rows = rows_of(
+            texts, tokenizer, samples=count, seqlen=recipe.seqlen, where=recipe.calibration, of=recipe.samples + held_back, beside=held_back
+        )
         return rows[torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed))]
 
     def _tokenizer(self) -> Any:
@@ -305,7 +343,9 @@ class _Run:
 
     def _write(self, out: Path, model: FloatModel, results: Results, plan: Plan) -> Written:
         written = write_weights(out, model, self.reader, results, self.recipe)
-        write_config(out, self.config, quantization_config(self.recipe, plan.group_size, written.example, ["lm_head", *plan.kept]))
+        write_config(
+            out, self.config, quantization_config(self.recipe, plan.group_size, written.example, ["lm_head", *with_fused(written.kept)])
+        )
         copy_tokenizer(self.files, out)
         return written
 
@@ -329,8 +369,8 @@ class _Run:
 
     def _evaluate(self, out: Path, model: FloatModel, held_back: Tensor, written: Written, plan: Plan) -> Quality:
         recipe = self.recipe
-        if self.eval_text is not None:
-            tokens = self._tokenizer()(self.eval_text.read_text(encoding="utf-8")).input_ids[:_EVAL_TOKENS]
+        if self.eval_text is not None and self.eval_tokens is not None:
+            tokens = self.eval_tokens
             seqlen, text = min(DEFAULT_SEQLEN, len(tokens), model.context_length or DEFAULT_SEQLEN), self.eval_text.name
         else:
             tokens, seqlen = held_back.flatten().tolist(), recipe.seqlen
@@ -346,8 +386,16 @@ class _Run:
             quantized.load_outer()
             return by_transformers(model, quantized, tokens, seqlen=seqlen, text=text, scratch=out.parent if plan.on_disk else None)
 
-    def _speeds(self, out: Path, prompt: list[int]) -> tuple[Speed, Speed]:
-        return speed_of(self.model_path, prompt), speed_of(str(out), prompt)
+    def _speeds(self, out: Path, prompt: list[int], model: FloatModel, plan: Plan) -> tuple[Speed | None, Speed | None]:
+        """Before and after; None with a note where it cannot be measured: hours of work do not hang on it."""
+        if not self.served or not plan.evaluates_whole:
+            return None, None
+        prompt = prompt[: max(1, (model.context_length or len(prompt)) // 2)]
+        try:
+            return speed_of(self.model_path, prompt), speed_of(str(out), prompt)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            self.notes.append(f"speed was not measured: {error}")
+            return None, None
 
 
 def _peak_bytes() -> int:
@@ -367,7 +415,7 @@ def check_out(out: Path, *, resume: bool) -> None:
     if not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder")
     others = [path.name for path in out.iterdir() if path.name != WORK]
-    if others:
+    if others and not (resume and (out / WORK / _PUBLISHING).is_file()):
         raise ValueError(f"{out} is not empty ({', '.join(sorted(others)[:3])}): give another folder, or empty it")
     if (out / WORK).exists() and not resume:
         raise ValueError(f"{out} holds an unfinished run: add --resume to go on with it, or delete {out / WORK}")

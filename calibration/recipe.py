@@ -19,6 +19,8 @@ KVCache = Literal["fp8"]
 
 _BITS: Mapping[str, tuple[int, ...]] = {"awq": (4,), "gptq": (2, 4, 8), "compressed-tensors": (4, 8)}
 _EIGHT_BIT = ("fp8", "int8")
+# What transformers calls data sets in a GPTQConfig, as the hub does.
+_TRANSFORMERS_DATASETS = {"wikitext2": "wikitext:wikitext-2-raw-v1", "c4": "allenai/c4:en", "c4-new": "allenai/c4:en"}
 MIN_SEQLEN, MIN_SAMPLES = 16, 1
 
 
@@ -89,6 +91,10 @@ class Recipe:
         if self.eight_bit:
             if self.group_size != "auto":
                 raise ValueError(f"method {self.method} has no groups: leave group_size {self.group_size} out")
+            if self.symmetric is not None:
+                raise ValueError(f"method {self.method} is symmetric: leave symmetric out")
+            if self.effort != "default":
+                raise ValueError(f"method {self.method} knows no effort: leave effort {self.effort} out")
             if self.format not in ("auto", "compressed-tensors"):
                 raise ValueError(f"method {self.method} is written as compressed-tensors, not {self.format}: leave format out")
             if self.weight_scales == "block" and self.activations == "static":
@@ -180,8 +186,18 @@ class Recipe:
         """What a transformers GPTQConfig asks for, with `changes` to a recipe's fields.
 
         Of its options, `bits`, `group_size`, `sym` and `dataset` (a name) mean the same here; damping and order are chosen here. Raises
-        ValueError for texts given in place of a name, and for `desc_act` with a group size, which engines refuse.
+        ValueError for a config of another method, for options that would change the result and are not taken, for texts given in place of
+        a name, and for `desc_act` with a group size, which engines refuse.
         """
+        method = getattr(config, "quant_method", "gptq")
+        method = getattr(method, "value", method)
+        if method != "gptq":
+            raise ValueError(f"a transformers config of method {method} is not taken: give a GPTQConfig, or this recipe's own fields")
+        for option, usual in (("modules_in_block_to_quantize", (None,)), ("checkpoint_format", (None, "gptq"))):
+            if getattr(config, option, None) not in usual:
+                raise ValueError(
+                    f"a GPTQConfig's {option}={getattr(config, option)!r} is not taken: leave it out; ignore=... keeps linears"
+                )
         if getattr(config, "desc_act", False) and config.group_size != -1:
             raise ValueError(
                 "desc_act with a group size is refused by vLLM: give desc_act=False; columns are taken in order of importance anyway"
@@ -189,6 +205,7 @@ class Recipe:
         dataset = getattr(config, "dataset", None)
         if dataset is not None and not isinstance(dataset, str):
             raise ValueError("a GPTQConfig's list of texts is not taken: write them to a file and give calibration=FILE")
+        dataset = _TRANSFORMERS_DATASETS.get(dataset, dataset) if dataset else None
         given = {"method": "gptq", "format": "gptq", "bits": config.bits, "group_size": config.group_size, "symmetric": config.sym}
         return cls.from_dict({**given, **({"calibration": dataset} if dataset else {}), **changes})
 

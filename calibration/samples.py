@@ -29,11 +29,11 @@ class NotEnoughTextError(ValueError):
     """A calibration text that is too short."""
 
 
-def rows_of(texts: Iterable[str], tokenizer: Tokenizer, *, samples: int, seqlen: int, where: str, of: int = 0) -> Tensor:
+def rows_of(texts: Iterable[str], tokenizer: Tokenizer, *, samples: int, seqlen: int, where: str, of: int = 0, beside: int = 0) -> Tensor:
     """int64 [samples, seqlen]: the texts' tokens one after the other, cut into rows, each with the BOS token that a text gets.
 
-    They are spread evenly over the first `of` rows of the text, as far as there are so many. Raises NotEnoughTextError, saying how many
-    rows there would be.
+    They are spread evenly over the first `of` rows of the text, as far as there are so many. `beside`: how many of them are not what
+    --samples counts. Raises NotEnoughTextError, saying how many rows there would be.
     """
     start = list(tokenizer("").input_ids)[:1]
     if start and start[0] != tokenizer.bos_token_id:
@@ -47,9 +47,11 @@ def rows_of(texts: Iterable[str], tokenizer: Tokenizer, *, samples: int, seqlen:
         tokens += tokenizer(text, add_special_tokens=False).input_ids
     rows = min(max(samples, of), len(tokens) // room)
     if rows < samples:
-        remedy = f"give --samples {rows}, a smaller --seqlen" if rows else f"give --seqlen {max(16, len(tokens) // 2)} or less"
+        fewer = rows * 8 // 9 if beside else rows  # an eighth of the samples more is held back
+        remedy = f"give --samples {fewer}, a smaller --seqlen" if fewer > 0 else f"give --seqlen {max(16, len(tokens) // 3)} or less"
+        wanted_rows = f"{samples} are wanted" + (f", {beside} of them to measure on" if beside else "")
         raise NotEnoughTextError(
-            f"{where} has {len(tokens)} tokens, which makes {rows} samples of {seqlen} where {samples} are wanted: {remedy}, or more text"
+            f"{where} has {len(tokens)} tokens, which makes {rows} samples of {seqlen} where {wanted_rows}: {remedy}, or more text"
         )
     chosen = [i * rows // samples for i in range(samples)]
     return torch.tensor([start + tokens[i * room : (i + 1) * room] for i in chosen], dtype=torch.int64)

@@ -64,7 +64,7 @@ def apply_scales(
         if not readers:
             continue
         k = len(fold.source)
-        known = moments.of(readers[0], k)
+        known = max((moments.of(site, k) for site in fold.readers), key=lambda one: one.count)  # of experts each sees but a few tokens
         weights = [site.weight(block) for site in readers]
         scaling = _search(weights, known, fold, grids[readers[0]], steps)
         chosen[fold.feeder] = scaling

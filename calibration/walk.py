@@ -97,7 +97,7 @@ class Walk:
             if grid is not None:
                 grids[site] = grid
         collector, ranges = Collector(list(structure.sites)), KVRanges()
-        with collector.collecting(block), ranges.watching(block) if steps.kv_scales else nullcontext():
+        with collector.collecting(block):
             for _ in self._inputs.run(index, block, self._quantized):
                 pass
         self._advance_floats(index, block)
@@ -127,15 +127,16 @@ class Walk:
         notes: dict[str, Any] = {"modules": modules, "scales": {prefix + name: found.relative_error for name, found in scalings.items()}}
         if steps.static_inputs:
             notes["input_scales"] = [input_scale(collector.of(site, weights[site].in_features)) for site in ordered]
+        result = BlockResult(ordered, changed, notes)
+        put(block, result)
+        with ranges.watching(block) if steps.kv_scales else nullcontext():  # keys and values as they will be: rescaled, quantized
+            notes["error"] = self._advance_quantized(index, block)
         if steps.kv_scales:
             notes["kv_scales"] = {prefix + name: scale for name, scale in ranges.scales().items()}
             if not ranges.largest:
                 raise ValueError(
                     f"kv_cache fp8: {prefix[:-1]} calls no attention whose keys and values could be seen; leave --kv-cache out"
                 )
-        result = BlockResult(ordered, changed, notes)
-        put(block, result)
-        notes["error"] = self._advance_quantized(index, block)
         notes["seconds"] = time.perf_counter() - started
         return result
 

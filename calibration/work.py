@@ -79,6 +79,14 @@ class WorkFolder:
             self.path.mkdir(parents=True)
             _write(known, json.dumps(self._identity, indent=1).encode())
 
+    def decided(self, now: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What was decided when the run began, which is `now` where it begins."""
+        file = self.path / "decided.json"
+        if not file.is_file():
+            _write(file, json.dumps(now).encode())
+        found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").is_file()
 

@@ -86,6 +86,8 @@ def test_a_dry_run_tells_and_writes_nothing(llama: Path, text: Path, tmp_path: P
         (["--group-size", "x"], "'x' is no group size"),
         (["--max-memory", "lots"], "'lots' is no size"),
         (["--max-ppl-increase", "a bit"], "is no share"),
+        (["--max-ppl-increase", "5"], "'5' would be 500%: give 5% or 0.05"),
+        (["--report", "no/such/folder/r.html"], "cannot write --report"),
         (["--calibration", "missing.txt"], "missing.txt"),
         (["--eval", "missing.txt"], "there is no file missing.txt"),
         (["--samples", "4000"], "which makes"),
@@ -141,6 +143,9 @@ def test_ctrl_c_inside_of_c_code_is_told_as_what_it_is(
             raise TypeError("could not determine the shape of object type") from None
 
     monkeypatch.setattr(quantize_cli, "quantize", interrupted)
+    assert main(["quantize", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "octavo quantize: stopped\n"
+    (tmp_path / "out" / ".quantize").mkdir(parents=True)
     assert main(["quantize", "--out", str(tmp_path / "out")]) == 130
     assert "--resume to go on" in capsys.readouterr().err
 
