@@ -10,7 +10,9 @@ import copy
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
@@ -19,9 +21,11 @@ import jinja2.ext
 import jinja2.sandbox
 
 MAX_RENDERED_CHARS = 32_000_000
-MAX_LOOP_STEPS = 2_000_000  # of all loops of a template together
-_MAX_OPERAND = 10_000_000  # characters or items that `*` may make; bits of a number
-_STEPS = "_octavo_steps"  # in a template's variables: how many there have been
+MAX_STEPS = 2_000_000  # of all loops and calls of a template together
+_MAX_MADE = 10_000_000  # characters or items that one operation may make; bits of a number
+_STEPS: ContextVar[Iterator[int]] = ContextVar("_STEPS")  # of the template that is rendered now
+_PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
+_WIDTH = re.compile(r"\d{6,}")
 # Ends in a space, so that a template that trims its messages shows itself.
 _CONTINUE_MARK = "<octavo-continues-here> "
 
@@ -61,7 +65,6 @@ class ChatTemplate:
         if continue_final_message:
             _mark_end(conversation[-1])
         variables = {
-            _STEPS: itertools.count(1),
             **self._special_tokens,
             **(chat_template_kwargs or {}),
             "messages": conversation,
@@ -70,7 +73,11 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        text = _render(_compile(self._templates[name]), variables)
+        steps = _STEPS.set(itertools.count(1))
+        try:
+            text = _render(_compile(self._templates[name]), variables)
+        finally:
+            _STEPS.reset(steps)
         return _cut_at_mark(text) if continue_final_message else text
 
 
@@ -147,39 +154,77 @@ class _GenerationTag(jinja2.ext.Extension):  # type: ignore[misc]
         return jinja2.nodes.Scope(body, lineno=line)
 
 
+def _step() -> None:
+    if next(_STEPS.get()) > MAX_STEPS:
+        raise _Raised(f"its loops and calls take more than {MAX_STEPS} steps")
+
+
 class _Counted:
     """What a loop runs over, with its steps counted."""
 
-    def __init__(self, items: Any, steps: Iterator[int]) -> None:
-        self._items, self._steps = items, steps
+    def __init__(self, items: Any) -> None:
+        self._items = items
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._items:
-            if next(self._steps) > MAX_LOOP_STEPS:
-                raise _Raised(f"its loops take more than {MAX_LOOP_STEPS} steps")
+            _step()
             yield item
 
     def __len__(self) -> int:
         return len(self._items)
 
 
-@jinja2.pass_context  # type: ignore[untyped-decorator] # jinja2 is not followed
-def _counted(context: jinja2.runtime.Context, items: Any) -> _Counted:
-    return _Counted(items, context[_STEPS])
+def _size(value: Any) -> int:
+    """Characters, items or bits."""
+    if isinstance(value, str | bytes | list | tuple):
+        return len(value)
+    return value.bit_length() if isinstance(value, int) else 0
+
+
+def _too_large() -> _Raised:
+    return _Raised(f"it makes something of more than {_MAX_MADE} parts")
 
 
 class _Cage(jinja2.sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc]
-    """Jinja's sandbox, which lets a template neither out nor loop or grow without end."""
+    """Jinja's sandbox, in which loops, calls and what operators make are bounded too. What filters make of long texts is not."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        for one, other in ((left, right), (right, left)):
-            if isinstance(other, int) and isinstance(one, str | bytes | list | tuple) and len(one) * other > _MAX_OPERAND:
-                raise _Raised(f"it makes something of more than {_MAX_OPERAND} parts")
-        if operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _MAX_OPERAND:
-            raise _Raised(f"it makes a number of more than {_MAX_OPERAND} bits")
+        sizes = _size(left), _size(right)
+        is_whole = isinstance(left, int), isinstance(right, int)
+        if operator == "%" and isinstance(left, str):
+            too_large = bool(_WIDTH.search(left))
+        elif operator == "**":
+            too_large = all(is_whole) and right > 0 and sizes[0] * right > _MAX_MADE
+        elif operator == "*" and is_whole[0] != is_whole[1]:  # a text or a list, so many times
+            too_large = (sizes[1] * left if is_whole[0] else sizes[0] * right) > _MAX_MADE
+        else:
+            too_large = operator != "%" and sum(sizes) > _MAX_MADE
+        if too_large:
+            raise _too_large()
         return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  (jinja2's names)
+        _step()
+        if getattr(__obj, "__name__", "") in _PADDING:
+            text = getattr(__obj, "__self__", "")
+            wide = any(isinstance(one, int) and one > _MAX_MADE for one in (*args, *kwargs.values()))
+            if wide or (isinstance(text, str) and bool(_WIDTH.search(text)) and "format" in __obj.__name__):
+                raise _too_large()
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _center(value: str, width: int = 80) -> str:
+    if width > _MAX_MADE:
+        raise _too_large()
+    return str(value).center(width)
+
+
+def _format(value: str, *args: Any, **kwargs: Any) -> str:
+    if _WIDTH.search(str(value)):
+        raise _too_large()
+    return str(value) % (kwargs or args)
 
 
 def _bounded(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
@@ -192,7 +237,7 @@ def _bounded(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
     environment = _Cage(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-    environment.filters["_octavo_counted"] = _counted
+    environment.filters |= {"_octavo_counted": _Counted, "center": _center, "format": _format}
     environment.filters["tojson"] = _tojson
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     try:

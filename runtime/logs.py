@@ -59,6 +59,14 @@ class _Complaints:
 class _Rotating(RotatingFileHandler):
     _complaints = _Complaints()
 
+    def doRollover(self) -> None:  # noqa: N802  (logging's name)
+        try:
+            super().doRollover()
+        except OSError:  # a folder that is not ours to rename in: the file grows on
+            self._complaints.tell(self.baseFilename)
+            if self.stream is None:
+                self.stream = self._open()
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
         self._complaints.tell(self.baseFilename)
 

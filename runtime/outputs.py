@@ -64,3 +64,4 @@ class TextOutput:
     finish: FinishReason | None = None
     num_retractions: int = 0
     queue_s: float = 0.0
+    arrived_s: float | None = None  # by time.perf_counter, where it came from another process

@@ -14,9 +14,10 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -59,7 +60,15 @@ _ANSWER_TIMEOUT_S = 30.0
 _EMBEDDED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # its model card's advice, which the GGUF does not carry
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
-Event = TokenOutput | Exception
+
+class _Arrived(NamedTuple):
+    """An output, and when it came, by time.perf_counter: its reader may be slow."""
+
+    output: TokenOutput
+    at_s: float
+
+
+Event = _Arrived | Exception
 
 
 def launch_engine(config: EngineConfig, *, logs: LogSettings | None = None) -> EngineProcess:
@@ -217,8 +226,8 @@ class EngineProcess:
                 if isinstance(event, Exception):
                     ended = True
                     raise event
-                ended = event.finish is not None
-                text = processor.push(event)
+                ended = event.output.finish is not None
+                text = replace(processor.push(event.output), arrived_s=event.at_s)
                 yield text
                 if text.finish is not None:
                     return
@@ -279,20 +288,25 @@ class EngineProcess:
 
     def _read(self) -> None:
         """The reader thread: deliver what the engine sends; notice when it ends."""
-        while True:
-            if self._inbox.poll(_POLL_MS):
-                self._deliver(from_engine_decoder.decode(self._inbox.recv()))
-            elif (code := self._process.poll()) is not None:
-                break
-            self._watch()
-        if not self._cause:
+        code: int | None = None
+        try:
+            while True:
+                if self._inbox.poll(_POLL_MS):
+                    self._deliver(from_engine_decoder.decode(self._inbox.recv()))
+                elif (code := self._process.poll()) is not None:
+                    break
+                self._watch()
+        except Exception as error:  # without this thread nothing is answered: better dead than silent
+            logger.exception("the engine's messages cannot be read any more")
+            self._cause = self._cause or f"the engine's messages cannot be read: {error}"
+        if not self._cause and code is not None:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
             self._cause = f"the engine process {how}"
         self._dead.set()
         if not self._ready.done():
             self._ready.set_exception(EngineDead(self._cause))
         for answer in list(self._answers.values()):
-            if not answer.done():
+            with contextlib.suppress(InvalidStateError):
                 answer.set_exception(EngineDead(self._cause))
         for loop, events in list(self._requests.values()):
             self._post(loop, events, EngineDead(self._cause))
@@ -314,10 +328,11 @@ class EngineProcess:
         match message:
             case Outputs():
                 self._last_turn = time.monotonic()
+                now_s = time.perf_counter()
                 by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Event], Event]]] = {}
                 for output in message.outputs:
                     if (entry := self._requests.get(output.request_id)) is not None:
-                        by_loop.setdefault(entry[0], []).append((entry[1], output))
+                        by_loop.setdefault(entry[0], []).append((entry[1], _Arrived(output, now_s)))
                 for loop, batch in by_loop.items():
                     self._post_all(loop, batch)
             case Heartbeat():
@@ -328,8 +343,9 @@ class EngineProcess:
                     self._post(*entry, refusal)
             case Answer():
                 answer = self._answers.get(message.number)
-                if answer is not None and not answer.done():
-                    answer.set_result(message.value)
+                if answer is not None:
+                    with contextlib.suppress(InvalidStateError):  # nobody waits for it any more
+                        answer.set_result(message.value)
             case Ready():
                 self._last_turn = time.monotonic()
                 self._ready.set_result(message)

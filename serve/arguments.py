@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args
 
 from ..runtime.config import AttentionBackend, Device, Dtype, EngineConfig, KVCacheDtype, LoadFormat, Policy
 from ..runtime.logs import LogFormat
-from .config_file import flags_in
+from .config_file import NOT, flags_in
 from .options import LogLevel, ServerOptions
 
 _NEAR = 0.7  # how alike an unknown flag and the one it is taken for are, of 1
@@ -42,10 +42,32 @@ class Parser(argparse.ArgumentParser):
             from_file = flags_in(file)
         except ValueError as error:
             self.error(str(error))
-        self._parse(from_file, where=f"in {file}: ")
-        namespace = self._parse([*from_file, *argv])  # what comes later holds
+        in_file = self._parse(self._checked(from_file, file), where=f"in {file}: ")
+        if hasattr(namespace, "model") and hasattr(in_file, "model_path"):
+            from_file = [word for word in from_file if not word.startswith(("--model-path=", "--model="))]
+        namespace = self._parse([*self._checked(from_file, file), *argv])  # what comes later holds
         del namespace.config_file
         return namespace
+
+    def _checked(self, words: Sequence[str], file: Path) -> list[str]:
+        """Flags of a config file: `--no-x` for what was false there. Refuses a value that would be lost."""
+        kept, seen = [], set()
+        for word in words:
+            flag = word.split("=", 1)[0]
+            action = self._option_string_actions.get(flag)
+            if flag.startswith(NOT):
+                name = flag.removeprefix(NOT)
+                twin = f"--disable-{name.removeprefix('enable-')}"
+                if name.startswith("enable-") and twin in self._option_string_actions:
+                    kept.append(twin)
+                elif self._option_string_actions.get(f"--{name}") is None:
+                    kept.append(f"--{name}")  # which is told as unknown
+                continue
+            if action is not None and flag in seen and type(action).__name__ == "_StoreAction":
+                self.error(f"in {file}: {flag} has several values: give one")
+            seen.add(flag)
+            kept.append(word)
+        return kept
 
     def _parse(self, argv: Sequence[str], where: str = "") -> argparse.Namespace:
         try:
@@ -256,8 +278,8 @@ def _add_server(parser: Parser) -> None:
         action="append",
         dest="admin_api_keys",
         metavar="KEY",
-        help="a key for what changes the server, and for everything else; OCTAVO_ADMIN_API_KEY in the environment too "
-        "(default: closed where --api-key is given, else open)",
+        help="a key for what changes the server (/flush_cache, /abort_request), and for everything else; OCTAVO_ADMIN_API_KEY in the "
+        "environment too (default: --api-key does)",
     )
     group.add_argument("--served-model-name", metavar="NAME", help=_server("the model's name in the API", "served_model_name"))
     group.add_argument("--strict-model-names", action="store_true", help="answer 404 to other model names (default: accept any)")
@@ -346,14 +368,14 @@ def _add_scheduling(parser: Parser) -> None:
         type=_number,
         dest="queue_timeout_s",
         metavar="S",
-        help=_engine("seconds that a request may wait for its turn before it gets 503", "queue_timeout_s"),
+        help="seconds that a request may wait for its turn before it gets 503 (default: no limit)",
     )
     group.add_argument(
         "--request-timeout",
         type=_number,
         dest="request_timeout_s",
         metavar="S",
-        help=_engine("seconds from a request's arrival after which it is ended with 504", "request_timeout_s"),
+        help="seconds from a request's arrival after which it is ended with 504 (default: no limit)",
     )
     group.add_argument(
         "--chunked-prefill-size",
@@ -377,7 +399,7 @@ def options_of(namespace: argparse.Namespace) -> tuple[EngineConfig, ServerOptio
             raise ValueError(f"two models are given, {positional!r} and --model-path {given['model_path']!r}: leave one out")
         given["model_path"] = positional
     for name, variable in (("api_keys", "OCTAVO_API_KEY"), ("admin_api_keys", "OCTAVO_ADMIN_API_KEY")):
-        keys = [*given.get(name, ()), *([key] if (key := os.environ.get(variable)) else [])]
+        keys = [*given.get(name, ()), *([key] if (key := os.environ.get(variable, "").strip()) else [])]
         if keys:
             given[name] = tuple(keys)
     server = _taken(given, (field.name for field in dataclasses.fields(ServerOptions)))

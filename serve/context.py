@@ -39,6 +39,7 @@ class ServeContext:
         self.num_served = 0  # requests that the model answered
         self.started_s = time.monotonic()
         self.metrics = Metrics()
+        self.probe: asyncio.Task[str] | None = None  # of /health_generate
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="octavo-tokenize")
 
     @property

@@ -54,7 +54,9 @@ class ApiError(Exception):
         if self.allow is not None:
             return {"Allow": self.allow}
         if self.status_code == 401:
-            return {"WWW-Authenticate": "Bearer"}
+            return {"WWW-Authenticate": "Bearer", "Connection": "close"}
+        if self.status_code in (403, 408, 413):  # the body may not have been read
+            return {"Connection": "close"}
         if self.status_code in (429, 503) and self.code != "engine_dead":
             return {"Retry-After": _RETRY_AFTER_S}
         return {}

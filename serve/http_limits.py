@@ -12,53 +12,79 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .errors import ApiError, error_response
 
-MAX_HEAD_BYTES = 64 << 10
+MAX_HEAD_BYTES, MAX_HEADERS = 64 << 10, 256
 HEAD_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S = 120.0
 
 
 class LimitedHttp(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1, which by itself takes headers without end, for as long as their client likes."""
+    """uvicorn's HTTP/1.1, which by itself takes headers and trailers without end, for as long as their client likes.
+
+    What is neither a complete head nor a piece of a body is counted, and a connection on which nothing is being answered has to bring a
+    complete head in time.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._begin_head()
-        self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._out_of_time)
+        self._loose_bytes = 0  # since the last head was complete, or the last piece of a body
+        self._num_headers = 0
+        self._deadline: asyncio.TimerHandle | None = None
+        self._arm()
 
-    def _begin_head(self) -> None:
-        self._in_head, self._head_bytes = True, 0
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _arm(self) -> None:
+        """Give the connection so long to bring a complete head, from now; it counts only while nothing is being answered."""
+        if self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._out_of_time)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _out_of_time(self) -> None:
+        self._deadline = None
+        if self._is_answering:
+            self._arm()
+        else:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES + len(data):  # a header that does not end; others are counted below
-                self.send_400_response("The request's headers are too large.")
-                return
+        self._loose_bytes += len(data)
         super().data_received(data)
+        if self.parser is None or self.transport.is_closing():
+            return
+        if self._loose_bytes > MAX_HEAD_BYTES and self._is_answering:  # trailers without end: there is an answer already
+            self.transport.close()
+        elif self._loose_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("The request's headers are too large.")
+        elif not self._is_answering:
+            self._arm()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._begin_head()
-        if self._deadline.cancelled():
-            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._out_of_time)
+        self._num_headers = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
-        if sum(len(key) + len(content) for key, content in self.headers) > MAX_HEAD_BYTES:
-            raise httptools.HttpParserError("headers too large")
+        self._num_headers += 1
+        if self._num_headers > MAX_HEADERS:
+            raise httptools.HttpParserError("too many headers")
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._deadline.cancel()
+        self._loose_bytes = 0
+        self._disarm()
         super().on_headers_complete()
 
-    def _out_of_time(self) -> None:
-        self._deadline.cancel()
-        if self._in_head and not self.transport.is_closing():
-            self.transport.close()
+    def on_body(self, body: bytes) -> None:
+        self._loose_bytes = 0
+        super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline.cancel()
+        self._disarm()
         super().connection_lost(exc)
 
 

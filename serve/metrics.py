@@ -6,6 +6,7 @@ that dashboards made for it work.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _BETWEEN_TOKENS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2
 
 # SGLang's own name for a metric of ours.
 _ALIASES = {
-    "request": "num_requests",
+    "generation_requests": "num_requests",
     "request_duration_seconds": "e2e_request_latency_seconds",
     "tokens_generated": "generation_tokens",
     "prompt_tokens": "prompt_tokens",
@@ -63,6 +64,7 @@ class Metrics:
     """Counts as things happen; `render` joins the engine's figures of that moment."""
 
     def __init__(self) -> None:
+        self.last_token_s = -math.inf  # by time.perf_counter
         self._own = CollectorRegistry(auto_describe=False)
         self._requests = Counter(
             f"{_PREFIX}request_total",
@@ -70,6 +72,7 @@ class Metrics:
             ["path", "status"],
             registry=self._own,
         )
+        self._generations = Counter(f"{_PREFIX}generation_requests_total", "Requests that the model answered.", registry=self._own)
         self._duration = self._histogram("request_duration_seconds", "From a request's arrival to the end of its answer.", _LATENCY_S)
         self._first_token = self._histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN_S)
         self._between = self._histogram("inter_token_latency_seconds", "Between one output of a sequence and its next.", _BETWEEN_TOKENS_S)
@@ -84,15 +87,17 @@ class Metrics:
             return
         self._requests.labels(exchange.route, str(exchange.status_code)).inc()
         if exchange.was_served:
+            self._generations.inc()
             self._duration.observe(time.perf_counter() - exchange.started)
 
     def output(self, exchange: Exchange, moments: dict[int, float], index: int, output: TextOutput) -> None:
         """Note an output of sequence `index` of a job; `moments` keeps when each had its last one."""
         if not output.token_ids:
             return
-        now_s = time.perf_counter()
+        now_s = time.perf_counter() if output.arrived_s is None else output.arrived_s
         before = moments.get(index)
         moments[index] = now_s
+        self.last_token_s = max(self.last_token_s, now_s)
         if before is None:
             self._first_token.observe(now_s - exchange.started)
             self._queue_time.observe(output.queue_s)

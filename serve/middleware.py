@@ -90,8 +90,8 @@ class _Answer:
 class BearerAuth:
     """Lets in who carries one of `keys` or `admin_keys` as a bearer token, and probes, which carry none.
 
-    What changes the server is for `admin_keys` alone; without any it is closed. Without `keys`, everything else is open. Every key is
-    compared in constant time.
+    What changes the server is for `admin_keys`, where there are any. Without `keys`, everything else is open then. Every key is compared in
+    constant time.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], admin_keys: Sequence[str]) -> None:
@@ -110,10 +110,11 @@ class BearerAuth:
         is_admin, is_known = _carries(headers, self._admin_keys), _carries(headers, self._keys)
         if path in PROBES or is_admin:
             return None
-        if path in CONTROL and (is_known or not self._keys):
-            remedy = "send the admin key" if self._admin_keys else "start the server with --admin-api-key, and send that key"
-            return ApiError(f"{path} changes the server and is closed to this key: {remedy}", status_code=403, code="admin_key_required")
-        if is_known or not self._keys:
+        if path in CONTROL and self._admin_keys:
+            if is_known:
+                told = f"{path} changes the server and is closed to this key: send the admin key"
+                return ApiError(told, status_code=403, code="admin_key_required")
+        elif is_known or not self._keys:
             return None
         return ApiError(
             "the API key is missing or wrong: send the header 'Authorization: Bearer KEY'", status_code=401, code="invalid_api_key"

@@ -19,7 +19,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 30000  # 0 takes any free port
     api_keys: tuple[str, ...] = ()  # none: everybody may ask
-    admin_api_keys: tuple[str, ...] = ()  # for what changes the server; with keys but none of these, that is closed
+    admin_api_keys: tuple[str, ...] = ()  # for what changes the server; none: the other keys do for that too
     enable_metrics: bool = True
     served_model_name: str | None = None  # None: the name the engine gives
     strict_model_names: bool = False  # True: 404 for a model name that is not served
@@ -39,6 +39,8 @@ class ServerOptions:
         for flag, keys in (("--api-key", self.api_keys), ("--admin-api-key", self.admin_api_keys)):
             if any(not key.strip() or not key.isascii() for key in keys):
                 raise ValueError(f"{flag} is not valid, it is empty or not ASCII: give one that HTTP headers can carry")
+            if any(key != key.strip() or not key.isprintable() for key in keys):
+                raise ValueError(f"{flag} is not valid, it begins or ends with a space or holds a control character, such as a line's end")
         if self.served_model_name is not None and not self.served_model_name.strip():
             raise ValueError(f"--served-model-name {self.served_model_name!r} is not valid: give a name or leave it out")
         if self.log_level not in get_args(LogLevel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import cast
@@ -19,6 +20,9 @@ from .jobs import new_id
 from .streaming import json_response, until_disconnect
 
 _DEEP_TIMEOUT_S = 20.0
+_RECENT_S = 1.0
+_LOOK_EVERY_S = 0.02
+_BUSY = "the queue is full"
 
 
 def _context(request: Request) -> ServeContext:
@@ -35,7 +39,7 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """The same, for load balancers: whether a new request would be answered."""
+    """The same, for load balancers. A full queue is not looked at: it says 503 itself, and clears in seconds."""
     return await health(request)
 
 
@@ -51,7 +55,7 @@ def _told(ok: bool, reason: str, heartbeat_age_s: float) -> Response:
 
 
 async def health_generate(request: Request) -> Response:
-    """200 when the engine has generated a token within 20 seconds, else 503 and why. It waits in line like any request."""
+    """200 when the engine makes tokens, for whomever, else 503 and why: with nothing under way, one is asked for and waited for."""
     return await until_disconnect(request.receive, _deep(_context(request)))
 
 
@@ -59,18 +63,36 @@ async def _deep(context: ServeContext) -> Response:
     state = context.client.health()
     if context.is_draining or not state.ok:
         return _told(False, "the server is shutting down" if context.is_draining else state.reason, state.heartbeat_age_s)
+    began = time.perf_counter()
+    if began - context.metrics.last_token_s < _RECENT_S:
+        return _told(True, "ok", state.heartbeat_age_s)
+    if context.probe is None or context.probe.done():  # however many ask, one token is asked for
+        context.probe = asyncio.create_task(_one_token(context))
+    fault = f"no token within {_DEEP_TIMEOUT_S:g} s"
+    while time.perf_counter() < began + _DEEP_TIMEOUT_S:
+        if context.metrics.last_token_s > began:
+            fault = ""
+        elif context.probe.done() and context.probe.result() != _BUSY:
+            fault = context.probe.result()
+        else:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            continue
+        break
+    return _told(not fault, fault or "ok", context.client.health().heartbeat_age_s)
+
+
+async def _one_token(context: ServeContext) -> str:
+    """Have the engine make one; gives what went wrong."""
     prompt = [context.info.eos_token_ids[0] if context.info.eos_token_ids else 0]
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     try:
-        async with asyncio.timeout(_DEEP_TIMEOUT_S):
-            params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-            outputs = context.client.generate(prompt, params, request_id=new_id("health-"))
-            async with aclosing(cast("AsyncGenerator[TextOutput, None]", outputs)) as stream:
-                async for output in stream:
-                    if output.finish is not None:
-                        ok = output.finish.type != "abort"
-                        return _told(ok, "ok" if ok else output.finish.message, context.client.health().heartbeat_age_s)
-    except TimeoutError:
-        return _told(False, f"no token within {_DEEP_TIMEOUT_S:g} s", context.client.health().heartbeat_age_s)
-    except (EngineDead, RequestRefused) as error:
-        return _told(False, str(error), context.client.health().heartbeat_age_s)
-    return _told(False, "the engine ended without a token", context.client.health().heartbeat_age_s)
+        outputs = context.client.generate(prompt, params, request_id=new_id("health-"))
+        async with aclosing(cast("AsyncGenerator[TextOutput, None]", outputs)) as stream:
+            async for output in stream:
+                if output.finish is not None:
+                    return output.finish.message if output.finish.type == "abort" else ""
+    except RequestRefused as error:
+        return _BUSY if error.code == "queue_full" else str(error)
+    except EngineDead as error:
+        return str(error)
+    return "the engine ended without a token"

@@ -132,6 +132,13 @@ def test_a_config_file_gives_flags_and_the_command_line_wins(tmp_path):
     config, options = _options("--config", str(file), "--port", "9000")
     assert (config.model_path, config.max_running_requests, config.disable_radix_cache, config.mem_fraction_static) == ("m", 8, True, 0.5)
     assert (options.port, options.api_keys, options.strict_model_names, options.served_model_name) == (9000, ("a", "b"), False, "n")
+    assert _options("other", "--config", str(file))[0].model_path == "other"
+    file.write_text("api-key: 0123\nrevision: 1.10\nenable-metrics: false\nserved-model-name: null\nport: 0x10\n")
+    with pytest.raises(SystemExit):
+        _options("--config", str(file))  # 0x10 is no decimal number, and nothing else is made of it
+    file.write_text("api-key: 0123\nrevision: 1.10\nenable-metrics: false\nserved-model-name: null\n")
+    config, options = _options("--config", str(file))
+    assert (options.api_keys, config.revision, options.enable_metrics, options.served_model_name) == (("0123",), "1.10", False, None)
     file.write_text("")
     assert _options(f"--config={file}") == _options()
 
@@ -143,7 +150,9 @@ def test_a_config_file_gives_flags_and_the_command_line_wins(tmp_path):
         ("port: many", "--port 'many' is not valid"),
         ("- port", "must hold a mapping"),
         ("port: {a: 1}", "port must be a value or a list of values"),
-        ("port: [", "is not valid YAML"),
+        ("port: [", "is not valid YAML at line 1"),
+        ("port: [1, 2]", "--port has several values"),
+        ("prot: false", "unknown flag --prot"),
         ("config: other.yaml", "names another config"),
         ("port: 99999", "--port 99999 is not valid"),
     ],
@@ -168,6 +177,17 @@ def test_keys_from_a_file_and_the_environment(tmp_path, monkeypatch):
     file.write_text("\n")
     with pytest.raises(SystemExit):
         _options("--api-key-file", str(file))
+    monkeypatch.setenv("OCTAVO_API_KEY", "abc\n")  # as a mounted secret is
+    assert _options()[1].api_keys == ("abc",)
+
+
+def test_a_config_that_is_not_yaml_keeps_its_keys_secret(tmp_path, capsys):
+    file = tmp_path / "serve.yaml"
+    file.write_text('api-key: "sk-very-secret\n')
+    assert main(["--config", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert "is not valid YAML" in told
+    assert "secret" not in told
 
 
 def test_metrics_are_on_unless_turned_off():

@@ -52,6 +52,49 @@ def test_headers_that_are_too_large(served, head):
     assert served.http.get("/health").status_code == 200
 
 
+def test_many_small_headers_cost_little(served):
+    started = time.monotonic()
+    with connect(served) as sock:
+        try:
+            sock.sendall(b"GET /health HTTP/1.1\r\n" + b"a:\r\n" * 60000)
+            answer(sock)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    assert time.monotonic() - started < 2
+
+
+def test_trailers_without_end(served):
+    with connect(served) as sock:
+        sock.sendall(b"POST /nope HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Long: ")
+        sent = 0
+        try:
+            for _ in range(200):
+                sock.sendall(b"a" * 65536)
+                sent += 1
+                time.sleep(0.001)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        assert sent < 200
+
+
+@pytest.mark.parametrize(
+    "rest", [b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"]
+)
+def test_a_byte_after_an_early_answer_does_not_keep_the_connection(start_server, monkeypatch, rest):
+    monkeypatch.setattr(http_limits, "HEAD_TIMEOUT_S", 0.3)
+    server = start_server(api_keys=("secret",))
+    started = time.monotonic()
+    with connect(server) as sock:
+        sock.sendall(rest)
+        assert sock.recv(65536).startswith((b"HTTP/1.1 401", b"HTTP/1.1 200"))
+        try:
+            sock.sendall(b"\r")
+            answer(sock)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    assert time.monotonic() - started < 4
+
+
 def test_headers_that_do_not_come(served, monkeypatch):
     monkeypatch.setattr(http_limits, "HEAD_TIMEOUT_S", 0.3)
     started = time.monotonic()

@@ -12,6 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.runtime.client import EngineDead, Health
+from octavo.runtime.outputs import TextOutput
+from octavo.serve.exchange import Exchange
 
 GUIDE = (
     "sglang_request_total",
@@ -101,13 +103,13 @@ def test_what_is_counted(server):
     response = server.http.get("/metrics")
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = samples(response.text)
-    for name in ("sglang_request_total", "sglang:num_requests_total"):
-        assert {labels: value for (key, labels), value in found.items() if key == name} == {
-            "path=/v1/completions,status=200": 2,
-            "path=/v1/completions,status=400": 1,
-            "path=/v1/models/{model:path},status=200": 1,
-            "path=other,status=404": 1,
-        }
+    assert {labels: value for (key, labels), value in found.items() if key == "sglang_request_total"} == {
+        "path=/v1/completions,status=200": 2,
+        "path=/v1/completions,status=400": 1,
+        "path=/v1/models/{model:path},status=200": 1,
+        "path=other,status=404": 1,
+    }
+    assert found["sglang:num_requests_total", ""] == 2  # SGLang counts what was generated
     assert found["sglang_request_duration_seconds_count", ""] == 2
     assert found["sglang:e2e_request_latency_seconds_count", ""] == 2
     assert found["sglang_time_to_first_token_seconds_count", ""] == 2
@@ -155,6 +157,15 @@ def test_an_engine_that_does_not_answer(start_server, monkeypatch, silent):
     assert found["sglang_engine_up", ""] == 0
     assert found["sglang_engine_heartbeat_age_seconds", ""] == math.inf
     assert ("sglang_queue_size", "") not in found
+
+
+def test_a_slow_reader_is_not_the_engines_latency(served, monkeypatch):
+    metrics = served.app.state.context.metrics
+    moments: dict[int, float] = {}
+    exchange = Exchange("r", "POST", "/v1/completions", started=100.0)
+    for at in (100.5, 100.6, 100.7):
+        metrics.output(exchange, moments, 0, TextOutput("r", "a", (1,), 1, 1, 0, arrived_s=at))
+    assert moments == {0: 100.7}
 
 
 def test_aliases_can_be_left_out(server):
