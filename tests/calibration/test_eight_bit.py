@@ -90,6 +90,7 @@ def test_keys_and_values_are_seen_where_attention_reads_them() -> None:
         for size in (1.0, 2.0, 0.5):
             block(torch.full((1, 2, 4, 8), size))
     assert ranges.largest == {"self_attn": (6.0, 10.0)}
-    assert ranges.scales() == {"self_attn.k_scale": 6 / 448, "self_attn.v_scale": 10 / 448}
+    margin = 1.05  # for what was not seen
+    assert ranges.scales() == pytest.approx({"self_attn.k_scale": margin * 6 / 448, "self_attn.v_scale": margin * 10 / 448})
     block(torch.full((1, 2, 4, 8), 100.0))
     assert ranges.largest == {"self_attn": (6.0, 10.0)}
