@@ -25,6 +25,7 @@ class ModelInfo:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float | int]  # from generation_config.json: temperature, top_p, top_k, ...
+    max_queued_requests: int | None = None  # sequences that may wait in the engine; None: any number
 
 
 @dataclass(frozen=True)

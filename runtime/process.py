@@ -107,6 +107,7 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, files: ModelFiles, *, logs: LogSettings | None = None) -> None:
         self._files = files
         self._is_embedded = config.model_path is None
+        self._max_queued_requests = config.max_queued_requests
         self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # only this user can enter it
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._outbox = context.socket(zmq.PUSH)
@@ -156,6 +157,7 @@ class EngineProcess:
             vocab_size=ready.vocab_size,
             eos_token_ids=tokenizer.eos_token_ids,
             default_sampling=_EMBEDDED_SAMPLING if self._is_embedded else default_sampling(self._files),
+            max_queued_requests=self._max_queued_requests,
         )
 
     def close(self) -> None:

@@ -110,8 +110,9 @@ async def run_job(
     """
     latest = exchange.begin(job.id, prompt_tokens=job.prompt_tokens, n=job.n)
     moments: dict[int, float] = {}
+    places = asyncio.Semaphore(_most_at_once(client.model_info.max_queued_requests))
     with active.entered(job, exchange) as ids:
-        streams = [_outputs(client, job, index, engine_id) for index, engine_id in enumerate(ids)]
+        streams = [_outputs(client, job, index, engine_id, places) for index, engine_id in enumerate(ids)]
         async with aclosing(merged(streams)) as outputs:
             async for item in outputs:
                 latest[item[0]] = item[1]
@@ -158,7 +159,20 @@ async def _pump(index: int, stream: AsyncGenerator[T, None], arrivals: asyncio.Q
         arrivals.put_nowait(None)
 
 
-async def _outputs(client: EngineClient, job: Job, index: int, engine_id: str) -> AsyncGenerator[TextOutput, None]:
+def _most_at_once(bound: int | None) -> int:
+    """How many sequences of a job are in the engine together: a large batch must not fill the queue that others wait in."""
+    return MAX_SEQUENCES if bound is None else max(1, bound // 2)
+
+
+async def _outputs(
+    client: EngineClient, job: Job, index: int, engine_id: str, places: asyncio.Semaphore
+) -> AsyncGenerator[TextOutput, None]:
+    async with places, aclosing(_of_sequence(client, job, index, engine_id)) as outputs:
+        async for output in outputs:
+            yield output
+
+
+async def _of_sequence(client: EngineClient, job: Job, index: int, engine_id: str) -> AsyncGenerator[TextOutput, None]:
     prompt, choice = divmod(index, job.n)
     stream = client.generate(
         job.prompts[prompt],

@@ -84,6 +84,7 @@ class FakeEngine:
     state: Health = field(default_factory=lambda: Health(True, "running", 0.01))
     flushes: bool = True
     max_total_tokens: int = 10_000
+    max_queued_requests: int | None = None
     calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
@@ -98,7 +99,16 @@ class FakeEngine:
 
     @property
     def model_info(self) -> ModelInfo:
-        return ModelInfo("/models/org/toy-model", "toy-model", CONTEXT, self.max_total_tokens, VOCAB_SIZE, (EOS,), self.default_sampling)
+        return ModelInfo(
+            "/models/org/toy-model",
+            "toy-model",
+            CONTEXT,
+            self.max_total_tokens,
+            VOCAB_SIZE,
+            (EOS,),
+            self.default_sampling,
+            self.max_queued_requests,
+        )
 
     async def generate(
         self, prompt: Sequence[int], params: SamplingParams, *, request_id: str, cache_namespace: str = "", priority: int = 0

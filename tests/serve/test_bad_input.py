@@ -272,3 +272,11 @@ def test_unknown_paths_and_methods(served):
     response = served.http.get(CHAT)
     assert response.status_code == 405
     assert response.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_a_large_batch_does_not_fill_the_queue(served):
+    served.engine.max_queued_requests, served.engine.delay_s = 8, 0.01
+    answer = served.post("/v1/completions", prompt=["a"] * 30, max_tokens=2)
+    assert answer.status_code == 200
+    assert len(answer.json()["choices"]) == 30
+    assert served.engine.most_live == 4
