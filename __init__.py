@@ -11,7 +11,7 @@ _PUBLIC = {
     "Engine": "octavo.runtime.engine",
     "EvalResult": "octavo.calibration.eval_run",
     "SamplingParams": "octavo.runtime.sampling_params",
-    "QuantizeResult": "octavo.calibration.quantize_run",
+    "QuantizeResult": "octavo.calibration.quantize_result",
     "Recipe": "octavo.calibration.recipe",
     "evaluate": "octavo.calibration.eval_run",
     "quantize": "octavo.calibration.quantize_run",
@@ -20,7 +20,8 @@ __all__ = ["Engine", "EvalResult", "QuantizeResult", "Recipe", "SamplingParams",
 
 if TYPE_CHECKING:
     from octavo.calibration.eval_run import EvalResult, evaluate
-    from octavo.calibration.quantize_run import QuantizeResult, quantize
+    from octavo.calibration.quantize_result import QuantizeResult
+    from octavo.calibration.quantize_run import quantize
     from octavo.calibration.recipe import Recipe
     from octavo.runtime.engine import Engine
     from octavo.runtime.sampling_params import SamplingParams

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..quant.checkpoint.reader import WeightReader
 from ..quant.schemes.base import check_finite
+from .devices import CPU
 
 _Gives = Callable[[Tensor], Any]
 # What blocks give: a hidden state, or a tuple that begins with it. The model's code tells by what it does.
@@ -49,14 +50,17 @@ class Call:
 
 
 class FloatModel:
-    """A causal language model in float32. Raises UnknownArchitectureError where there are no blocks to be found."""
+    """A causal language model in float32 on `device`. Raises UnknownArchitectureError where there are no blocks to be found."""
 
-    def __init__(self, config: Any, reader: WeightReader) -> None:
+    def __init__(self, config: Any, reader: WeightReader, device: torch.device = CPU) -> None:
         from transformers import AutoModelForCausalLM
 
         with _parameters_on_meta():
             self.module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
         self.module.eval().requires_grad_(False)
+        self.device = device
+        for module in self.module.modules():
+            module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None})
         self._reader = reader
         self.blocks_path, self.blocks = _find_blocks(self.module)
         self.names = _Names(self.module, reader)
@@ -112,7 +116,7 @@ class FloatModel:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _load(self, sources: Sequence[str]) -> None:
-        self.names.put(self.module, {name: self._read(name) for name in sources})
+        self.names.put(self.module, {name: self._read(name) for name in sources}, self.device)
 
     def _read(self, name: str) -> Tensor:
         """A tensor as it will be written where it stays as it is: what a GGUF file has in blocks is rounded. Raises ValueError for NaN."""
@@ -150,7 +154,7 @@ class FloatModel:
             recorder = _Recorder(self.blocks, gives, replace)
             try:
                 with recorder, torch.set_grad_enabled(replace is not None and torch.is_grad_enabled()):
-                    return self.module(input_ids=tokens, use_cache=False), recorder
+                    return self.module(input_ids=tokens.to(self.device), use_cache=False), recorder
             except (_NotFollowing, TypeError, ValueError, IndexError, AttributeError) as error:  # it expects something else of a block
                 cause = cause or error
         raise UnknownArchitectureError(
@@ -264,8 +268,8 @@ class _Names:
             raise UnknownArchitectureError(f"{parameter} is stored transposed and made of several tensors: --ignore it")
         return self._simple[parameter]
 
-    def put(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Convert tensors by checkpoint names and make them the model's parameters."""
+    def put(self, model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Convert tensors by checkpoint names and make them the model's parameters, on `device`."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
         from transformers.utils import logging
@@ -273,9 +277,8 @@ class _Names:
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            info, _ = convert_and_load_state_dict_in_model(
-                model, dict(tensors), LoadStateDictConfig(weight_mapping=self._mapping, dtype=None)
-            )
+            how = LoadStateDictConfig(weight_mapping=self._mapping, dtype=None, device_map={"": device})
+            info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), how)
         finally:
             if bars:
                 logging.enable_progress_bar()

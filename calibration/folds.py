@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .devices import CPU
 from .sites import Site, watching
 
 FeederKind = Literal["norm", "norm plus one", "linear"]
@@ -134,7 +135,9 @@ class _Probe:
 
     def _try_part(self, name: str, kind: FeederKind, transposed: bool, count: int, start: int, stop: int) -> Fold | None:
         draw = torch.Generator().manual_seed(0)
-        factors = _MAX_FACTOR ** (torch.randperm(stop - start, generator=draw).float() / max(stop - start - 1, 1) * 2 - 1)
+        factors = _MAX_FACTOR ** (
+            torch.randperm(stop - start, generator=draw, device=CPU).to(self._output.device).float() / max(stop - start - 1, 1) * 2 - 1
+        )
         whole = torch.ones(count)
         whole[start:stop] = factors
         kept = self._saved([name])
@@ -155,10 +158,15 @@ class _Probe:
     def _experts_fed_like(self, site: Site) -> set[str]:
         """Parameters whose experts were each given some rows of a site's input: what they get changes when their router is scaled."""
         rows = self._inputs[site]
-        known = {row.numpy().tobytes() for row in rows}
+        known = {row.numpy().tobytes() for row in rows.to(CPU)}
         found = set()
         for other, x in self._inputs.items():
-            if other.expert is not None and x.shape[1] == rows.shape[1] and len(x) and all(row.numpy().tobytes() in known for row in x):
+            if (
+                other.expert is not None
+                and x.shape[1] == rows.shape[1]
+                and len(x)
+                and all(row.numpy().tobytes() in known for row in x.to(CPU))
+            ):
                 found.add(other.parameter)
         return found
 

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from .budget import Budget, budget_of
+from .devices import device_name, free_bytes
 from .eight_bit import BLOCK
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
@@ -50,6 +51,7 @@ class Plan:
     work_bytes: int  # on disk, until the run is done
     peak_bytes: int
     max_memory: int
+    device: str
     evaluates_whole: bool  # both models in memory at once, in Octavo's Engine; else block by block
 
     def as_decided(self, tuned: bool) -> Plan:
@@ -80,6 +82,7 @@ class Plan:
         schedule = self.budget.schedule
         tuning = f"{schedule.steps} steps over the whole model" if schedule else self.skipped_tuning or "none"
         rows = [
+            ("computed on", self.device),
             ("model", f"{self.model}: {self.num_blocks} blocks, {self.bytes_before / _GIB:.2f} GiB"),
             (
                 "quantized",
@@ -138,7 +141,14 @@ def make_plan(
             f"the model, {bytes_before / _GIB:.1f} GiB whole, cannot write its own calibration text in {max_memory / _GIB:.1f} GiB: "
             "give --calibration FILE, or more --max-memory"
         )
-    fixed = _BASE_BYTES + _outer_bytes(model) + _block_bytes(model, linears)
+    outer, block = _outer_bytes(model), _block_bytes(model, linears)
+    fixed = _BASE_BYTES + outer + block
+    room = free_bytes(model.device)
+    if room is not None and outer + block > room:
+        raise ValueError(
+            f"{model.device} has {room / _GIB:.1f} GiB free, and the largest block needs about {(outer + block) / _GIB:.1f}: "
+            "give --device cpu"
+        )
     on_disk = fixed + streams > max_memory
     both = _BASE_BYTES + 2 * _ENGINE_BYTES + bytes_before + after + _EVAL_LOGIT_COPIES * DEFAULT_SEQLEN * model.vocab_size * 4
     whole = served and both <= max_memory
@@ -148,6 +158,9 @@ def make_plan(
         needed = _BASE_BYTES + bytes_needed(model, schedule, recipe.seqlen) + (0 if on_disk else streams)
         if needed > max_memory:
             skipped = f"left out: it needs {needed / _GIB:.1f} GiB, above the {max_memory / _GIB:.1f} allowed (--max-memory)"
+        elif room is not None and needed - _BASE_BYTES > room:
+            skipped = f"left out: it needs {(needed - _BASE_BYTES) / _GIB:.1f} GiB of {model.device}, which has {room / _GIB:.1f} free"
+        if skipped is not None:
             budget = replace(budget, schedule=None)
         else:
             peak = max(peak, needed)
@@ -166,6 +179,7 @@ def make_plan(
         work_bytes=int(weights * 1.1) * (2 if budget.schedule else 1) + (streams if on_disk else 0),
         peak_bytes=peak,
         max_memory=max_memory,
+        device=device_name(model.device),
         evaluates_whole=whole,
     )
 
@@ -185,7 +199,7 @@ def _check_ignore(recipe: Recipe, found: Mapping[str, tuple[int, int]]) -> None:
 def probe_inputs(model: FloatModel) -> Inputs:
     """A few tokens, to look at the structure of blocks with."""
     inputs = Inputs(model, torch.arange(_PROBE_TOKENS)[None] % model.vocab_size)
-    inputs.start(Hidden((1, _PROBE_TOKENS, *model.hidden_shape)))
+    inputs.start(Hidden((1, _PROBE_TOKENS, *model.hidden_shape), device=model.device))
     return inputs
 
 

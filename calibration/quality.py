@@ -72,7 +72,7 @@ def by_transformers(
     number = {tuple(row): i for i, row in enumerate(rows.tolist())}
 
     def source(model: FloatModel, name: str) -> LogitsSource:
-        hidden = Hidden((*rows.shape, *model.hidden_shape), None if scratch is None else scratch / name)
+        hidden = Hidden((*rows.shape, *model.hidden_shape), None if scratch is None else scratch / name, model.device)
         inputs = Inputs(model, rows)
         inputs.start(hidden)
         for index in range(len(model.blocks)):

@@ -13,9 +13,11 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from .command import BAD_INPUT, FAILED, INTERRUPTED, CommandParser, fail
+from .out_folder import WORK
 from .quantize_flags import add_flags, recipe_of
 from .quantize_report import summary, write_reports
-from .quantize_run import WORK, GateError, QuantizeResult, plan, quantize
+from .quantize_result import GateError, QuantizeResult
+from .quantize_run import plan, quantize
 
 GATE_FAILED = 3
 
@@ -68,13 +70,21 @@ class _CtrlC:
 def _run(args: argparse.Namespace) -> int:
     recipe = recipe_of(args)
     if args.dry_run:
-        print(plan(args.model_path, recipe).describe())
+        print(plan(args.model_path, recipe, device=args.device).describe())
         return 0
     if args.report is not None and not args.report.absolute().parent.is_dir():
         raise ValueError(f"cannot write --report {args.report}: its folder does not exist")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger(__package__).setLevel(logging.INFO)  # what is planned, before it starts
-    result = quantize(args.model_path, args.out, recipe=recipe, eval_text=args.eval, measure_speed=not args.skip_speed, resume=args.resume)
+    result = quantize(
+        args.model_path,
+        args.out,
+        recipe=recipe,
+        eval_text=args.eval,
+        measure_speed=not args.skip_speed,
+        resume=args.resume,
+        device=args.device,
+    )
     _tell(result, args.report)
     return 0
 

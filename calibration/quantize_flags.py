@@ -23,6 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--model-path", "--model", metavar="PATH", help="a folder, a hub id or a .gguf file; none: the embedded model")
     add("--out", type=Path, metavar="DIR", help="where the quantized model goes: an empty folder, or one that does not exist")
     add("--resume", action="store_true", help="go on with an unfinished run in --out")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto: a GPU when there is one (default: auto)")
     add("--dry-run", action="store_true", help="say what would be done, and what memory and disk it would take")
 
     add = parser.add_argument_group("what").add_argument

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from .quantize_run import QuantizeResult
+from .quantize_result import QuantizeResult
 
 _SHOWN = 20
 _PLOTTED = {"error": "relative output error", "largest_weight": "largest |weight|", "largest_input": "largest |input|"}

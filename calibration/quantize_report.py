@@ -10,7 +10,7 @@ from typing import Any
 
 from .quantize_flags import REPORT
 from .quantize_page import page_of
-from .quantize_run import QuantizeResult
+from .quantize_result import QuantizeResult
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
@@ -58,6 +58,7 @@ def facts(result: QuantizeResult) -> list[tuple[str, str]]:
         ("time", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items() if seconds >= 0.5) or "under a second")
     )
     rows.append(("peak memory", f"{result.peak_bytes / _GIB:.2f} GiB (estimated: {result.estimated_peak_bytes / _GIB:.2f})"))
+    rows.append(("computed on", result.device + (f", {result.device_peak_bytes / _GIB:.2f} GiB of it" if result.device_peak_bytes else "")))
     if result.kept:
         rows.append(("left as they are", _listed(result.kept)))
     rows += [("note", note) for note in result.notes]

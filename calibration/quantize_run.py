@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,16 @@ from ..quant.checkpoint.reader import WeightReader
 from ..quant.checkpoint.resolve import ModelFiles, resolve_model
 from .budget import budget_of
 from .climb import climb
+from .devices import computing_on, device_name, device_of, peak_bytes
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .float_text import batch_of, drawing, served
+from .out_folder import MODEL, WORK, check_out, publish
 from .output import Written, by_source, copy_tokenizer, quantization_config, with_fused, write_config, write_weights
 from .plan import Plan, check_disk, make_plan, probe_inputs
 from .progress import Progress
 from .quality import Quality, Speed, by_engine, by_transformers, speed_of
+from .quantize_result import GateError, QuantizeResult
 from .recipe import Recipe
 from .samples import hub_texts, read_texts, rows_of
 from .self_text import write_samples
@@ -42,66 +43,10 @@ from .work import Results, WorkFolder
 
 logger = logging.getLogger(__name__)
 
-WORK, MODEL = ".quantize", "model"  # inside the output folder, until a run is done; the model inside an attempt's folder
 _NOT_IDENTITY = ("max_memory", "max_ppl_increase", "max_kl")  # may differ when a run goes on
-_PUBLISHING = "publishing"  # in WORK, while files are moved out of it
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
 _EVAL_TOKENS = 1 << 14
 _LEAST_EVAL_TOKENS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeResult:
-    """What was written, and what it cost. `modules`: by path, the relative output error, how it was rounded, the tokens that
-    it saw, the largest weight and the largest input."""
-
-    out: Path
-    model: str
-    recipe: Recipe
-    group_size: int
-    modules: Mapping[str, Mapping[str, Any]]
-    block_errors: Mapping[str, float]  # what each block adds to the relative error of the hidden state
-    kept: tuple[str, ...]  # modules of the blocks that stayed as they were, routers among them, by the checkpoint's names
-    notes: tuple[str, ...]  # what was left out, and why
-    groups: Mapping[str, Mapping[str, int]]  # bytes before and after, by kind of tensor
-    bits_per_weight: float  # of the quantized linears, scales and zero points included
-    quality: Quality
-    speed_before: Speed | None
-    speed_after: Speed | None
-    verified: float  # largest difference of the logits as read back, relative to the largest logit
-    estimated_peak_bytes: int  # before the start
-    peak_bytes: int  # the most that was resident, of the process
-    seconds: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def gate(self) -> str | None:
-        """Why the recipe's gate does not hold; None where it does."""
-        recipe, quality = self.recipe, self.quality
-        over = []
-        if recipe.max_ppl_increase is not None and not quality.ppl_increase <= recipe.max_ppl_increase:
-            rise = f"from {quality.original_perplexity:.3f} to {quality.perplexity:.3f}"
-            over.append(f"perplexity rose by {quality.ppl_increase:.2%} ({rise}), above {recipe.max_ppl_increase:.2%}")
-        if recipe.max_kl is not None and not quality.kl_mean <= recipe.max_kl:
-            over.append(f"KL is {quality.kl_mean:.4f} nats a token, above {recipe.max_kl:g}")
-        return " and ".join(over) or None
-
-    @property
-    def holds(self) -> bool:
-        """Whether the gate does, or there is none."""
-        return self.gate is None
-
-    @property
-    def worst(self) -> list[tuple[str, float]]:
-        """Modules by their error, the largest first."""
-        return sorted(((name, float(note["error"])) for name, note in self.modules.items()), key=lambda item: -item[1])
-
-
-class GateError(RuntimeError):
-    """The quantized model costs more quality than the recipe allows. It was written all the same; `result` tells of it."""
-
-    def __init__(self, message: str, result: QuantizeResult) -> None:
-        super().__init__(message)
-        self.result = result
 
 
 def quantize(
@@ -112,14 +57,16 @@ def quantize(
     eval_text: Path | None = None,
     measure_speed: bool = True,
     resume: bool = False,
+    device: str = "auto",
     **options: Any,
 ) -> QuantizeResult:
     """Quantize a model into the folder `out`, which must be empty or not exist.
 
     `recipe` may be a transformers GPTQConfig; `options` are a Recipe's fields, given in place of one or beside a GPTQConfig. Quality is
-    measured on `eval_text`, or on samples held back from the calibration. Raises ValueError for what cannot be (named with its remedy),
-    OSError for files, GateError where the recipe's gate does not hold, VerificationError where the folder does not read back as what was
-    meant.
+    measured on `eval_text`, or on samples held back from the calibration. `device`: cpu, cuda, or auto, a GPU when there is one.
+
+    Raises ValueError for what cannot be (named with its remedy), OSError for files, GateError where the recipe's gate does not hold,
+    VerificationError where the folder does not read back as what was meant.
     """
     if isinstance(recipe, Recipe) and options:
         raise ValueError(f"give either a recipe or its fields, not both: {', '.join(options)}")
@@ -131,7 +78,7 @@ def quantize(
     check_out(folder, resume=resume)
 
     def attempt(tried: Recipe) -> QuantizeResult:
-        run = _Run(model_path, tried, eval_text=eval_text)
+        run = _Run(model_path, tried, eval_text=eval_text, device=device)
         return run.all(folder / WORK / attempt_name(chosen, tried), folder, measure_speed=measure_speed, resume=resume)
 
     result = climb(attempt, chosen)
@@ -148,22 +95,15 @@ def attempt_name(asked: Recipe, tried: Recipe) -> str:
     return tried.effort + (f"-{kept}-kept" if kept else "")
 
 
-def publish(made: Path, out: Path) -> None:
-    """Move a finished model out of the work folder, and remove that."""
-    (out / WORK / _PUBLISHING).touch()
-    for file in sorted(made.iterdir(), key=lambda file: (file.name == "config.json", file.name)):  # without it, no engine takes the folder
-        os.replace(file, out / file.name)
-    shutil.rmtree(out / WORK)
-
-
-def plan(model_path: str | None, recipe: Recipe) -> Plan:
+def plan(model_path: str | None, recipe: Recipe, *, device: str = "auto") -> Plan:
     """What `quantize` would do. Raises ValueError as it would."""
-    return _Run(model_path, recipe, eval_text=None).plan()[1]
+    return _Run(model_path, recipe, eval_text=None, device=device).plan()[1]
 
 
 class _Run:
-    def __init__(self, model_path: str | None, recipe: Recipe, *, eval_text: Path | None) -> None:
+    def __init__(self, model_path: str | None, recipe: Recipe, *, eval_text: Path | None, device: str) -> None:
         self.model_path, self.recipe, self.eval_text = model_path, recipe, eval_text
+        self.device = device_of(device)
         if eval_text is not None and not eval_text.is_file():
             raise ValueError(f"there is no file {eval_text} to evaluate on")
         self.files = resolve_model(model_path)
@@ -190,7 +130,7 @@ class _Run:
 
     def plan(self) -> tuple[FloatModel, Plan]:
         """The model, what is outside its blocks read, and what will be done to it."""
-        model = FloatModel(self._transformers_config(), self.reader)
+        model = FloatModel(self._transformers_config(), self.reader, self.device)
         model.load_outer()
         found = shapes(model, probe_inputs(model))
         size = sum(info.nbytes for info in self.reader.tensors().values())
@@ -254,12 +194,14 @@ class _Run:
             verified=verified,
             estimated_peak_bytes=plan.peak_bytes,
             peak_bytes=_peak_bytes(),
+            device=device_name(self.device),
+            device_peak_bytes=peak_bytes(self.device),
             seconds=self.seconds,
         )
 
     def _hidden(self, plan: Plan, samples: int, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
         shape = (samples, self.recipe.seqlen, *model.hidden_shape)
-        return Hidden(shape, work.path / f"{name}.bin" if plan.on_disk else None)
+        return Hidden(shape, work.path / f"{name}.bin" if plan.on_disk else None, self.device)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -277,37 +219,51 @@ class _Run:
     def _identity(self) -> Mapping[str, Any]:
         weights = {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in self.files.weight_files}
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name not in _NOT_IDENTITY}
-        return {"recipe": recipe, "model": self.files.name, "weights": weights, "measured on": str(self.eval_text)}
+        return {
+            "recipe": recipe,
+            "model": self.files.name,
+            "weights": weights,
+            "measured on": str(self.eval_text),
+            "device": self.device.type,
+        }
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
     def _samples(self, work: WorkFolder) -> tuple[Tensor, Tensor]:
         """Rows to calibrate on, and rows held back to measure on."""
         if not work.has("tokens"):
-            work.save_tokens(self._rows())
+            held_back = 0 if self.eval_text is not None else max(1, round(self.recipe.samples * _HELD_BACK))
+            make = self._own_rows if self.recipe.calibration == "self" else self._text_rows
+            work.save_tokens(make(budget_of(self.recipe).samples, held_back))
         rows = work.load_tokens()
         count = budget_of(self.recipe).samples
         return rows[:count], rows[count:]
 
-    def _rows(self) -> Tensor:
+    def _own_rows(self, count: int, held_back: int) -> Tensor:
+        recipe, rows = self.recipe, count + held_back
+        batch = batch_of(self._transformers_config(), recipe.seqlen)
+        with (
+            drawing(self.model_path, str(self.files.root), recipe.seqlen, batch) as generate,
+            Progress("writing text", rows * recipe.seqlen, "tokens") as bar,
+        ):
+            return write_samples(
+                generate, self._tokenizer(), samples=rows, seqlen=recipe.seqlen, seed=recipe.seed, batch=batch, on_tokens=bar.step
+            )
+
+    def _text_rows(self, count: int, held_back: int) -> Tensor:
         recipe, tokenizer = self.recipe, self._tokenizer()
-        held_back = 0 if self.eval_text is not None else max(1, round(recipe.samples * _HELD_BACK))
-        count = budget_of(recipe).samples + held_back
-        if recipe.calibration == "self":
-            batch = batch_of(self._transformers_config(), recipe.seqlen)
-            with (
-                drawing(self.model_path, str(self.files.root), recipe.seqlen, batch) as generate,
-                Progress("writing text", count * recipe.seqlen, "tokens") as bar,
-            ):
-                return write_samples(
-                    generate, tokenizer, samples=count, seqlen=recipe.seqlen, seed=recipe.seed, batch=batch, on_tokens=bar.step
-                )
         file = recipe.calibration_file()
         texts = hub_texts(recipe.calibration, tokenizer) if file is None else read_texts(file, tokenizer)
         rows = rows_of(
-            texts, tokenizer, samples=count, seqlen=recipe.seqlen, where=recipe.calibration, of=recipe.samples + held_back, beside=held_back
+            texts,
+            tokenizer,
+            samples=count + held_back,
+            seqlen=recipe.seqlen,
+            where=recipe.calibration,
+            of=recipe.samples + held_back,
+            beside=held_back,
         )
-        return rows[torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed))]
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))]
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -331,7 +287,7 @@ class _Run:
     ) -> Results:
         names = [f"tuned-{index:05}" for index in range(len(results))]
         if not work.has(names[-1]):
-            with Progress("tuning", schedule.steps, "steps") as bar:
+            with Progress("tuning", schedule.steps, "steps") as bar, computing_on(self.device):
                 tuned = tune_model(model, tokens, floats, results, schedule, on_step=lambda kl: bar.step(note=f"KL {kl:.4f}"))
             if tuned.blocks is None:
                 logger.warning("tuning did not help (KL %.4f before, %.4f after): it is left out", tuned.kl_before, tuned.kl_after)
@@ -352,7 +308,7 @@ class _Run:
     @torch.no_grad()
     def _verify(self, out: Path, model: FloatModel, results: Results, written: Written, tokens: Tensor) -> float:
         with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
-            again = FloatModel(self._transformers_config(), reader)
+            again = FloatModel(self._transformers_config(), reader, self.device)
             again.load_outer()
             meant, calls = model.calls(tokens)
             found, their_calls = again.calls(tokens)
@@ -382,7 +338,7 @@ class _Run:
                 logger.warning("Octavo's engine does not read this model (%s): transformers evaluates it", error)
                 self.served = False
         with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
-            quantized = FloatModel(self._transformers_config(), reader)
+            quantized = FloatModel(self._transformers_config(), reader, self.device)
             quantized.load_outer()
             return by_transformers(model, quantized, tokens, seqlen=seqlen, text=text, scratch=out.parent if plan.on_disk else None)
 
@@ -406,19 +362,6 @@ def _peak_bytes() -> int:
 def _added(errors: Sequence[float], paths: Sequence[str]) -> Mapping[str, float]:
     """What each block adds to the relative error of the hidden state."""
     return {path: error - before for path, error, before in zip(paths, errors, [0.0, *errors], strict=False)}
-
-
-def check_out(out: Path, *, resume: bool) -> None:
-    """Raises ValueError where `out` holds something else than an unfinished run, or one that nobody asked to go on with."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"{out} is a file: give a folder")
-    others = [path.name for path in out.iterdir() if path.name != WORK]
-    if others and not (resume and (out / WORK / _PUBLISHING).is_file()):
-        raise ValueError(f"{out} is not empty ({', '.join(sorted(others)[:3])}): give another folder, or empty it")
-    if (out / WORK).exists() and not resume:
-        raise ValueError(f"{out} holds an unfinished run: add --resume to go on with it, or delete {out / WORK}")
 
 
 def refuse_quantized(files: ModelFiles, config: Mapping[str, Any], reader: WeightReader) -> None:

@@ -44,11 +44,21 @@ class Site:
 Watcher = Callable[[Site, Tensor], None]  # a site and its input [..., K]
 
 
+def _storage_of(tensor: Tensor) -> int:
+    """What tensors share that are views of one another."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same part of the same memory."""
+    return _storage_of(a) == _storage_of(b) and a.storage_offset() == b.storage_offset() and a.shape == b.shape
+
+
 class _Watch(TorchFunctionMode):
     def __init__(self, block: nn.Module, watcher: Watcher) -> None:
         super().__init__()
         self._by_storage = {
-            parameter.untyped_storage().data_ptr(): (name, parameter)
+            _storage_of(parameter): (name, parameter)
             for name, parameter in block.named_parameters()
             if parameter.dim() in (2, 3)
         }
@@ -67,7 +77,7 @@ class _Watch(TorchFunctionMode):
     def _found(self, x: Any, weight: Any) -> None:
         if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.is_meta:
             return
-        name, parameter = self._by_storage.get(weight.untyped_storage().data_ptr(), (None, None))
+        name, parameter = self._by_storage.get(_storage_of(weight), (None, None))
         if name is None or parameter is None or weight.dim() > parameter.dim() or weight.dim() < 2:
             return
         transposed = weight.stride(-1) != 1

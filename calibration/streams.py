@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .devices import CPU
 from .float_model import Call, FloatModel
 
 CHUNK_TOKENS = 4096  # computed at once
@@ -18,28 +19,28 @@ CHUNK_TOKENS = 4096  # computed at once
 class Hidden:
     """float32 [S, T, ...] of S samples and T tokens, each with H numbers or several streams of H.
 
-    In memory or, with `file`, on disk, of which no more is in memory than was asked for.
+    In memory or, with `file`, on disk, of which no more is in memory than was asked for. It is given on `device` and kept on the host.
     """
 
-    def __init__(self, shape: tuple[int, ...], file: Path | None = None) -> None:
-        self.shape, self._file = shape, file
-        self._values = torch.empty(shape) if file is None else None
+    def __init__(self, shape: tuple[int, ...], file: Path | None = None, device: torch.device = CPU) -> None:
+        self.shape, self._file, self._device = shape, file, device
+        self._values = torch.empty(shape, device=CPU) if file is None else None
         if file is not None:
             np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Tensor:
         """[R, T, ...] of some samples; a view where they are in memory and `rows` is a slice."""
         if self._values is not None:
-            return self._values[rows]
+            return self._values[rows].to(self._device)
         assert self._file is not None
-        return torch.from_numpy(np.array(np.memmap(self._file, dtype=np.float32, mode="r", shape=self.shape)[rows]))
+        return torch.from_numpy(np.array(np.memmap(self._file, dtype=np.float32, mode="r", shape=self.shape)[rows])).to(self._device)
 
     def __setitem__(self, rows: slice, values: Tensor) -> None:
         if self._values is not None:
-            self._values[rows] = values
+            self._values[rows] = values.to(CPU)
         else:
             assert self._file is not None
-            np.memmap(self._file, dtype=np.float32, mode="r+", shape=self.shape)[rows] = values.numpy()
+            np.memmap(self._file, dtype=np.float32, mode="r+", shape=self.shape)[rows] = values.to(CPU).numpy()
 
     def copy_from(self, other: Hidden) -> None:
         """Take over the first samples."""

@@ -57,7 +57,8 @@ def tune_model(
         block = model.load_block(index)
         put(block, result)
         for site, weight in result.weights.items():
-            weights.setdefault(block.get_parameter(site.parameter), {})[site] = TunedWeight(site.weight(block), weight)
+            target = site.weight(block)
+            weights.setdefault(block.get_parameter(site.parameter), {})[site] = TunedWeight(target, weight.to(target.device))
         for name, parameter in block.named_parameters():
             if parameter.dim() == 1 and name.endswith(".weight"):
                 vectors[parameter] = TunedVector(parameter, model.names.stored[model.block_prefix(index) + name])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.grouped_linear import GroupedWeight
+from .devices import CPU
 from .grid import Grid, writable
 from .sites import Site
 
@@ -135,7 +136,7 @@ def tune(
     try:
         for _ in range(schedule.steps):
             while len(waiting) < min(schedule.batch, len(tokens)):
-                waiting += torch.randperm(len(tokens), generator=draw).tolist()
+                waiting += torch.randperm(len(tokens), generator=draw, device=CPU).tolist()
             chosen, waiting = waiting[: schedule.batch], waiting[schedule.batch :]
             with torch.enable_grad():
                 hidden = forward(tokens[chosen])

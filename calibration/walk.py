@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.grouped_linear import dequantize
+from .devices import CPU, computing_on
 from .eight_bit import input_scale
 from .float_model import FloatModel
 from .folds import Fold, find_folds
@@ -39,7 +40,7 @@ def structure_of(model: FloatModel, inputs: Inputs, index: int, block: nn.Module
     call = inputs.call(index)
     draw = torch.Generator().manual_seed(index)
     rows = inputs.chunks[0].stop
-    hidden = torch.randn(rows, inputs.shape[1], *model.hidden_shape, generator=draw)
+    hidden = torch.randn(rows, inputs.shape[1], *model.hidden_shape, generator=draw, device=CPU).to(model.device)
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -74,16 +75,17 @@ class Walk:
     def block(self, index: int, steps: Steps) -> BlockResult:
         """Quantize block `index`, or take it from the work folder, and move the streams behind it."""
         name = block_name(index)
-        block = self._model.load_block(index)
-        if self._work.has(name):
-            result = self._work.load_block(name)
-            self._advance_floats(index, block)
-            put(block, result)
-            self._advance_quantized(index, block)
-        else:
-            result = self._solve(index, block, steps)
-            self._work.save_block(name, result)
-        self._model.free_block(index)
+        with computing_on(self._model.device):
+            block = self._model.load_block(index)
+            if self._work.has(name):
+                result = self._work.load_block(name)
+                self._advance_floats(index, block)
+                put(block, result)
+                self._advance_quantized(index, block)
+            else:
+                result = self._solve(index, block, steps)
+                self._work.save_block(name, result)
+            self._model.free_block(index)
         return result
 
     def _solve(self, index: int, block: nn.Module, steps: Steps) -> BlockResult:
@@ -167,7 +169,8 @@ def put(block: nn.Module, result: BlockResult) -> None:
     for name, value in result.parameters.items():
         block.get_parameter(name).data.copy_(value)
     for site, weight in result.weights.items():
-        site.weight(block).copy_(dequantize(weight))
+        target = site.weight(block)
+        target.copy_(dequantize(weight.to(target.device)))
 
 
 def shapes(model: FloatModel, inputs: Inputs) -> Mapping[str, tuple[int, int]]:

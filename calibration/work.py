@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..kernels.grouped_linear import GroupedWeight
+from .devices import CPU
 from .sites import Site
 
 
@@ -91,13 +92,13 @@ class WorkFolder:
         return (self.path / f"{name}.safetensors").is_file()
 
     def save_block(self, name: str, result: BlockResult) -> None:
-        tensors: dict[str, Tensor] = {f"p/{key}": value.contiguous() for key, value in result.parameters.items()}
+        tensors: dict[str, Tensor] = {f"p/{key}": value.to(CPU).contiguous() for key, value in result.parameters.items()}
         about: list[dict[str, Any]] = []
         for i, (site, weight) in enumerate(result.weights.items()):
             fields = {"codes": weight.codes, "scale": weight.scale}
             if weight.zeros is not None:
                 fields["zeros"] = weight.zeros
-            tensors |= {f"w/{i}/{key}": value.contiguous() for key, value in fields.items()}
+            tensors |= {f"w/{i}/{key}": value.to(CPU).contiguous() for key, value in fields.items()}
             about.append(
                 {
                     "site": [site.parameter, site.expert, site.transposed],

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ..runtime.start import prepare_environment
-from .arguments import Parser
+from .parser import Parser
 
 if TYPE_CHECKING:
     from ..runtime.doctor import DeviceKernels, Diagnosis

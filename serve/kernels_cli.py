@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.config import Dtype, EngineConfig
 from ..runtime.start import prepare_environment
-from .arguments import Parser, choices_of, default_of, whole_number
+from .arguments import choices_of, default_of, whole_number
+from .parser import Parser
 
 if TYPE_CHECKING:
     from ..runtime.kernels_ahead import CompiledModel, ReportRow

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from octavo import Engine
 from octavo.calibration import quantize_run, walk
-from octavo.calibration.quantize_run import GateError, plan, quantize
+from octavo.calibration.quantize_result import GateError
+from octavo.calibration.quantize_run import plan, quantize
 from octavo.calibration.recipe import Recipe
 from octavo.calibration.verify import DequantizingReader, VerificationError
 from octavo.quant.checkpoint.open_reader import open_reader

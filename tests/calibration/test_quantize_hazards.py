@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from octavo.calibration import out_folder, quantize_run
 from octavo.calibration import plan as planning
-from octavo.calibration import quantize_run
 from octavo.calibration.float_model import FloatModel
 from octavo.calibration.kv_ranges import FP8_MAX, KVRanges
 from octavo.calibration.quantize_run import quantize
@@ -126,7 +126,7 @@ def test_a_stop_while_files_are_moved(llama: Path, text: Path, tmp_path: Path, m
 
     rename = os.replace
     with monkeypatch.context() as patched:
-        patched.setattr(quantize_run.os, "replace", move)
+        patched.setattr(out_folder.os, "replace", move)
         with pytest.raises(KeyboardInterrupt):
             quantize(str(llama), out, **options)
     assert not (out / "config.json").exists()  # it goes last: no engine takes half a model

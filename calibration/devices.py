@@ -1,0 +1,48 @@
+"""Where a quantization computes: the CPU, or a GPU when there is one. Host memory holds the streams; a block is on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def device_of(name: str) -> torch.device:
+    """The device that "auto" (CUDA when there is one), "cpu" or "cuda" means. Raises ValueError for one that is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not valid: give auto, cpu or cuda")
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ValueError("device cuda is not there: torch finds no CUDA device; give --device cpu, or leave it out")
+    return torch.device("cuda", torch.cuda.current_device()) if there and name != "cpu" else CPU
+
+
+def device_name(device: torch.device) -> str:
+    """For people."""
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of a device with a memory of its own; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that tensors ever took on a device with a memory of its own; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Inside, tensors that are made are made on `device`; what must not be says so."""
+    if device.type == "cpu":
+        yield
+    else:
+        with device:
+            yield

@@ -1,0 +1,31 @@
+"""The output folder of a quantization: what may lie there before, and how a finished model gets into it. Knows nothing of models."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+WORK, MODEL = ".quantize", "model"  # inside the output folder, until a run is done; the model inside an attempt's folder
+_PUBLISHING = "publishing"  # in WORK, while files are moved out of it
+
+
+def check_out(out: Path, *, resume: bool) -> None:
+    """Raises ValueError where `out` holds something else than an unfinished run, or one that nobody asked to go on with."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder")
+    others = [path.name for path in out.iterdir() if path.name != WORK]
+    if others and not (resume and (out / WORK / _PUBLISHING).is_file()):
+        raise ValueError(f"{out} is not empty ({', '.join(sorted(others)[:3])}): give another folder, or empty it")
+    if (out / WORK).exists() and not resume:
+        raise ValueError(f"{out} holds an unfinished run: add --resume to go on with it, or delete {out / WORK}")
+
+
+def publish(made: Path, out: Path) -> None:
+    """Move a finished model out of the work folder, and remove that."""
+    (out / WORK / _PUBLISHING).touch()
+    for file in sorted(made.iterdir(), key=lambda file: (file.name == "config.json", file.name)):  # without it, no engine takes the folder
+        os.replace(file, out / file.name)
+    shutil.rmtree(out / WORK)
