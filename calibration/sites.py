@@ -58,9 +58,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, block: nn.Module, watcher: Watcher) -> None:
         super().__init__()
         self._by_storage = {
-            _storage_of(parameter): (name, parameter)
-            for name, parameter in block.named_parameters()
-            if parameter.dim() in (2, 3)
+            _storage_of(parameter): (name, parameter) for name, parameter in block.named_parameters() if parameter.dim() in (2, 3)
         }
         self._watcher = watcher
 

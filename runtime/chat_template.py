@@ -21,7 +21,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 MAX_RENDERED_CHARS = 32_000_000
-MAX_STEPS = 2_000_000  # of all loops and calls of a template together
+MAX_STEPS = 300_000  # of all loops and calls of a template together
 _MAX_MADE = 10_000_000  # characters or items that one operation may make; bits of a number
 _STEPS: ContextVar[Iterator[int]] = ContextVar("_STEPS")  # of the template that is rendered now
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from octavo import Engine
-from octavo.calibration import quantize_run, walk
+from octavo.calibration import budget, quantize_run, walk
 from octavo.calibration.quantize_result import GateError
 from octavo.calibration.quantize_run import plan, quantize
 from octavo.calibration.recipe import Recipe
@@ -212,7 +212,8 @@ def test_ignored_modules_stay_and_are_named_in_the_config(llama: Path, text: Pat
     assert "model.layers.0.mlp.down_proj.weight" in load_file(tmp_path / "out" / "model.safetensors")
 
 
-def test_auto_climbs_until_the_gate_holds(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_auto_climbs_until_the_gate_holds(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_TUNING_STEPS", {"fast": 0, "default": 2, "best": 4})
     options = {**FAST, "method": "auto", "calibration": str(text)}
     fast = quantize(str(llama), tmp_path / "fast", **options, max_kl=10.0)
     assert fast.recipe.effort == "fast"

@@ -291,6 +291,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_kernels_that_other_processes_compiled_are_not_confused(tmp_path: Path) -> None:
     """Each process compiles one kernel into the cache; a third loads both from there."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

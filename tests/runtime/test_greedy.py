@@ -171,7 +171,7 @@ def test_alone_without_a_cache(runner: ModelRunner, prompts: list[list[int]], re
     assert core.scheduler.allocator.num_free == runner.pool.num_pages
 
 
-@pytest.mark.parametrize("chunk", [7, 64])
+@pytest.mark.parametrize("chunk", [pytest.param(7, marks=pytest.mark.long), 64])
 def test_in_chunks(runner: ModelRunner, prompts: list[list[int]], reference: list[Answer], chunk: int) -> None:
     core = EngineCore(_config(chunked_prefill_size=chunk), runner)
     assert_right(run(core, prompts, together=16, new_tokens=4), reference)

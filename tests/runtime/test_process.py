@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -93,9 +94,9 @@ async def test_refusals_say_why(engine: EngineProcess) -> None:
 
 
 async def test_a_full_queue_refuses_with_503(engine: EngineProcess) -> None:
-    blocked = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    blocked = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
     results = await asyncio.gather(
-        *(collect(engine, [7] * 2000 + [index], blocked, f"flood-{index}") for index in range(60)), return_exceptions=True
+        *(collect(engine, [7] * 400 + [index], blocked, f"flood-{index}") for index in range(60)), return_exceptions=True
     )
     refused = [result for result in results if isinstance(result, RequestRefused)]
     served = [result for result in results if isinstance(result, list)]
@@ -152,7 +153,7 @@ async def test_an_engine_that_falls_silent_is_told_and_comes_back(
         return sum(words in record.getMessage() for record in caplog.records)
 
     try:
-        waiting = asyncio.create_task(collect(engine, [3, 4, 5], LONG, "patient"))
+        waiting = asyncio.create_task(collect(engine, [3, 4, 5], replace(LONG, max_tokens=100), "patient"))
         await asyncio.sleep(0.3)
         os.kill(engine.pid, signal.SIGSTOP)
         await until(False)

@@ -94,6 +94,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.mark.long
 def test_a_model_is_compiled_for_all_rows_and_found_again(tmp_path, run):
     model = make(tmp_path, lambda n, k, seed: writers.fp8(n, k, "channel", seed=seed)).folder
     cache = tmp_path / "cache"
