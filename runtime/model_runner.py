@@ -28,6 +28,7 @@ from .memory import MemoryBudget, OutOfMemoryPlan, device_memory, plan_memory
 from .models.config import ModelConfig
 from .models.kv_scales import is_kv_scale
 from .models.llama import LlamaModel
+from .phases import Phases
 from .profile_step import compute_step, largest_step, measured_bytes
 from .sampler import Draw
 from .weights import WeightSource
@@ -44,7 +45,7 @@ class ModelRunner:
 
     def __init__(self, config: EngineConfig, files: ModelFiles, *, show_progress: bool = True) -> None:
         """`config` is resolved. Raises CheckpointError, UnsupportedModel, OutOfMemoryPlan or ValueError with the remedy; KernelFault."""
-        started = time.perf_counter()
+        self.phases = Phases()
         self._config = config
         self._graphs: DecodeGraphs | None = None
         self.device = choose_device(config)
@@ -72,6 +73,7 @@ class ModelRunner:
                         f"the weights do not fit into {memory.name}, which had {memory.free / 2**30:.2f} GiB free before them, of "
                         f"{memory.total / 2**30:.2f}: free some, use a smaller or a quantized model, or give --quantization fp8 or int4"
                     ) from error
+            self.phases.ends("load_weights")
             _refuse_unread(source, tied=self.model.head is self.model.embedding)
             check_backend(config.linear_backend, self.model.linears)
             if self.kv_dtype in CODE_RANGE:
@@ -90,18 +92,21 @@ class ModelRunner:
             )
             self.budget = self._plan(config, self._measure_step() if self.device.type == "cuda" else None)
             self.pool = self._make_pool(self.budget.num_tokens // config.page_size)
+            self.phases.ends("make_kv_pool")
             reason = self._reason_against_graphs()
             if reason is None:
                 self.capture_graphs(CudaCapture(), show_progress=show_progress)
+                self.phases.ends("capture_graphs")
             elif reason:
                 logger.info("Steps are not captured as CUDA graphs: %s", reason)
-        self.load_seconds = time.perf_counter() - started
-        logger.info("%s", self.budget.table())
         self.linear_report = LinearReport.of(self.model.linears, formats.method)
-        logger.info("%s", self.linear_report.summary())
-        advice = self.linear_report.advice(self.device.type)
-        if advice:
-            logger.info("%s", advice)
+        self._tell()
+
+    def _tell(self) -> None:
+        """What the operator should know of the memory and the kernels."""
+        for text in (self.budget.table(), self.linear_report.summary(), self.linear_report.advice(self.device.type)):
+            if text:
+                logger.info("%s", text)
 
     def _attention_peer(self, activation_dtype: torch.dtype) -> FlashInfer | None:
         """FlashInfer, where it was asked for. Raises ValueError with the remedy where it cannot be."""

@@ -60,6 +60,7 @@ def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ign
     if must_compile:
         logger.info("Compiling kernels, once: later starts reuse them")
     _warm_up(core)
+    core.runner.phases.ends("warm_up")
     return core
 
 

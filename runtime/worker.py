@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 
+import psutil
 import zmq
 
 from .errors import RequestRefused
@@ -67,6 +68,7 @@ class _Worker:
     def run(self, config_text: str) -> int:
         from ..quant.self_check import KernelFault  # loads torch: the environment is prepared by now
 
+        imported_s = time.time() - psutil.Process().create_time()
         try:
             core = load_core(decode_config(config_text))
         except (ValueError, OSError, MemoryError, KernelFault) as error:
@@ -77,7 +79,7 @@ class _Worker:
             "device": str(core.runner.device),
             "dtype": str(core.runner.dtype).removeprefix("torch."),
             "kv_cache_dtype": core.runner.budget.kv_dtype,
-            "load_seconds": round(core.runner.load_seconds, 3),
+            "startup_seconds": {"import": imported_s, **core.runner.phases.seconds},
             "quantization": {"requested": core.config.quantization, **core.runner.linear_report.to_dict()},
             "kernels": core.runner.kernels_in_use(),
             "memory_usage": {

@@ -186,8 +186,8 @@ def _of_engine(info: Mapping[str, Any]) -> Iterator[Metric]:
             memory.add_metric([kind], info["memory_usage"][kind])
     yield memory
     startup = GaugeMetricFamily(_PREFIX + "startup_time_seconds", "How long the start took, by phase.", labels=["phase"])
-    if "load_seconds" in info:
-        startup.add_metric(["load_model"], info["load_seconds"])
+    for phase, seconds in info.get("startup_seconds", {}).items():
+        startup.add_metric([phase], seconds)
     yield startup
     kernels = InfoMetricFamily(_PREFIX + "linear_kernel", "Which kernel computes how many linear layers.", labels=["kernel"])
     for kernel, count in info.get("kernels", {}).items():

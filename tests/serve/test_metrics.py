@@ -56,7 +56,7 @@ STATE = {
 INFO = {
     "device": "cuda:0",
     "max_running_requests": 6,
-    "load_seconds": 1.5,
+    "startup_seconds": {"load_weights": 1.5, "warm_up": 2.5},
     "kernels": {"cpu_wide": 120},
     "memory_usage": {"weight": 100, "kv": 200, "workspace": 0, "token_capacity": 1000},
     "internal_states": [STATE],
@@ -131,7 +131,8 @@ def test_what_the_engine_says(server):
         ("sglang_radix_cache_queries_total", ""): 80,
         ("sglang_gpu_memory_used_bytes", "gpu=cuda:0"): 1e9,
         ("sglang_memory_bytes", "kind=kv"): 200,
-        ("sglang_startup_time_seconds", "phase=load_model"): 1.5,
+        ("sglang_startup_time_seconds", "phase=load_weights"): 1.5,
+        ("sglang_startup_time_seconds", "phase=warm_up"): 2.5,
         ("sglang_linear_kernel_info", "kernel=cpu_wide,layers=120"): 1,
         ("sglang_num_retracted_requests_total", ""): 1,
         ("sglang_num_aborted_requests_total", ""): 4,
