@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from typing import Any
 
 import openai
@@ -236,6 +238,18 @@ def test_queue_full_says_when_to_come_back(served):
     served.engine.refusal = RequestRefused("the queue is full", status_code=503, code="queue_full")
     response = served.post(TEXT, prompt="Hi", n=3)
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_client_comes_back_after_503(served, stream):
+    """It retries by itself, waits as long as Retry-After says, and gets its answer once there is room."""
+    served.engine.refusal = RequestRefused("the queue is full", status_code=503, code="queue_full")
+    threading.Timer(0.5, setattr, (served.engine, "refusal", None)).start()
+    started = time.monotonic()
+    answer = served.openai.with_options(max_retries=2).completions.create(model="default", prompt="Hi", stream=stream)
+    text = "".join(chunk.choices[0].text for chunk in answer if chunk.choices) if stream else answer.choices[0].text
+    assert text
+    assert 0.9 < time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
