@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import shutil
@@ -33,13 +34,13 @@ from .quality import Quality, Speed, by_engine, by_transformers, speed_of
 from .quantize_result import GateError, QuantizeResult
 from .recipe import Recipe
 from .samples import hub_texts, read_texts, rows_of
-from .self_text import write_samples
+from .self_text import OwnText, write_samples
 from .streams import Hidden, Inputs
 from .tune_model import tune_model
 from .tuning import TuningSchedule
 from .verify import DequantizingReader, check_logits, check_module
 from .walk import Walk, block_name, put, shapes
-from .work import Results, WorkFolder
+from .work import Results, WorkFolder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -233,22 +234,37 @@ class _Run:
         """Rows to calibrate on, and rows held back to measure on."""
         if not work.has("tokens"):
             held_back = 0 if self.eval_text is not None else max(1, round(self.recipe.samples * _HELD_BACK))
-            make = self._own_rows if self.recipe.calibration == "self" else self._text_rows
-            work.save_tokens(make(budget_of(self.recipe).samples, held_back))
+            count = budget_of(self.recipe).samples
+            if self.recipe.calibration == "self":
+                work.save_tokens(self._own_rows(count + held_back, work.path.parent / "own-text.json"))
+            else:
+                work.save_tokens(self._text_rows(count, held_back))
         rows = work.load_tokens()
         count = budget_of(self.recipe).samples
         return rows[:count], rows[count:]
 
-    def _own_rows(self, count: int, held_back: int) -> Tensor:
-        recipe, rows = self.recipe, count + held_back
+    def _own_rows(self, count: int, file: Path) -> Tensor:
+        """What the model writes; attempts of one run share `file`, so that each goes on with the text of the one before."""
+        recipe, key = self.recipe, {**self._identity(), "recipe": [self.recipe.seqlen, self.recipe.seed]}
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        text = OwnText(found["tokens"], found["asked"]) if found.get("of") == key else OwnText()
         batch = batch_of(self._transformers_config(), recipe.seqlen)
         with (
             drawing(self.model_path, str(self.files.root), recipe.seqlen, batch) as generate,
-            Progress("writing text", rows * recipe.seqlen, "tokens") as bar,
+            Progress("writing text", count * recipe.seqlen, "tokens") as bar,
         ):
-            return write_samples(
-                generate, self._tokenizer(), samples=rows, seqlen=recipe.seqlen, seed=recipe.seed, batch=batch, on_tokens=bar.step
+            rows = write_samples(
+                generate,
+                self._tokenizer(),
+                samples=count,
+                seqlen=recipe.seqlen,
+                seed=recipe.seed,
+                batch=batch,
+                text=text,
+                on_tokens=bar.step,
             )
+        write_whole(file, json.dumps({"of": key, "tokens": text.tokens, "asked": text.asked}).encode())
+        return rows
 
     def _text_rows(self, count: int, held_back: int) -> Tensor:
         recipe, tokenizer = self.recipe, self._tokenizer()

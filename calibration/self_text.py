@@ -6,6 +6,7 @@ What it writes has the distribution that it will be used on. Knows how to ask fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -82,6 +83,14 @@ _CHAT_SHARE = 3  # every so-manieth prompt is a question, where there is a chat 
 Generate = Callable[[Sequence[Sequence[int]], int, int], Sequence[Sequence[int]]]  # prompts, tokens to draw, seed -> what follows each
 
 
+@dataclass
+class OwnText:
+    """What the model has written: `tokens`, one text after the other, of the first `asked` openings and questions."""
+
+    tokens: list[int] = field(default_factory=list)
+    asked: int = 0
+
+
 def write_samples(
     generate: Generate,
     tokenizer: Any,
@@ -90,30 +99,32 @@ def write_samples(
     seqlen: int,
     seed: int,
     batch: int,
+    text: OwnText | None = None,
     on_tokens: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
     """int64 [samples, seqlen]: what `generate` draws after openings and questions, one text after the other, cut into rows.
 
-    Raises ValueError for a model that writes nothing.
+    With `text`, what it holds is taken first, and what is drawn is added to it. Raises ValueError for a model that writes nothing.
     """
+    text = OwnText() if text is None else text
     start = list(tokenizer("").input_ids)[:1]
     start = start if start and start[0] == tokenizer.bos_token_id else []
     room = seqlen - len(start)
-    tokens: list[int] = []
-    wanted, asked = samples * room, 0
-    while len(tokens) < wanted:
-        prompts = [_prompt(tokenizer, asked + i) for i in range(batch)]
-        answers = generate(prompts, room, seed + asked)
-        asked += batch
-        before = len(tokens)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            tokens += [token for token in (*prompt, *answer) if token != tokenizer.bos_token_id]
-        on_tokens(min(len(tokens), wanted) - min(before, wanted))
-        if asked >= 4 * samples + 64 and len(tokens) < wanted:
+    wanted, known = samples * room, 0
+    while True:
+        on_tokens(min(len(text.tokens), wanted) - known)
+        known = min(len(text.tokens), wanted)
+        if known == wanted:
+            break
+        if text.asked >= 4 * samples + 64:
             raise ValueError(
-                f"the model ends its texts at once: {asked} openings gave {len(tokens)} tokens of {wanted}. Give --calibration FILE"
+                f"the model ends its texts at once: {text.asked} openings gave {known} tokens of {wanted}. Give --calibration FILE"
             )
-    return torch.tensor([start + tokens[i * room : (i + 1) * room] for i in range(samples)], dtype=torch.int64)
+        prompts = [_prompt(tokenizer, text.asked + i) for i in range(batch)]
+        for prompt, answer in zip(prompts, generate(prompts, room, seed + text.asked), strict=True):
+            text.tokens += [token for token in (*prompt, *answer) if token != tokenizer.bos_token_id]
+        text.asked += batch
+    return torch.tensor([start + text.tokens[i * room : (i + 1) * room] for i in range(samples)], dtype=torch.int64)
 
 
 def _prompt(tokenizer: Any, number: int) -> list[int]:

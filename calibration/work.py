@@ -78,13 +78,13 @@ class WorkFolder:
         else:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
-            _write(known, json.dumps(self._identity, indent=1).encode())
+            write_whole(known, json.dumps(self._identity, indent=1).encode())
 
     def decided(self, now: Mapping[str, Any]) -> Mapping[str, Any]:
         """What was decided when the run began, which is `now` where it begins."""
         file = self.path / "decided.json"
         if not file.is_file():
-            _write(file, json.dumps(now).encode())
+            write_whole(file, json.dumps(now).encode())
         found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
@@ -147,7 +147,8 @@ class WorkFolder:
         os.replace(part, self.path / f"{name}.safetensors")
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
     part = path.with_suffix(".part")
     part.write_bytes(content)
     os.replace(part, path)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from octavo.calibration.samples import NotEnoughTextError, hub_texts, read_texts, rows_of
-from octavo.calibration.self_text import write_samples
+from octavo.calibration.self_text import OwnText, write_samples
 
 from .conftest import BOS, MakeModel
 
@@ -140,6 +140,12 @@ def test_a_model_writes_rows_of_its_own(with_bos: Any) -> None:
     assert len({seed for _, seed in asked}) == len(asked)
     assert sum(done) == 5 * 39
     assert torch.equal(rows, write_samples(generate, with_bos, samples=5, seqlen=40, seed=100, batch=4))
+    text = OwnText()
+    fewer = write_samples(generate, with_bos, samples=2, seqlen=40, seed=100, batch=4, text=text)
+    assert torch.equal(fewer, rows[:2])
+    asked.clear()
+    assert torch.equal(rows, write_samples(generate, with_bos, samples=5, seqlen=40, seed=100, batch=4, text=text))
+    assert min(seed for _, seed in asked) > 100, "what was written is not written again"
 
 
 def test_a_model_that_writes_nothing(with_bos: Any) -> None:
