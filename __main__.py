@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from . import __version__
@@ -69,6 +70,24 @@ def serve() -> int:
 def quantize() -> int:
     """The bare `quantize` command."""
     return main(["quantize", *sys.argv[1:]])
+
+
+def container() -> int:
+    """`octavo-container`, the entry point of images: `serve` with flags from the environment, or the command that its arguments name."""
+    return exit_code_of(lambda: _contained(sys.argv[1:], os.environ))
+
+
+def _contained(arguments: list[str], environ: Mapping[str, str]) -> int:
+    if arguments and arguments[0] in _COMMANDS and arguments[0] != "serve":
+        return _run(arguments)
+    from .serve.environment import flags_from
+
+    words = arguments[1:] if arguments[:1] == ["serve"] else arguments
+    try:
+        return _run(["serve", *flags_from(environ, words), *words])
+    except ValueError as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

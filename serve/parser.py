@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; exits with code 2 and a message on stderr when it is not valid."""
-        namespace = self._parse(argv)
+        namespace = self.parse_words(argv)
         file = vars(namespace).pop("config_file", None)
         if file is None:
             return namespace
@@ -36,10 +36,10 @@ class Parser(argparse.ArgumentParser):
             from_file = flags_in(file)
         except ValueError as error:
             self.error(str(error))
-        in_file = self._parse(self._checked(from_file, file), where=f"in {file}: ")
+        in_file = self.parse_words(self._checked(from_file, file), where=f"in {file}: ")
         if hasattr(namespace, "model") and hasattr(in_file, "model_path"):
             from_file = [word for word in from_file if not word.startswith(("--model-path=", "--model="))]
-        namespace = self._parse([*self._checked(from_file, file), *argv])  # what comes later holds
+        namespace = self.parse_words([*self._checked(from_file, file), *argv])  # what comes later holds
         del namespace.config_file
         return namespace
 
@@ -63,7 +63,8 @@ class Parser(argparse.ArgumentParser):
             kept.append(word)
         return kept
 
-    def _parse(self, argv: Sequence[str], where: str = "") -> argparse.Namespace:
+    def parse_words(self, argv: Sequence[str], where: str = "") -> argparse.Namespace:
+        """Parse `argv` alone, a config file that it names left unread; exits as `parse_all` does, `where` before the message."""
         try:
             namespace, unknown = self.parse_known_args([self._alone.get(word, word) for word in argv])
         except argparse.ArgumentError as error:
