@@ -40,9 +40,14 @@ def peak_bytes(device: torch.device) -> int:
 
 @contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
-    """Inside, tensors that are made are made on `device`; what must not be says so."""
+    """Inside, tensors that are made are made on `device`; what must not be says so. A GPU's sums come in one order: runs give the same."""
     if device.type == "cpu":
         yield
-    else:
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
         with device:
             yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

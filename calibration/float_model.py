@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,19 @@ class FloatModel:
 
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks_path}.{index}."
+
+    def outer_linears(self) -> list[str]:
+        """Paths of linears outside the blocks, by the model and, where it has other names, by the checkpoint; and of matrices of the
+        checkpoint that this model has no place for, which another engine may have."""
+        prefix = self.blocks_path + "."
+        inside = {
+            f"{name}.weight"
+            for name, module in self.module.named_modules()
+            if not name.startswith(prefix) and not isinstance(module, nn.Embedding) and _is_matrix(getattr(module, "weight", None))
+        }
+        theirs = [name for name, target in self.names.targets.items() if target in inside]
+        paths = [name.removesuffix(".weight") for name in [*inside, *theirs, *self.names.unused_matrices]]
+        return sorted(set(paths))
 
     def load_outer(self) -> None:
         """Read every parameter outside the blocks."""
@@ -223,6 +237,10 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+def _is_matrix(weight: Any) -> bool:
+    return isinstance(weight, Tensor) and weight.dim() >= 2
+
+
 def _find_blocks(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
     """The list of blocks: of all module lists that are in no other, the one with the most parameters."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
@@ -246,7 +264,7 @@ class _Names:
         state = model.state_dict()
         self.targets: dict[str, str] = {}  # a converted tensor stands for the first parameter that it goes to
         self.stored: dict[str, torch.dtype] = {}  # by parameter: what its values are written as where they stay floats
-        self.unused: list[str] = []
+        self.unused_matrices: list[str] = []  # of the checkpoint
         self._converted: set[str] = set()  # checkpoint names that are not simply a parameter
         self._used: list[Any] = []  # of the mapping
         for name, info in reader.tensors().items():
@@ -258,9 +276,24 @@ class _Names:
                 self.stored[target] = info.dtype if info.stored in _FLOATS else torch.bfloat16
                 if pattern is not None:
                     self._converted.add(name)
-            else:
-                self.unused.append(name)
+            elif len(info.shape) >= 2 and name.endswith(".weight"):
+                self.unused_matrices.append(name)
         self._simple = {target: name for name, target in self.targets.items() if name not in self._converted}
+
+    def stored_as(self, parameter: str) -> torch.dtype:
+        """What a parameter's values are written as: one that shares a tensor with others as its block's others are."""
+        if parameter in self.stored:
+            return self.stored[parameter]
+        block = re.match(r".*?\.\d+\.", parameter)
+        near = [dtype for name, dtype in self.stored.items() if block is not None and name.startswith(block[0])]
+        return near[0] if near else torch.bfloat16
+
+    def module(self, path: str) -> str:
+        """The checkpoint's name of a module, by its parameters'."""
+        for parameter, name in self._simple.items():
+            if parameter.startswith(path + ".") and name.endswith(inside := parameter.removeprefix(path)):
+                return name.removesuffix(inside)
+        return path
 
     def simple(self, parameter: str) -> str:
         """The checkpoint's name of a parameter that is one of its tensors. Raises UnknownArchitectureError for others."""

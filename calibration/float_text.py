@@ -42,11 +42,11 @@ def served(model_path: str | None) -> bool:
 
 
 @contextmanager
-def drawing(model_path: str | None, root: str, seqlen: int, batch: int) -> Iterator[Generate]:
+def drawing(model_path: str | None, root: str, seqlen: int, batch: int, device: torch.device) -> Iterator[Generate]:
     """A Generate of the model, which is in memory inside, for `batch` texts of up to about `seqlen` tokens at a time."""
-    engine = _engine(model_path, batch, batch * (seqlen + _PROMPT_TOKENS)) if served(model_path) else None
+    engine = _engine(model_path, batch, batch * (seqlen + _PROMPT_TOKENS), device) if served(model_path) else None
     if engine is None:
-        yield _by_transformers(root)
+        yield _by_transformers(root, device)
         return
     with engine:
 
@@ -62,30 +62,33 @@ def drawing(model_path: str | None, root: str, seqlen: int, batch: int) -> Itera
         yield generate
 
 
-def _engine(model_path: str | None, batch: int, max_total_tokens: int) -> Engine | None:
+def _engine(model_path: str | None, batch: int, max_total_tokens: int, device: torch.device) -> Engine | None:
     """None where a config of a known architecture lies beside weights that the Engine does not know."""
     from octavo import Engine
 
     try:
-        return Engine(model_path, show_progress=False, max_running_requests=batch, max_total_tokens=max_total_tokens)
+        return Engine(model_path, show_progress=False, max_running_requests=batch, max_total_tokens=max_total_tokens, device=device.type)
     except ValueError as error:
         logger.warning("Octavo's engine does not read this model (%s): transformers writes the calibration text", error)
         return None
 
 
-def _by_transformers(root: str) -> Generate:
+def _by_transformers(root: str, device: torch.device) -> Generate:
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(root, dtype="auto").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(root, dtype="auto", trust_remote_code=False).eval().to(device)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @torch.no_grad()
     def generate(prompts: Sequence[Sequence[int]], count: int, seed: int) -> Sequence[Sequence[int]]:
         torch.manual_seed(seed)
         answers = []
         for prompt in prompts:  # one at a time: padding is not every architecture's to read
-            given = torch.tensor([list(prompt)])
-            drawn = model.generate(given, max_new_tokens=count, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0)
-            answers.append(drawn[0, len(prompt) :].tolist())
+            begun = list(prompt) if context is None else list(prompt[: context // 2])
+            given = torch.tensor([begun], device=device)
+            room = count if context is None else min(count, context - len(begun))
+            drawn = model.generate(given, max_new_tokens=room, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0)
+            answers.append(drawn[0, len(begun) :].tolist())
         return answers
 
     return generate

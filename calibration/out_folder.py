@@ -17,6 +17,8 @@ def check_out(out: Path, *, resume: bool) -> None:
     if not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder")
     others = [path.name for path in out.iterdir() if path.name != WORK]
+    if resume and "config.json" in others and not (out / WORK).exists():
+        raise ValueError(f"{out} holds a model and no unfinished run: there is nothing to resume")
     if others and not (resume and (out / WORK / _PUBLISHING).is_file()):
         raise ValueError(f"{out} is not empty ({', '.join(sorted(others)[:3])}): give another folder, or empty it")
     if (out / WORK).exists() and not resume:
@@ -28,4 +30,7 @@ def publish(made: Path, out: Path) -> None:
     (out / WORK / _PUBLISHING).touch()
     for file in sorted(made.iterdir(), key=lambda file: (file.name == "config.json", file.name)):  # without it, no engine takes the folder
         os.replace(file, out / file.name)
-    shutil.rmtree(out / WORK)
+    done = out / f"{WORK}-done"  # a stop from here on leaves a finished model and nothing unfinished in it
+    shutil.rmtree(done, ignore_errors=True)
+    (out / WORK).rename(done)
+    shutil.rmtree(done)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..kernels.grouped_linear import GroupedWeight
+from ..quant.checkpoint.hf_config import read_json
 from ..quant.checkpoint.reader import WeightReader
 from ..quant.checkpoint.resolve import TOKENIZER_PATTERNS, ModelFiles
 from . import writers
@@ -90,17 +92,20 @@ class Written:
     stacked: bool  # whether experts that the checkpoint has as one tensor became modules
 
 
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_IN_A_LIST = re.compile(r"\b\w+\.\d+\..*$")
+_EXPERT = re.compile(r"(.*\.experts)\.")
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def with_fused(kept: Sequence[str]) -> list[str]:
-    """`kept`, and what engines make of several of them: they look for a fused module by its own name."""
+    """`kept`, and what engines make of several of them: they look for a fused module, and for all experts, by a name of its own."""
     known = set(kept)
     parents = sorted({path.rpartition(".")[0] for path in kept})
     fused = [
-        f"{parent}.{name}" for parent in parents for name, parts in _FUSED.items() if all(f"{parent}.{part}" in known for part in parts)
+        f"{parent}.{name}" for parent in parents for name, parts in FUSED.items() if all(f"{parent}.{part}" in known for part in parts)
     ]
-    return [*kept, *(path for path in fused if path not in known)]
+    experts = sorted({found[1] for path in kept if (found := _EXPERT.match(path))})  # some of a layer's are never kept alone
+    return [*kept, *(path for path in [*fused, *experts] if path not in known)]
 
 
 def by_source(model: FloatModel, index: int, result: BlockResult) -> BySource:
@@ -206,7 +211,7 @@ def write_weights(
             if name in block.replaced:
                 linears["before"] += tensors[name].nbytes
                 continue
-            if len(tensors[name].shape) > 1:
+            if len(tensors[name].shape) > 1 and not name.endswith("bias"):  # which experts have as one matrix
                 kept.append(name.removesuffix(".weight"))
             value = block.changed.get(name)
             dtype = model.names.stored[model.names.targets[name]] if value is not None else None
@@ -242,15 +247,20 @@ def quantization_config(recipe: Recipe, group_size: int, example: GroupedWeight,
         case "gptq":
             config = writers.gptq_config(recipe.bits, group_size, symmetric=recipe.is_symmetric)
             inside = [path for path in kept if path != "lm_head"]
-            return config | ({"dynamic": {f"-:^{_escaped(path)}$": {} for path in inside}} if inside else {})
+            return config | ({"dynamic": {f"-:{_pattern(path)}": {} for path in inside}} if inside else {})
     config = writers.compressed_config(
-        example, strategy=recipe.strategy, static_inputs=recipe.static_inputs, kv_cache=recipe.kv_cache is not None
+        example,
+        strategy=recipe.strategy or ("channel" if group_size == -1 else "group"),
+        static_inputs=recipe.static_inputs,
+        kv_cache=recipe.kv_cache is not None,
     )
     return {**config, "ignore": list(kept)}
 
 
-def _escaped(path: str) -> str:
-    return path.replace(".", r"\.")
+def _pattern(path: str) -> str:
+    """A regular expression for a module, whatever comes before its list of blocks: engines have other names there."""
+    inside = _IN_A_LIST.search(path)
+    return f"^.*{re.escape(inside[0])}$" if inside else f"^{re.escape(path)}$"
 
 
 def write_config(out: Path, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> None:
@@ -266,7 +276,10 @@ def copy_tokenizer(files: ModelFiles, out: Path) -> None:
         assert files.gguf_file is not None
         AutoTokenizer.from_pretrained(files.root, gguf_file=files.gguf_file.name).save_pretrained(out)
         return
-    for pattern in TOKENIZER_PATTERNS:
+    has_code = "auto_map" in (read_json(files.config_path) if files.config_path is not None else {})
+    for pattern in (*TOKENIZER_PATTERNS, "additional_chat_templates/*.jinja", *(["*.py"] if has_code else [])):
         for file in sorted(files.root.glob(pattern)):
             if file.is_file() and file.name not in _NOT_TOKENIZER:
-                shutil.copy2(file, out / file.name)
+                place = out / file.relative_to(files.root)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copy2(file, place)

@@ -18,6 +18,7 @@ from .eight_bit import BLOCK
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .grid import Grid
+from .output import FUSED, SHARD_BYTES
 from .recipe import Recipe
 from .streams import CHUNK_TOKENS, Hidden, Inputs
 from .tune_model import bytes_needed
@@ -30,6 +31,8 @@ _GIB = 2**30
 _PROBE_TOKENS = 24
 _SQUARES, _WEIGHT_COPIES = 10, 8  # float32 at once while a linear is solved, [K, K] (some of them float64) and [N, K]
 _EVAL_LOGIT_COPIES = 8  # of a window's: both models', and what is made of them
+VERIFIED_TOKENS = 128  # of one sample, that go through the model as it was written
+_VERIFY_LOGIT_COPIES = 4
 _ENGINE_BYTES = 300 << 20  # of an Engine, beside its weights
 
 
@@ -144,22 +147,30 @@ def make_plan(
     outer, block = _outer_bytes(model), _block_bytes(model, linears)
     fixed = _BASE_BYTES + outer + block
     room = free_bytes(model.device)
-    if room is not None and outer + block > room:
+    if room is not None and block > room:  # what is outside the blocks is there already
         raise ValueError(
-            f"{model.device} has {room / _GIB:.1f} GiB free, and the largest block needs about {(outer + block) / _GIB:.1f}: "
-            "give --device cpu"
+            f"{model.device} has {room / _GIB:.1f} GiB free, and the largest block needs about {block / _GIB:.1f}: give --device cpu"
         )
     on_disk = fixed + streams > max_memory
     both = _BASE_BYTES + 2 * _ENGINE_BYTES + bytes_before + after + _EVAL_LOGIT_COPIES * DEFAULT_SEQLEN * model.vocab_size * 4
     whole = served and both <= max_memory
-    peak = max(fixed + (0 if on_disk else streams), both if whole else 0, _BASE_BYTES + bytes_before if recipe.calibration == "self" else 0)
+    verifying = _BASE_BYTES + 2 * outer + block + _VERIFY_LOGIT_COPIES * VERIFIED_TOKENS * model.vocab_size * 4
+    writing = _BASE_BYTES + outer + min(after, SHARD_BYTES)
+    peak = max(
+        fixed + (0 if on_disk else streams),
+        verifying,
+        writing,
+        both if whole else 0,
+        _BASE_BYTES + bytes_before if recipe.calibration == "self" else 0,
+    )
     schedule, skipped = budget.schedule, None
     if schedule is not None:
-        needed = _BASE_BYTES + bytes_needed(model, schedule, recipe.seqlen) + (0 if on_disk else streams)
+        for_tuning = bytes_needed(model, schedule, recipe.seqlen)
+        needed = _BASE_BYTES + for_tuning + (0 if on_disk else streams)
         if needed > max_memory:
             skipped = f"left out: it needs {needed / _GIB:.1f} GiB, above the {max_memory / _GIB:.1f} allowed (--max-memory)"
-        elif room is not None and needed - _BASE_BYTES > room:
-            skipped = f"left out: it needs {(needed - _BASE_BYTES) / _GIB:.1f} GiB of {model.device}, which has {room / _GIB:.1f} free"
+        elif room is not None and for_tuning - outer > room:
+            skipped = f"left out: it needs {(for_tuning - outer) / _GIB:.1f} GiB of {model.device}, which has {room / _GIB:.1f} free"
         if skipped is not None:
             budget = replace(budget, schedule=None)
         else:
@@ -176,7 +187,7 @@ def make_plan(
         on_disk=on_disk,
         bytes_before=bytes_before,
         bytes_after=after,
-        work_bytes=int(weights * 1.1) * (2 if budget.schedule else 1) + (streams if on_disk else 0),
+        work_bytes=int(weights * 1.1) * (2 if budget.schedule else 1) + (2 * streams if on_disk else 0),  # again to measure with
         peak_bytes=peak,
         max_memory=max_memory,
         device=device_name(model.device),
@@ -185,7 +196,8 @@ def make_plan(
 
 
 def _check_ignore(recipe: Recipe, found: Mapping[str, tuple[int, int]]) -> None:
-    """Raises ValueError for a pattern that matches nothing, and for one that leaves out some experts of a parameter."""
+    """Raises ValueError for a pattern that matches nothing, and for one that leaves out a part of what engines compute as one: some
+    experts of a layer or some of their matrices, q_proj without k_proj and v_proj, gate_proj without up_proj."""
     for pattern in recipe.ignore:
         if not any(re.search(pattern, path) for path in found):
             shown = ", ".join(list(found)[:3])
@@ -194,6 +206,21 @@ def _check_ignore(recipe: Recipe, found: Mapping[str, tuple[int, int]]) -> None:
         experts = [path for path in found if path.split("[")[0] == whole]
         if len({recipe.ignores(path) for path in experts}) > 1:
             raise ValueError(f"ignore leaves out some experts of {whole}, which are one tensor: leave out all of them or none")
+    joined: dict[str, list[str]] = {}
+    for path in found:
+        parent, _, name = path.partition("[")[0].rpartition(".")
+        if "[" in path:
+            joined.setdefault(f"{parent}'s experts", []).append(path)
+        for fused, parts in FUSED.items():
+            if "[" not in path and name in parts:
+                joined.setdefault(f"{parent}.{fused}", []).append(path)
+    for whole, paths in joined.items():
+        left = [path for path in paths if recipe.ignores(path)]
+        if left and len(left) < len(paths):
+            others = ", ".join(path for path in paths if path not in left)
+            raise ValueError(
+                f"ignore leaves out {left[0]} and not {others[:200]}, which engines compute as one, {whole}: leave out all of them or none"
+            )
 
 
 def probe_inputs(model: FloatModel) -> Inputs:
@@ -270,7 +297,7 @@ def group_size_of(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> int
     bad = {path: k for path, (_, k) in linears.items() if k % size}
     if bad:
         lines = "".join(f"\n  {path}: {k} inputs" for path, k in bad.items())
-        offer = f"{', '.join(map(str, sizes))} or -1" if sizes else f"{math.gcd(*widths)} or -1"
+        offer = f"{', '.join(map(str, sizes))} or -1" if sizes else "-1"
         raise ValueError(f"group size {size} does not divide the inputs of {len(bad)} linears; {offer} would:{lines}")
     return size
 

@@ -40,11 +40,13 @@ class Quality:
         return self.perplexity / self.original_perplexity - 1
 
 
-def by_engine(original: str, quantized: Path, tokens: Sequence[int], *, seqlen: int, text: str) -> Quality:
+def by_engine(original: str, quantized: Path, tokens: Sequence[int], *, seqlen: int, text: str, device: str) -> Quality:
     """With Octavo's Engine, which reads and computes both as it would serve them."""
     from octavo import evaluate
 
-    found = evaluate(str(quantized), reference=original, token_ids=tokens, seqlen=seqlen, show_progress=True)
+    found = evaluate(
+        str(quantized), reference=original, token_ids=tokens, seqlen=seqlen, show_progress=True, engine_options={"device": device}
+    )
     assert found.reference_perplexity is not None
     assert found.kl_mean is not None
     assert found.top1_agreement_percent is not None
@@ -113,7 +115,7 @@ class Speed:
     num_together: int
 
 
-def speed_of(model_path: str | None, prompt: Sequence[int], *, new_tokens: int = 48, together: int = 16) -> Speed:
+def speed_of(model_path: str | None, prompt: Sequence[int], *, device: str, new_tokens: int = 48, together: int = 16) -> Speed:
     """Measured once each after a warm-up: for a first impression, `octavo bench` measures."""
     from octavo import Engine
 
@@ -124,6 +126,7 @@ def speed_of(model_path: str | None, prompt: Sequence[int], *, new_tokens: int =
         return count * new_tokens / (time.perf_counter() - started)
 
     most = len(prompt) + new_tokens + _POOL_BEYOND
-    with Engine(model_path, show_progress=False, max_running_requests=together, max_total_tokens=together * most) as engine:
+    options: dict[str, Any] = {"max_running_requests": together, "max_total_tokens": together * most, "device": device}
+    with Engine(model_path, show_progress=False, **options) as engine:
         timed(engine, 1)
         return Speed(alone=timed(engine, 1), together=timed(engine, together), num_together=together)

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -46,6 +47,10 @@ def run(args: argparse.Namespace, *, prog: str) -> int:
                 return fail(prog, f"stopped{told}", INTERRUPTED)
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
             return fail(prog, text, BAD_INPUT if isinstance(error, ValueError | TypeError) else FAILED)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__} ({error}) at {place.filename}:{place.lineno}"
+            return fail(prog, f"unexpected: {what}. Please report it with the model's config.json; what is finished stays in --out", FAILED)
 
 
 class _CtrlC:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.checkpoint.hf_config import read_config
+from ..quant.checkpoint.hf_config import read_config, read_json
 from ..quant.checkpoint.open_reader import open_reader
 from ..quant.checkpoint.quantization_config import read_quantization_config
 from ..quant.checkpoint.reader import WeightReader
@@ -26,9 +26,10 @@ from .devices import computing_on, device_name, device_of, peak_bytes
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .float_text import batch_of, drawing, served
+from .kv_ranges import KVRanges
 from .out_folder import MODEL, WORK, check_out, publish
 from .output import Written, by_source, copy_tokenizer, quantization_config, with_fused, write_config, write_weights
-from .plan import Plan, check_disk, make_plan, probe_inputs
+from .plan import VERIFIED_TOKENS, Plan, check_disk, make_plan, probe_inputs
 from .progress import Progress
 from .quality import Quality, Speed, by_engine, by_transformers, speed_of
 from .quantize_result import GateError, QuantizeResult
@@ -38,7 +39,7 @@ from .self_text import OwnText, write_samples
 from .streams import Hidden, Inputs
 from .tune_model import tune_model
 from .tuning import TuningSchedule
-from .verify import DequantizingReader, check_logits, check_module
+from .verify import DequantizingReader, VerificationError, check_logits, check_module
 from .walk import Walk, block_name, put, shapes
 from .work import Results, WorkFolder, write_whole
 
@@ -48,6 +49,7 @@ _NOT_IDENTITY = ("max_memory", "max_ppl_increase", "max_kl")  # may differ when 
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
 _EVAL_TOKENS = 1 << 14
 _LEAST_EVAL_TOKENS = 16
+_USUAL_GROUPS = (32, 64, 128)
 
 
 def quantize(
@@ -125,15 +127,27 @@ class _Run:
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.eval_text} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
         tokens: list[int] = self._tokenizer()(content).input_ids[:_EVAL_TOKENS]
+        self._check_vocabulary(max(tokens, default=0))
         if len(tokens) < _LEAST_EVAL_TOKENS:
             raise ValueError(f"{self.eval_text} has {len(tokens)} tokens: give a text of at least {_LEAST_EVAL_TOKENS} to evaluate on")
         return tokens
+
+    def _check_vocabulary(self, largest: int) -> None:
+        size = self._transformers_config().get_text_config().vocab_size
+        if largest >= size:
+            raise ValueError(f"the tokenizer gives token {largest}, and the model knows {size}: this is another model's tokenizer")
 
     def plan(self) -> tuple[FloatModel, Plan]:
         """The model, what is outside its blocks read, and what will be done to it."""
         model = FloatModel(self._transformers_config(), self.reader, self.device)
         model.load_outer()
-        found = shapes(model, probe_inputs(model))
+        ranges = KVRanges()
+        found = shapes(model, probe_inputs(model), ranges)
+        if self.recipe.kv_cache is not None:
+            if getattr(model.module.config.get_text_config(), "kv_lora_rank", None):  # type: ignore[union-attr, operator]
+                raise ValueError("kv_cache fp8: this model caches latent vectors, whose scales no format names; leave --kv-cache out")
+            if not ranges.largest:
+                raise ValueError("kv_cache fp8: the model calls no attention whose keys and values could be seen; leave --kv-cache out")
         size = sum(info.nbytes for info in self.reader.tensors().values())
         return model, make_plan(self.files.name, model, self.recipe, found, budget_of(self.recipe), size, served=self.served)
 
@@ -166,12 +180,14 @@ class _Run:
         with self._timed("writing"):
             written = self._write(made, model, results, plan)
         with self._timed("verifying"):
-            verified = self._verify(made, model, results, written, tokens[:1])
+            verified = self._verify(made, model, results, written, tokens[:1, :VERIFIED_TOKENS])
         with self._timed("evaluating"):
             quality = self._evaluate(made, model, held_back, written, plan)
             before, after = self._speeds(made, tokens[0].tolist(), model, plan) if measure_speed else (None, None)
         notes = results.notes()
         notes_of_run = [] if plan.skipped_tuning is None else [f"tuning {plan.skipped_tuning}"]
+        if plan.group_size not in (*_USUAL_GROUPS, -1) and not self.recipe.eight_bit:
+            notes_of_run.append(f"groups of {plan.group_size} are for Octavo and transformers: vLLM and SGLang read 32, 64 and 128")
         if written.transposed or written.stacked:
             what = "weights that are stored transposed" if written.transposed else "experts that are one tensor in the checkpoint"
             notes_of_run.append(
@@ -214,7 +230,7 @@ class _Run:
         from transformers import AutoConfig
 
         if self.files.kind == "hf":
-            return AutoConfig.from_pretrained(self.files.root)  # type: ignore[no-untyped-call, unused-ignore]
+            return _read_config(self.files.root)
         return AutoConfig.for_model(**self.config)
 
     def _identity(self) -> Mapping[str, Any]:
@@ -240,6 +256,7 @@ class _Run:
             else:
                 work.save_tokens(self._text_rows(count, held_back))
         rows = work.load_tokens()
+        self._check_vocabulary(int(rows.max()))
         count = budget_of(self.recipe).samples
         return rows[:count], rows[count:]
 
@@ -250,7 +267,7 @@ class _Run:
         text = OwnText(found["tokens"], found["asked"]) if found.get("of") == key else OwnText()
         batch = batch_of(self._transformers_config(), recipe.seqlen)
         with (
-            drawing(self.model_path, str(self.files.root), recipe.seqlen, batch) as generate,
+            drawing(self.model_path, str(self.files.root), recipe.seqlen, batch, self.device) as generate,
             Progress("writing text", count * recipe.seqlen, "tokens") as bar,
         ):
             rows = write_samples(
@@ -286,7 +303,7 @@ class _Run:
 
         if self.files.gguf_file is not None:
             return AutoTokenizer.from_pretrained(self.files.root, gguf_file=self.files.gguf_file.name)
-        return AutoTokenizer.from_pretrained(self.files.root)
+        return AutoTokenizer.from_pretrained(self.files.root, trust_remote_code=False)
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
@@ -315,16 +332,26 @@ class _Run:
 
     def _write(self, out: Path, model: FloatModel, results: Results, plan: Plan) -> Written:
         written = write_weights(out, model, self.reader, results, self.recipe)
-        write_config(
-            out, self.config, quantization_config(self.recipe, plan.group_size, written.example, ["lm_head", *with_fused(written.kept)])
-        )
+        kept = dict.fromkeys(["lm_head", *model.outer_linears(), *with_fused(written.kept)])
+        original = self.config if self.files.config_path is None else read_json(self.files.config_path)
+        write_config(out, original, quantization_config(self.recipe, plan.group_size, written.example, list(kept)))
         copy_tokenizer(self.files, out)
         return written
+
+    def _written_config(self, out: Path) -> Any:
+        """The config as it was written and as transformers reads it, without what it says of quantization."""
+        try:
+            config = _read_config(out)
+        except Exception as error:  # other people's code, which raises what it likes
+            raise VerificationError(f"transformers does not read the config that was written ({type(error).__name__}: {error})") from error
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return config
 
     @torch.no_grad()
     def _verify(self, out: Path, model: FloatModel, results: Results, written: Written, tokens: Tensor) -> float:
         with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
-            again = FloatModel(self._transformers_config(), reader, self.device)
+            again = FloatModel(self._written_config(out), reader, self.device)
             again.load_outer()
             meant, calls = model.calls(tokens)
             found, their_calls = again.calls(tokens)
@@ -349,7 +376,9 @@ class _Run:
             text = "text of the model's own" if recipe.calibration == "self" else f"samples held back from {recipe.calibration}"
         if plan.evaluates_whole:
             try:
-                return by_engine(self.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text)
+                return by_engine(
+                    self.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text, device=self.device.type
+                )
             except (ValueError, RuntimeError) as error:  # a config of a known architecture does not promise known weights
                 logger.warning("Octavo's engine does not read this model (%s): transformers evaluates it", error)
                 self.served = False
@@ -364,10 +393,26 @@ class _Run:
             return None, None
         prompt = prompt[: max(1, (model.context_length or len(prompt)) // 2)]
         try:
-            return speed_of(self.model_path, prompt), speed_of(str(out), prompt)
+            device = self.device.type
+            return speed_of(self.model_path, prompt, device=device), speed_of(str(out), prompt, device=device)
         except (ValueError, RuntimeError, MemoryError) as error:
             self.notes.append(f"speed was not measured: {error}")
             return None, None
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+    from transformers import __version__ as version
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call, unused-ignore]
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{folder} is of an architecture that transformers {version} does not have; it comes as code beside the weights, "
+            "which Octavo does not run: use a newer transformers, if that has it"
+        ) from None
 
 
 def _peak_bytes() -> int:

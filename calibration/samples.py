@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+_TEXT_PART = 8 << 20  # characters of a file that are turned into tokens at once
 _TEXT_KEYS = ("text", "content", "prompt", "document")
 _CHAT_KEYS = ("messages", "conversations", "conversation")
 
@@ -63,10 +64,13 @@ def read_texts(file: Path, tokenizer: Tokenizer) -> Iterator[str]:
     Raises ValueError naming the line that is neither, or the tokenizer that cannot write a conversation.
     """
     if file.suffix.lower() not in (".jsonl", ".json"):
-        text = file.read_text(encoding="utf-8")
-        if not text.strip():
+        is_empty = True
+        with file.open(encoding="utf-8") as lines:
+            while text := lines.read(_TEXT_PART) + lines.readline():
+                is_empty = is_empty and not text.strip()
+                yield text
+        if is_empty:
             raise NotEnoughTextError(f"{file} is empty: give a text to calibrate on, or --calibration self")
-        yield text
         return
     for at, item in _items(file):
         yield _text_of(item, tokenizer, f"{file}: entry {at}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ class Hidden:
         self.shape, self._file, self._device = shape, file, device
         self._values = torch.empty(shape, device=CPU) if file is None else None
         if file is not None:
-            np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+            with file.open("wb") as made:  # all of it now: a disk that is full is an error here, and a crash once it is mapped
+                os.posix_fallocate(made.fileno(), 0, 4 * math.prod(shape))
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Tensor:
         """[R, T, ...] of some samples; a view where they are in memory and `rows` is a slice."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ..kernels.grouped_linear import dequantize
 from .devices import CPU, computing_on
 from .eight_bit import input_scale
-from .float_model import FloatModel
+from .float_model import FloatModel, UnknownArchitectureError
 from .folds import Fold, find_folds
 from .grid import Grid
 from .kv_ranges import KVRanges
 from .moments import Collector
+from .routers import find_routers
 from .sites import Site, find_sites
 from .solve import Steps, apply_scales, solve_group
 from .streams import Hidden, Inputs
@@ -33,6 +34,7 @@ class Structure:
 
     sites: tuple[Site, ...]
     folds: tuple[Fold, ...]
+    routers: frozenset[Site]
 
 
 def structure_of(model: FloatModel, inputs: Inputs, index: int, block: nn.Module, *, with_folds: bool) -> Structure:
@@ -47,13 +49,8 @@ def structure_of(model: FloatModel, inputs: Inputs, index: int, block: nn.Module
         return call.run(block, hidden)
 
     sites = find_sites(block, run)
-    return Structure(tuple(sites), tuple(find_folds(block, sites, run)) if with_folds else ())
-
-
-def is_router(site: Site, sites: Sequence[Site], block: nn.Module) -> bool:
-    """Whether a site chooses experts: it has as many outputs as there are experts."""
-    experts = {block.get_parameter(other.parameter).shape[0] for other in sites if other.expert is not None}
-    return site.expert is None and site.weight(block).shape[0] in experts
+    routers = frozenset(find_routers(block, sites, run))
+    return Structure(tuple(sites), tuple(find_folds(block, sites, run)) if with_folds else (), routers)
 
 
 def block_name(index: int) -> str:
@@ -95,7 +92,7 @@ class Walk:
         grids: dict[Site, Grid] = {}
         for site in structure.sites:
             n, k = site.weight(block).shape
-            grid = None if is_router(site, structure.sites, block) else self._grid_of(prefix + str(site), n, k)
+            grid = None if site in structure.routers else self._grid_of(prefix + str(site), n, k)
             if grid is not None:
                 grids[site] = grid
         collector, ranges = Collector(list(structure.sites)), KVRanges()
@@ -105,7 +102,7 @@ class Walk:
         self._advance_floats(index, block)
         ranges_of = {site: _ranges(site, block, collector) for site in grids}
         before = {key: value.data.clone() for key, value in block.named_parameters()} if steps.scale else {}
-        stored = {name: self._model.names.stored[prefix + name] for name in before}
+        stored = {name: self._model.names.stored_as(prefix + name) for name in before}
         scalings = apply_scales(block, structure.folds, collector, grids, stored, steps) if steps.scale else {}
         weights, modules = {}, {}
         for group in collector.groups(list(grids)):
@@ -134,11 +131,10 @@ class Walk:
         with ranges.watching(block) if steps.kv_scales else nullcontext():  # keys and values as they will be: rescaled, quantized
             notes["error"] = self._advance_quantized(index, block)
         if steps.kv_scales:
-            notes["kv_scales"] = {prefix + name: scale for name, scale in ranges.scales().items()}
-            if not ranges.largest:
-                raise ValueError(
-                    f"kv_cache fp8: {prefix[:-1]} calls no attention whose keys and values could be seen; leave --kv-cache out"
-                )
+            names = {module: self._model.names.module(prefix + module) for module in ranges.largest}
+            notes["kv_scales"] = {
+                f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": scale for name, scale in ranges.scales().items()
+            }
         notes["seconds"] = time.perf_counter() - started
         return result
 
@@ -173,19 +169,28 @@ def put(block: nn.Module, result: BlockResult) -> None:
         target.copy_(dequantize(weight.to(target.device)))
 
 
-def shapes(model: FloatModel, inputs: Inputs) -> Mapping[str, tuple[int, int]]:
-    """[N, K] of every site by module path. Blocks whose parameters have the same names and shapes are looked at once."""
+def shapes(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> Mapping[str, tuple[int, int]]:
+    """[N, K] of every site by module path; `ranges` sees their attention. Blocks whose parameters have the same names and shapes are
+    looked at once. Raises UnknownArchitectureError for a block that does not run by itself."""
     found: dict[str, tuple[int, int]] = {}
     known: dict[tuple[Any, ...], list[tuple[str, tuple[int, int]]]] = {}
     for index, block in enumerate(model.blocks):
         signature = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
         if signature not in known:
             loaded = model.load_block(index)
-            structure = structure_of(model, inputs, index, loaded, with_folds=False)
+            try:
+                with ranges.watching(loaded):
+                    structure = structure_of(model, inputs, index, loaded, with_folds=False)
+            except (KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:  # the block's own code
+                name = type(model.module).__name__
+                raise UnknownArchitectureError(
+                    f"{model.block_prefix(index)[:-1]} of {name} does not run by itself ({type(error).__name__}: {error}): "
+                    "it cannot be quantized block by block"
+                ) from error
             known[signature] = [
                 (str(site), (site.weight(loaded).shape[0], site.weight(loaded).shape[1]))
                 for site in structure.sites
-                if not is_router(site, structure.sites, loaded)
+                if site not in structure.routers
             ]
             model.free_block(index)
         found |= {model.block_prefix(index) + name: shape for name, shape in known[signature]}

@@ -108,6 +108,8 @@ def compressed_config(
 ) -> dict[str, Any]:
     """config.json's quantization_config for a model whose linears are all like `weight`; W8A8 has dynamic inputs unless told otherwise.
 
+    `strategy` must be given where others of them may have more groups in a row than `weight`.
+
     `kv_cache`: attention layers have k_scale and v_scale, for a cache in fp8.
     """
     is_fp8, packed = weight.codes.dtype == torch.float8_e4m3fn, weight.codes.dtype == torch.uint8

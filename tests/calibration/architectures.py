@@ -9,7 +9,7 @@ import torch
 import transformers
 
 VOCAB = 263  # the byte-level tokenizer's, and a few more
-_WIDE: dict[str, Any] = {
+WIDE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -52,32 +52,32 @@ _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_int
 
 # By transformers' model type; each brings something that Llama has not.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": _WIDE,
-    "qwen2": _WIDE,  # biases of q, k and v
-    "qwen3": {**_WIDE, "head_dim": 16},  # norms of q and k
-    "gemma2": {**_WIDE, "head_dim": 16},  # norms that multiply with 1 + weight, norms behind the linears, capped logits
-    "phi3": _WIDE,  # q, k, v fused, gate and up fused
-    "phi": _WIDE,  # layer norms, attention and MLP side by side, biases everywhere
+    "llama": WIDE,
+    "qwen2": WIDE,  # biases of q, k and v
+    "qwen3": {**WIDE, "head_dim": 16},  # norms of q and k
+    "gemma2": {**WIDE, "head_dim": 16},  # norms that multiply with 1 + weight, norms behind the linears, capped logits
+    "phi3": WIDE,  # q, k, v fused, gate and up fused
+    "phi": WIDE,  # layer norms, attention and MLP side by side, biases everywhere
     "gpt2": _GPT,  # weights stored transposed
-    "gpt_neox": {key: value for key, value in _WIDE.items() if key != "num_key_value_heads"},  # q, k, v interleaved by head
+    "gpt_neox": {key: value for key, value in WIDE.items() if key != "num_key_value_heads"},  # q, k, v interleaved by head
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB},  # positions by ALiBi
-    "opt": {**{key: value for key, value in _WIDE.items() if key != "intermediate_size"}, "ffn_dim": 96, "word_embed_proj_dim": 64},
-    "cohere": _WIDE,  # one norm for attention and MLP, tied head
-    "olmo2": _WIDE,  # norms behind the linears alone
-    "mixtral": {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2},  # experts in one tensor, several in the checkpoint
-    "qwen2_moe": {**_WIDE, **_EXPERTS, "shared_expert_intermediate_size": 64},
-    "deepseek_v3": {**_WIDE, **_MLA},  # low ranks between the linears, the first block dense
-    "gpt_oss": {**_WIDE, **_OSS},  # experts transposed, in one tensor in the checkpoint too
-    "lfm2": {**_WIDE, "layer_types": ["conv", "full_attention"]},  # blocks of two kinds
-    "exaone": _WIDE,  # calls itself a Llama, and has other names in its checkpoint
+    "opt": {**{key: value for key, value in WIDE.items() if key != "intermediate_size"}, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "cohere": WIDE,  # one norm for attention and MLP, tied head
+    "olmo2": WIDE,  # norms behind the linears alone
+    "mixtral": {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2},  # experts in one tensor, several in the checkpoint
+    "qwen2_moe": {**WIDE, **_EXPERTS, "shared_expert_intermediate_size": 64},
+    "deepseek_v3": {**WIDE, **_MLA},  # low ranks between the linears, the first block dense
+    "gpt_oss": {**WIDE, **_OSS},  # experts transposed, in one tensor in the checkpoint too
+    "lfm2": {**WIDE, "layer_types": ["conv", "full_attention"]},  # blocks of two kinds
+    "exaone": WIDE,  # calls itself a Llama, and has other names in its checkpoint
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB, "state_size": 8},  # no attention
 }
 
 
-def make(model_type: str, folder: Path, *, seed: int = 0) -> Any:
-    """Save a model whose every parameter is random; gives it, in float32."""
+def make(model_type: str, folder: Path, *, seed: int = 0, **changes: Any) -> Any:
+    """Save a model whose every parameter is random, with `changes` to its config; gives it, in float32."""
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(model_type, **ARCHITECTURES[model_type])
+    config = transformers.AutoConfig.for_model(model_type, **{**ARCHITECTURES.get(model_type, WIDE), **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -70,6 +70,12 @@ def _empty_strided(size: Sequence[int], stride: Sequence[int], **options: Any) -
     return Far(torch.empty_strided(size, stride, dtype=options.get("dtype")))
 
 
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    near = [tensor.inner if isinstance(tensor, Far) else tensor for tensor in (target, source)]
+    near[0].copy_(near[1])
+    return target
+
+
 def register() -> torch.library.Library:
     """Make the device known to torch, as long as what this gives is kept."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -77,6 +83,7 @@ def register() -> torch.library.Library:
     _setup_privateuseone_for_python_backend(NAME)  # type: ignore[no-untyped-call]
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     return library
 

@@ -43,8 +43,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_tokenizer("llama", tmp_path_factory.mktemp("llama"))
 
 
-def with_tokenizer(name: str, folder: Path) -> Path:
-    make(name, folder)
+def with_tokenizer(name: str, folder: Path, **changes: Any) -> Path:
+    make(name, folder, **changes)
     _write_tokenizer(folder, adds_bos=False, swapped=False)
     return folder
 

@@ -43,16 +43,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_speed_that_cannot_be_measured_is_a_note(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any) -> Any:
+    def fails(*args: Any, **options: Any) -> Any:
         raise RuntimeError("the device is out of memory")
 
     monkeypatch.setattr(quantize_run, "speed_of", fails)
     options = {**FAST, "measure_speed": True, "method": "rtn", "calibration": str(text)}
     result = quantize(str(llama), tmp_path / "out", **options)
-    assert result.notes == ("speed was not measured: the device is out of memory",)
+    assert "speed was not measured: the device is out of memory" in result.notes
     assert (tmp_path / "out" / "config.json").exists()
     small = quantize(str(llama), tmp_path / "small", **options, max_memory=1 << 20)  # no engine may hold the whole model
-    assert (small.speed_before, small.notes) == (None, ())
+    assert small.speed_before is None
+    assert not any("speed" in note for note in small.notes)
 
 
 def test_speed_is_measured_where_rows_fill_the_context(llama: Path, text: Path, tmp_path: Path) -> None:
