@@ -25,6 +25,8 @@ MAX_STEPS = 300_000  # of all loops and calls of a template together
 _MAX_MADE = 10_000_000  # characters or items that one operation may make; bits of a number
 _STEPS: ContextVar[Iterator[int]] = ContextVar("_STEPS")  # of the template that is rendered now
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
+_MAX_INDENT = 64
+_MAX_PARTS = 10_000  # that a filter is asked to make
 _WIDTH = re.compile(r"\d{6,}")
 # Ends in a space, so that a template that trims its messages shows itself.
 _CONTINUE_MARK = "<octavo-continues-here> "
@@ -136,6 +138,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML and sorts keys, which models were not trained on."""
+    if isinstance(indent, int) and indent > _MAX_INDENT:
+        raise _too_large()
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -227,6 +231,36 @@ def _format(value: str, *args: Any, **kwargs: Any) -> str:
     return str(value) % (kwargs or args)
 
 
+def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:
+    text = str(value)
+    times = text.count(str(old)) if count is None else min(count, text.count(str(old)))
+    if len(text) + times * len(str(new)) > _MAX_MADE:
+        raise _too_large()
+    return text.replace(str(old), str(new), -1 if count is None else count)
+
+
+def _join(value: Any, d: str = "", attribute: str | int | None = None) -> str:
+    items = list(value)
+    if attribute is not None:
+        items = [item.get(attribute, "") if isinstance(item, Mapping) else item[attribute] for item in items]
+    texts = [str(item) for item in items]
+    if sum(map(len, texts)) + len(str(d)) * len(texts) > _MAX_MADE:
+        raise _too_large()
+    return str(d).join(texts)
+
+
+def _parted(made: Any) -> Any:
+    """One of Jinja's filters that makes as many parts, or as much room, as a number says."""
+
+    @functools.wraps(made)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(one, int) and one > _MAX_PARTS for one in (*args, *kwargs.values())):
+            raise _too_large()
+        return made(*args, **kwargs)
+
+    return bounded
+
+
 def _bounded(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
     """The same template, whose loops count their steps."""
     for loop in list(tree.find_all(jinja2.nodes.For)):
@@ -237,7 +271,9 @@ def _bounded(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
     environment = _Cage(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-    environment.filters |= {"_octavo_counted": _Counted, "center": _center, "format": _format}
+    del environment.globals["lipsum"]  # makes text without end, and is no model's business
+    environment.filters |= {"_octavo_counted": _Counted, "center": _center, "format": _format, "replace": _replace, "join": _join}
+    environment.filters |= {name: _parted(environment.filters[name]) for name in ("slice", "batch", "indent", "wordwrap")}
     environment.filters["tojson"] = _tojson
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     try:

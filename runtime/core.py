@@ -32,6 +32,7 @@ from .transfer import Fetch, HostCopy, to_device
 
 _MIXED_CHUNK = {"cpu": 32, "cuda": 512}
 _RATE_WINDOW_S = 10.0
+_RATE_LEAST_S = 1.0  # a first token is no rate
 _EXPIRE_EVERY_S = 0.1
 
 logger = logging.getLogger("octavo.runtime")
@@ -339,4 +340,4 @@ class EngineCore:
         """Tokens generated per second over the last seconds."""
         now = time.monotonic()
         recent = [(at, tokens) for at, tokens in self._recent if at > now - _RATE_WINDOW_S]
-        return sum(tokens for _, tokens in recent) / max(now - recent[0][0], 1e-3) if recent else 0.0
+        return sum(tokens for _, tokens in recent) / max(now - recent[0][0], _RATE_LEAST_S) if recent else 0.0

@@ -56,6 +56,7 @@ logger = logging.getLogger("octavo.engine")
 DUMP_STACKS = signal.SIGUSR1  # the engine process writes what each of its threads is doing
 SILENT_AFTER_S = 20.0  # without a turn of the engine's loop for so long, it counts as hung
 _POLL_MS = 100
+_GRACE_S = 5.0  # beyond --request-timeout, in which the engine ends a request itself
 _ANSWER_TIMEOUT_S = 30.0
 _EMBEDDED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # its model card's advice, which the GGUF does not carry
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -108,6 +109,7 @@ class EngineProcess:
         self._files = files
         self._is_embedded = config.model_path is None
         self._max_queued_requests = config.max_queued_requests
+        self._request_timeout_s = config.request_timeout_s
         self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # only this user can enter it
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._outbox = context.socket(zmq.PUSH)
@@ -132,7 +134,8 @@ class EngineProcess:
         self._closing = False
         self._is_silent = False
         self._last_turn = time.monotonic()
-        self._requests: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Event]]] = {}
+        self._requests: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Event]]] = {}  # by the id that the engine knows
+        self._wire_ids: dict[str, str] = {}  # that id, by the caller's
         self._answers: dict[int, Future[Any]] = {}
         self._numbers = itertools.count()
         self._tokenizer: Tokenizer | None = None
@@ -209,22 +212,30 @@ class EngineProcess:
         self, prompt: Sequence[int], params: SamplingParams, *, request_id: str, cache_namespace: str = "", priority: int = 0
     ) -> AsyncIterator[TextOutput]:
         """See EngineClient.generate."""
-        if self._dead.is_set():
-            raise EngineDead(self._cause)
+        health = self.health()
+        if not health.ok:  # one that is silent may never answer: what it is sent would pile up
+            raise EngineDead(health.reason)
         admit(prompt, params, self._limits)
-        if request_id in self._requests:
+        if request_id in self._wire_ids:
             raise RequestRefused(f"request id {request_id!r} is already in flight", param="rid")
+        wire_id = f"{request_id}/{next(self._numbers)}"  # no two ever alike: what is left of an ended request is nobody else's
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.tokenizer.eos_token_ids))
         processor = OutputProcessor(self.tokenizer, len(prompt), params, request_id)
         events: asyncio.Queue[Event] = asyncio.Queue()
-        self._requests[request_id] = (asyncio.get_running_loop(), events)
+        self._requests[wire_id] = (asyncio.get_running_loop(), events)
+        self._wire_ids[request_id] = wire_id
         ended = False
+        until = None if self._request_timeout_s is None else time.monotonic() + self._request_timeout_s + _GRACE_S
         try:
-            self._send(Add(request_id, pack_tokens(prompt), params, tuple(sorted(stops)), cache_namespace, priority))
+            self._send(Add(wire_id, pack_tokens(prompt), params, tuple(sorted(stops)), cache_namespace, priority))
             if self._dead.is_set():  # it may have ended between the check and the entry, and then nobody would tell us
                 raise EngineDead(self._cause)
             while not ended:
-                event = await events.get()
+                try:
+                    event = await asyncio.wait_for(events.get(), None if until is None else max(0.0, until - time.monotonic()))
+                except TimeoutError:  # the engine, which ends requests in time, does not turn
+                    told = f"the request was not done within {self._request_timeout_s:g} s (--request-timeout), and the engine is stuck"
+                    raise RequestRefused(told, status_code=504, code="request_timeout") from None
                 if isinstance(event, Exception):
                     ended = True
                     raise event
@@ -234,14 +245,15 @@ class EngineProcess:
                 if text.finish is not None:
                     return
         finally:
-            del self._requests[request_id]
+            del self._requests[wire_id], self._wire_ids[request_id]
             if not ended and not self._dead.is_set():
-                self._send(Abort(request_id, "the caller left", 499))
+                self._send(Abort(wire_id, "the caller left", 499))
 
     async def abort(self, request_id: str) -> None:
         """See EngineClient.abort."""
-        if not self._dead.is_set():
-            self._send(Abort(request_id, "aborted on request", 499))
+        wire_id = self._wire_ids.get(request_id)
+        if wire_id is not None and not self._dead.is_set():
+            self._send(Abort(wire_id, "aborted on request", 499))
 
     def health(self) -> Health:
         """See EngineClient.health."""

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 4096
 MAX_TOP_LOGPROBS = 1024
 MAX_LOGIT_BIAS = 1024
 
@@ -66,8 +67,9 @@ class SamplingParams:
     prompt_logprobs_start: int = 0  # first prompt position that is reported; what lies before may come from the prefix cache
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.max_tokens) and self.max_tokens >= 0, "max_tokens", self.max_tokens, "a whole number >= 0")
-        _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "a whole number >= 0")
+        for name in ("max_tokens", "min_tokens"):
+            value = getattr(self, name)
+            _require(_is_int(value) and 0 <= value < 2**62, name, value, "a whole number >= 0")
         start = self.prompt_logprobs_start
         _require(_is_int(start) and start >= 0, "prompt_logprobs_start", start, "a whole number >= 0")
         _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
@@ -80,7 +82,7 @@ class SamplingParams:
             value = getattr(self, name)
             _require(_is_finite(value) and low <= value <= high, name, value, f"between {low:g} and {high:g}")
         _require(_is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off) or a whole number >= 1")
+        _require(_is_int(self.top_k) and -1 <= self.top_k < 2**31, "top_k", self.top_k, "-1 or 0 (off) or a whole number >= 1, of 31 bits")
         repetition = self.repetition_penalty
         _require(_is_finite(repetition) and 0 < repetition <= 100, "repetition_penalty", repetition, "above 0 and at most 100")
         _require(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", len(self.logit_bias), f"at most {MAX_LOGIT_BIAS} entries")
@@ -91,6 +93,7 @@ class SamplingParams:
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
         for text in self.stop:
             _require(isinstance(text, str) and text != "", "stop", text, "made of non-empty strings")
+            _require(len(text) <= MAX_STOP_LENGTH, "stop", len(text), f"made of strings of at most {MAX_STOP_LENGTH} characters")
         for token in self.stop_token_ids:
             _require(_is_int(token) and token >= 0, "stop_token_ids", token, "made of token ids >= 0")
         for name in ("logprobs", "prompt_logprobs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from .. import __version__
 from ..runtime.client import EngineClient
@@ -55,6 +56,10 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     install_router_errors(app)
     if options.api_keys or options.admin_api_keys:
         app.add_middleware(BearerAuth, keys=options.api_keys, admin_keys=options.admin_api_keys)
+    if options.cors_origins:  # before keys, which a browser's first question does not carry
+        app.add_middleware(
+            CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["X-Request-Id"]
+        )
     app.add_middleware(BodyLimit, max_bytes=options.max_body_mib << 20)
     app.add_middleware(Exchanges, on_end=context.count)  # outermost: a refusal carries an id and is logged too
     return app

@@ -193,7 +193,14 @@ def _add_server(parser: Parser) -> None:
         dest="admin_api_keys",
         metavar="KEY",
         help="a key for what changes the server (/flush_cache, /abort_request), and for everything else; OCTAVO_ADMIN_API_KEY in the "
-        "environment too (default: --api-key does)",
+        "environment too (default: with --api-key, nobody may do that)",
+    )
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        dest="cors_origins",
+        metavar="ORIGIN",
+        help="an origin whose pages may ask from a browser, such as https://chat.example, or *; repeat it for several (default: none)",
     )
     group.add_argument("--served-model-name", metavar="NAME", help=_server("the model's name in the API", "served_model_name"))
     group.add_argument("--strict-model-names", action="store_true", help="answer 404 to other model names (default: accept any)")
@@ -316,6 +323,8 @@ def options_of(namespace: argparse.Namespace) -> tuple[EngineConfig, ServerOptio
         keys = [*given.get(name, ()), *([key] if (key := os.environ.get(variable, "").strip()) else [])]
         if keys:
             given[name] = tuple(keys)
+    if "cors_origins" in given:
+        given["cors_origins"] = tuple(given["cors_origins"])
     server = _taken(given, (field.name for field in dataclasses.fields(ServerOptions)))
     return _bounded(EngineConfig(**given)), ServerOptions(**server)
 
@@ -341,6 +350,8 @@ def flags_of(config: EngineConfig, options: ServerOptions) -> list[str]:
         flag = action.option_strings[0]
         if action.dest in ("api_keys", "admin_api_keys"):
             words += [flag, "..."] * len(value or ()) if flag != "--api-key-file" else []
+        elif isinstance(value, tuple):
+            words += [word for one in value for word in (flag, str(one))]
         elif isinstance(value, bool):
             words += [flag] if value is action.const else []
         else:

@@ -84,6 +84,7 @@ async def _prompt(context: ServeContext, body: ChatRequest) -> list[int]:
     if body.tool_choice not in (None, "none", "auto"):
         raise ApiError(f"tool_choice={shown(body.tool_choice)} is not valid without tools: leave it out", param="tool_choice")
     messages = template_messages(body.messages)
+    context.check_characters((message["content"] for message in messages), param="messages")
     continues = bool(body.continue_final_message)
     if continues and body.add_generation_prompt:
         raise ApiError("continue_final_message and add_generation_prompt exclude each other: set one", param="continue_final_message")
@@ -100,7 +101,7 @@ async def _prompt(context: ServeContext, body: ChatRequest) -> list[int]:
             chat_template_kwargs=body.chat_template_kwargs,
         )
 
-    return await context.tokenize(sum(len(message["content"]) for message in messages), encode)
+    return await context.tokenize(body.num_bytes, encode)
 
 
 def _asked_length(body: ChatRequest) -> int | None:

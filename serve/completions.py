@@ -101,12 +101,13 @@ def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str] 
 async def _encode(context: ServeContext, body: CompletionRequest) -> list[list[int]]:
     prompts = _listed(body.prompt)
     adds_special = body.add_special_tokens is not False
+    context.check_characters((prompt for prompt in prompts if isinstance(prompt, str)), param="prompt")
 
     def encode() -> list[list[int]]:
         encoder = context.tokenizer.encode
         return [encoder(prompt, add_special_tokens=adds_special) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    return await context.tokenize(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode)
+    return await context.tokenize(body.num_bytes, encode)
 
 
 def _echoes(context: ServeContext, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TypeVar
@@ -14,6 +14,7 @@ from ..runtime.client import EngineClient, ModelInfo
 from ..runtime.outputs import TextOutput
 from ..runtime.sampling_params import SamplingParams
 from ..runtime.tokenizer import Tokenizer
+from .errors import ApiError
 from .exchange import Exchange
 from .jobs import ActiveJobs, Job, gather_job, run_job
 from .metrics import Metrics
@@ -24,7 +25,8 @@ logger = logging.getLogger("octavo.serve")
 
 T = TypeVar("T")
 _SHOWN_TOKENS = 200  # of a prompt, by --log-requests
-_INLINE_CHARACTERS = 4096  # about a millisecond of tokenizing; above, other streams would feel the pause
+_CHARACTERS_A_TOKEN = 512  # more than any vocabulary's longest token has
+_INLINE_BYTES = 4096  # about a millisecond of tokenizing; above, other streams would feel the pause
 
 
 class ServeContext:
@@ -50,9 +52,17 @@ class ServeContext:
     def info(self) -> ModelInfo:
         return self.client.model_info
 
-    async def tokenize(self, num_characters: int, encode: Callable[[], T]) -> T:
-        """Run `encode`, a tokenizer's call on so many characters: here when that is quick, else on the tokenizing thread."""
-        if num_characters <= _INLINE_CHARACTERS:
+    def check_characters(self, texts: Iterable[str], *, param: str) -> None:
+        """Raises ApiError for a text that no tokenizer could fit into the context, before it is tokenized at length."""
+        most = self.info.context_length * _CHARACTERS_A_TOKEN
+        for text in texts:
+            if len(text) > most:
+                told = f"the prompt has {len(text)} characters, more than a context length of {self.info.context_length} tokens can hold"
+                raise ApiError(f"{told}: shorten it", param=param, code="context_length_exceeded")
+
+    async def tokenize(self, num_bytes: int, encode: Callable[[], T]) -> T:
+        """Run `encode`, a tokenizer's or template's call for a request of so many bytes: here when it is small, else on a thread."""
+        if num_bytes <= _INLINE_BYTES:
             return encode()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Exchange:
     cut: str = ""  # why its jobs were ended before they were done
     started: float = field(default_factory=time.perf_counter)
     runs: list[_Run] = field(default_factory=list)
+    places: asyncio.Semaphore | None = None  # in the engine, of all its sequences together
 
     def begin(self, job_id: str, *, prompt_tokens: int, n: int) -> dict[int, TextOutput]:
         """Note a job that this request runs; the caller keeps the last output of each sequence in what this gives."""

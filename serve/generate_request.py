@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar, cast
 from ..runtime.sampling_params import SamplingParams
 from .context import ServeContext
 from .errors import ApiError
-from .jobs import Job, new_id
+from .jobs import Job, check_count, new_id
 from .protocol import UNSUPPORTED
-from .request_body import Body, as_list, check_body
+from .request_body import Body, List, as_list, check_body
 from .sampling import answer_length, check_n, check_token_ids, logit_bias_by_id
 
 T = TypeVar("T")
@@ -31,8 +31,8 @@ class GenerateSampling(Body):
 
     max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS  # None: all the room that is left
     min_new_tokens: int = 0
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | List[str] | None = None
+    stop_token_ids: List[int] | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
@@ -73,15 +73,15 @@ class GenerateRequest(Body):
         "rid": _PER_PROMPT,
     }
 
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
-    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
-    return_logprob: bool | list[bool] | None = None
-    logprob_start_len: int | list[int] | None = None
-    top_logprobs_num: int | list[int] | None = None
+    text: str | List[str] | None = None
+    input_ids: List[int] | List[List[int]] | None = None
+    sampling_params: dict[str, Any] | List[dict[str, Any]] | None = None
+    return_logprob: bool | List[bool] | None = None
+    logprob_start_len: int | List[int] | None = None
+    top_logprobs_num: int | List[int] | None = None
     return_text_in_logprobs: bool = False
     stream: bool = False
-    rid: str | list[str] | None = None
+    rid: str | List[str] | None = None
     priority: int | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
@@ -110,13 +110,14 @@ async def generate_jobs(context: ServeContext, body: GenerateRequest) -> tuple[l
     tops = _spread(body.top_logprobs_num, count, "top_logprobs_num", 0)
     ids = _ids(body.rid, count, is_batch)
     namespace = (body.cache_salt or "") + (body.extra_key or "")
-    jobs = []
+    jobs: list[GenerateJob] = []
     for i, prompt in enumerate(prompts):
         sampling = check_body(GenerateSampling, samplings[i], where="sampling_params")
         start = _start(starts[i], len(prompt)) if wants[i] else len(prompt)
         params = _params(context, sampling, len(prompt), tops[i] if wants[i] else None, with_prompt=start < len(prompt))
         job = Job(ids[i], [prompt], [params], check_n(sampling.n), namespace, body.priority or 0)
         jobs.append(GenerateJob(job, wants[i], start, tops[i], body.return_text_in_logprobs))
+    check_count(sum(len(job.job) for job in jobs))
     return jobs, is_batch
 
 
@@ -124,11 +125,12 @@ async def _prompts(context: ServeContext, body: GenerateRequest) -> tuple[bool, 
     if body.text is not None:
         texts = as_list(body.text)
         is_batch, param = isinstance(body.text, list), "text"
+        context.check_characters(texts, param=param)
 
         def encode() -> list[list[int]]:
             return [context.tokenizer.encode(text) for text in texts]
 
-        prompts = await context.tokenize(sum(len(text) for text in texts), encode)
+        prompts = await context.tokenize(body.num_bytes, encode)
     else:
         given, param = cast("list[Any]", body.input_ids), "input_ids"
         is_batch = bool(given) and isinstance(given[0], list)

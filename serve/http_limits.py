@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import uuid
 from typing import Any
 
 import httptools
@@ -11,6 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .errors import ApiError, error_response
+from .exchange import Exchange
+
+logger = logging.getLogger("octavo.serve")
 
 MAX_HEAD_BYTES, MAX_HEADERS = 64 << 10, 256
 HEAD_TIMEOUT_S = 30.0
@@ -63,6 +69,17 @@ class LimitedHttp(HttpToolsProtocol):
             self.send_400_response("The request's headers are too large.")
         elif not self._is_answering:
             self._arm()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP, or too much of it, is answered and told with an id like any other failure."""
+        exchange = Exchange(uuid.uuid4().hex, "-", "-")
+        error = ApiError(msg, code="invalid_http")
+        exchange.fail(400, msg)
+        body = json.dumps(error.body).encode()
+        head = ("HTTP/1.1 400 Bad Request", "content-type: application/json", f"content-length: {len(body)}", "connection: close")
+        self.transport.write("\r\n".join((*head, f"x-request-id: {exchange.request_id}", "", "")).encode() + body)
+        self.transport.close()
+        exchange.log(logger)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

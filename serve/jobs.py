@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -11,15 +12,17 @@ from itertools import chain
 from typing import TypeVar, cast
 
 from ..runtime.client import EngineClient
-from ..runtime.outputs import TextOutput
+from ..runtime.outputs import FinishReason, TextOutput
 from ..runtime.sampling_params import SamplingParams
 from .errors import ApiError, raise_if_failed, shown
-from .exchange import Exchange
+from .exchange import CLIENT_CLOSED_REQUEST, Exchange
 from .metrics import Metrics
 from .sampling import for_choice
 
 T = TypeVar("T")
 MAX_SEQUENCES = 16384
+MAX_ID = 256  # characters of a request's own
+MAX_PROMPT_LOGPROBS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,14 @@ class Job:
     priority: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self) <= MAX_SEQUENCES:
-            raise ApiError(f"{len(self.prompts)} prompts with n={self.n} are {len(self)} sequences: ask for 1 to {MAX_SEQUENCES} at once")
+        check_count(len(self))
+        if len(self.id) > MAX_ID:
+            raise ApiError(f"rid has {len(self.id)} characters: give at most {MAX_ID}", param="rid")
+        if not -(2**31) <= self.priority < 2**31:
+            raise ApiError(f"priority={self.priority} is not valid: give a 32-bit whole number", param="priority")
+        told = max(len(prompt) * (params.prompt_logprobs or 0) for prompt, params in zip(self.prompts, self.params, strict=True))
+        if told > MAX_PROMPT_LOGPROBS:
+            raise ApiError(f"{told} log-probabilities of a prompt are asked for: ask for at most {MAX_PROMPT_LOGPROBS}")
 
     def __len__(self) -> int:
         return len(self.prompts) * self.n
@@ -50,8 +59,23 @@ class Job:
         return [self.id] if len(self) == 1 else [f"{self.id}-{i}" for i in range(len(self))]
 
 
+def check_count(sequences: int) -> None:
+    """Raises ApiError for a request of too many sequences."""
+    if not 1 <= sequences <= MAX_SEQUENCES:
+        raise ApiError(f"{sequences} sequences are asked for, prompts times n: ask for 1 to {MAX_SEQUENCES} at once")
+
+
 def new_id(prefix: str) -> str:
     return prefix + uuid.uuid4().hex
+
+
+@dataclass
+class _Flight:
+    """A job that runs: its sequences' ids in the engine, the exchange that it is a part of, whether it is to end."""
+
+    ids: list[str]
+    exchange: Exchange
+    is_aborted: bool = False
 
 
 class ActiveJobs:
@@ -59,20 +83,19 @@ class ActiveJobs:
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
-        self._in_flight: dict[str, tuple[list[str], Exchange]] = {}
+        self._in_flight: dict[str, _Flight] = {}
 
     def __len__(self) -> int:
         return len(self._in_flight)
 
     @contextmanager
-    def entered(self, job: Job, exchange: Exchange) -> Iterator[list[str]]:
-        """Hold `job`, a part of `exchange`, in flight; gives its engine ids. Raises ApiError 400 when its id is taken."""
+    def entered(self, job: Job, exchange: Exchange) -> Iterator[_Flight]:
+        """Hold `job`, a part of `exchange`, in flight. Raises ApiError 400 when its id is taken."""
         if job.id in self._in_flight:
             raise ApiError(f"rid={shown(job.id)} is in flight already: choose another or leave it out", param="rid")
-        ids = job.engine_ids
-        self._in_flight[job.id] = ids, exchange
+        flight = self._in_flight[job.id] = _Flight(job.engine_ids, exchange)
         try:
-            yield ids
+            yield flight
         finally:
             del self._in_flight[job.id]
 
@@ -80,8 +103,9 @@ class ActiveJobs:
         """End one job; its sequences finish with type "abort". False when no such job is in flight."""
         if job_id not in self._in_flight:
             return False
-        ids, _ = self._in_flight[job_id]
-        for engine_id in ids:
+        flight = self._in_flight[job_id]
+        flight.is_aborted = True  # what waits for its place does not begin
+        for engine_id in flight.ids:
             await self._client.abort(engine_id)
         return True
 
@@ -94,8 +118,8 @@ class ActiveJobs:
 
     async def cut_all(self, why: str) -> int:
         """End every job against its client's wish, which its exchange's line in the log tells; gives their number."""
-        for _, exchange in self._in_flight.values():
-            exchange.cut = why
+        for flight in self._in_flight.values():
+            flight.exchange.cut = why
         return await self.abort_all()
 
 
@@ -110,9 +134,9 @@ async def run_job(
     """
     latest = exchange.begin(job.id, prompt_tokens=job.prompt_tokens, n=job.n)
     moments: dict[int, float] = {}
-    places = asyncio.Semaphore(_most_at_once(client.model_info.max_queued_requests))
-    with active.entered(job, exchange) as ids:
-        streams = [_outputs(client, job, index, engine_id, places) for index, engine_id in enumerate(ids)]
+    exchange.places = exchange.places or asyncio.Semaphore(_most_at_once(client.model_info.max_queued_requests))
+    with active.entered(job, exchange) as flight:
+        streams = [_outputs(client, job, index, flight, exchange.places) for index in range(len(job))]
         async with aclosing(merged(streams)) as outputs:
             async for item in outputs:
                 latest[item[0]] = item[1]
@@ -165,11 +189,17 @@ def _most_at_once(bound: int | None) -> int:
 
 
 async def _outputs(
-    client: EngineClient, job: Job, index: int, engine_id: str, places: asyncio.Semaphore
+    client: EngineClient, job: Job, index: int, flight: _Flight, places: asyncio.Semaphore
 ) -> AsyncGenerator[TextOutput, None]:
-    async with places, aclosing(_of_sequence(client, job, index, engine_id)) as outputs:
-        async for output in outputs:
-            yield output
+    async with places:
+        if flight.is_aborted:
+            prompt = job.prompts[index // job.n]
+            ended = FinishReason("abort", message="aborted on request", status_code=CLIENT_CLOSED_REQUEST)
+            yield TextOutput(flight.ids[index], "", (), len(prompt), 0, 0, finish=ended)
+            return
+        async with aclosing(_of_sequence(client, job, index, flight.ids[index])) as outputs:
+            async for output in outputs:
+                yield output
 
 
 async def _of_sequence(client: EngineClient, job: Job, index: int, engine_id: str) -> AsyncGenerator[TextOutput, None]:
@@ -178,7 +208,7 @@ async def _of_sequence(client: EngineClient, job: Job, index: int, engine_id: st
         job.prompts[prompt],
         for_choice(job.params[prompt], choice),
         request_id=engine_id,
-        cache_namespace=job.cache_namespace,
+        cache_namespace=hashlib.sha256(job.cache_namespace.encode()).hexdigest() if job.cache_namespace else "",
         priority=job.priority,
     )
     async with aclosing(cast(AsyncGenerator[TextOutput, None], stream)):

@@ -90,8 +90,8 @@ class _Answer:
 class BearerAuth:
     """Lets in who carries one of `keys` or `admin_keys` as a bearer token, and probes, which carry none.
 
-    What changes the server is for `admin_keys`, where there are any. Without `keys`, everything else is open then. Every key is compared in
-    constant time.
+    What changes the server is for `admin_keys` alone, once there is a key of either kind. Without `keys`, everything else is open. Every
+    key is compared in constant time.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], admin_keys: Sequence[str]) -> None:
@@ -110,9 +110,10 @@ class BearerAuth:
         is_admin, is_known = _carries(headers, self._admin_keys), _carries(headers, self._keys)
         if path in PROBES or is_admin:
             return None
-        if path in CONTROL and self._admin_keys:
+        if path in CONTROL and (self._admin_keys or self._keys):
             if is_known:
-                told = f"{path} changes the server and is closed to this key: send the admin key"
+                start = "" if self._admin_keys else ", which is set with --admin-api-key"
+                told = f"{path} changes the server and is closed to this key: send the admin key{start}"
                 return ApiError(told, status_code=403, code="admin_key_required")
         elif is_known or not self._keys:
             return None

@@ -19,7 +19,8 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 30000  # 0 takes any free port
     api_keys: tuple[str, ...] = ()  # none: everybody may ask
-    admin_api_keys: tuple[str, ...] = ()  # for what changes the server; none: the other keys do for that too
+    admin_api_keys: tuple[str, ...] = ()  # for what changes the server, which is closed where there are api_keys alone
+    cors_origins: tuple[str, ...] = ()  # from which pages of a browser may ask; none: no page of another origin
     enable_metrics: bool = True
     served_model_name: str | None = None  # None: the name the engine gives
     strict_model_names: bool = False  # True: 404 for a model name that is not served

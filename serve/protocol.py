@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .request_body import Body
+from .request_body import Body, List
 
 _LATER = "leave it out, this server does not do that yet"
 _STRUCTURED = "this server cannot constrain its output yet; ask for the format in the prompt and check the answer"
@@ -85,8 +85,8 @@ class SamplingFields(Body):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | List[str] | None = None
+    stop_token_ids: List[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
@@ -126,11 +126,11 @@ class ChatRequest(SamplingFields):
         "tool_choice": '"none", "auto", "required" or an object that names a function',
     }
 
-    messages: list[dict[str, Any]]
+    messages: List[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: List[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -150,7 +150,7 @@ class CompletionRequest(SamplingFields):
         "prompt": "a string, a list of strings, a list of token ids or a list of lists of token ids",
     }
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | List[str] | List[int] | List[List[int]]
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None

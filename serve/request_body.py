@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, from_json
 
 from .errors import ApiError, shown
 
 BodyT = TypeVar("BodyT", bound="Body")
+ItemT = TypeVar("ItemT")
 
 _NEUTRAL: tuple[object, ...] = (None, False, "", [], {})  # what says "not wanted" for any option
 _MAX_PARAM = 60
+MAX_ITEMS = 1 << 20  # of a list
 _MAX_NESTING = 200  # of the JSON reader
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # In our words, what was wanted where a value is of the wrong type.
@@ -42,10 +44,27 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
+    _num_bytes: int = PrivateAttr(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the request: how much work it may make."""
+        return self._num_bytes
+
     unsupported: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     ignored: ClassVar[frozenset[str]] = frozenset()
     expected: ClassVar[Mapping[str, str]] = {}
+
+
+class _FirstFault(FailFast):
+    """Pydantic's, which unions of types want hashable."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+List = Annotated[list[ItemT], _FirstFault()]  # the first wrong item is told, and the others are not collected
 
 
 def parse_body(model: type[BodyT], raw: bytes) -> BodyT:
@@ -56,7 +75,9 @@ def parse_body(model: type[BodyT], raw: bytes) -> BodyT:
         data = from_json(raw)
     except ValueError as error:
         raise ApiError(f"the body {_json_fault(raw, str(error))}", code="invalid_json") from None
-    return check_body(model, data)
+    body = check_body(model, data)
+    body._num_bytes = len(raw)
+    return body
 
 
 def _json_fault(raw: bytes, error: str) -> str:
@@ -84,6 +105,10 @@ def check_body(model: type[BodyT], data: object, *, where: str = "") -> BodyT:
                 fields[name] = value
         else:
             _judge_stranger(model, name, value, where)
+    for name, value in fields.items():
+        if isinstance(value, list) and len(value) > MAX_ITEMS:
+            param = _join(where, name)
+            raise ApiError(f"{param} has {len(value)} entries: send at most {MAX_ITEMS} at once", param=param, code="too_many_items")
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -104,7 +129,7 @@ def _judge_stranger(model: type[Body], name: str, value: object, where: str) -> 
         if any(value == neutral for neutral in _NEUTRAL + model.harmless.get(name, ())):
             return
         raise ApiError(f"{param} is not supported: {model.unsupported[name]}", param=param, code="unsupported_parameter")
-    near = difflib.get_close_matches(name, model.model_fields, n=1)
+    near = difflib.get_close_matches(name[:_MAX_PARAM], model.model_fields, n=1)
     hint = f"did you mean {near[0]}?" if near else "remove it"
     raise ApiError(f"unknown field {shown(param)}: {hint}", param=param[:_MAX_PARAM], code="unknown_parameter")
 

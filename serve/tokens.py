@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from .context import ServeContext
 from .errors import ApiError
 from .messages import template_messages
-from .request_body import Body, parse_body
+from .request_body import Body, List, parse_body
 from .sampling import check_token_ids
 from .streaming import json_response
 
@@ -22,8 +22,8 @@ class TokenizeRequest(Body):
     expected: ClassVar[Mapping[str, str]] = {"prompt": "a string or a list of strings", "messages": "a list of messages"}
 
     model: str | None = None
-    prompt: str | list[str] | None = None
-    messages: list[dict[str, Any]] | None = None
+    prompt: str | List[str] | None = None
+    messages: List[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None  # None: yes for a prompt; a template writes its own
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -35,7 +35,7 @@ class DetokenizeRequest(Body):
     expected: ClassVar[Mapping[str, str]] = {"tokens": "a list of token ids or a list of lists of token ids"}
 
     model: str | None = None
-    tokens: list[int] | list[list[int]]
+    tokens: List[int] | List[List[int]]
     skip_special_tokens: bool = True
 
 
@@ -55,10 +55,12 @@ async def tokenize(request: Request) -> Response:
         def encode() -> list[list[int]]:
             return [context.tokenizer.encode(text, add_special_tokens=adds) for text in texts]
 
-        found = await context.tokenize(sum(map(len, texts)), encode)
+        found = await context.tokenize(body.num_bytes, encode)
     told: dict[str, Any] = {"tokens": found, "count": [len(ids) for ids in found], "max_model_len": context.info.context_length}
     if body.return_token_strs:
-        told["token_strs"] = [[context.tokenizer.token_text(token) for token in ids] for ids in found]
+        told["token_strs"] = await context.tokenize(
+            body.num_bytes, lambda: [[context.tokenizer.token_text(token) for token in ids] for ids in found]
+        )
     if not isinstance(body.prompt, list):
         told = {name: value[0] if isinstance(value, list) else value for name, value in told.items()}
     return json_response(told)
@@ -72,7 +74,7 @@ async def _conversation(context: ServeContext, body: TokenizeRequest) -> list[in
     def encode() -> list[int]:
         return context.tokenizer.apply_chat_template(messages, add_generation_prompt=body.add_generation_prompt)
 
-    return await context.tokenize(sum(len(message["content"]) for message in messages), encode)
+    return await context.tokenize(body.num_bytes, encode)
 
 
 async def detokenize(request: Request) -> Response:

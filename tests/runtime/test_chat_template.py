@@ -128,6 +128,13 @@ def test_refusals_carry_the_templates_words(folder: Path) -> None:
         "{{ '{:>1000000000}'.format(1) }}",
         "{{ '%01000000000d' | format(1) }}",
         "{% include 'secret' %}",
+        "{{ lipsum(n=10**12) }}",
+        "{{ [1] | slice(10**15) | list }}",
+        "{{ [1] | batch(10**15, 0) | list }}",
+        "{{ 'aaaa' | replace('a', 'b' * 9000000) }}",
+        "{{ range(99999) | join('b' * 9000000) }}",
+        "{{ 'a' | indent(10**12) }}",
+        "{{ messages | tojson(indent=10**12) }}",
     ],
 )
 def test_templates_are_caged(hostile: str) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
@@ -192,3 +193,19 @@ def test_close_ends_the_process() -> None:
     engine.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_an_id_used_again_at_once_gets_nothing_of_the_one_before(engine: EngineProcess) -> None:
+    stopped = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    for _ in range(8):
+        async with aclosing(engine.generate([3, 4, 5], stopped, request_id="again")) as outputs:
+            await anext(outputs)  # then the engine is told to abort, and answers later
+        found = await collect(engine, [3, 4, 5], replace(stopped, max_tokens=3), "again")
+        assert found[-1].finish is not None
+        assert (found[-1].finish.type, found[-1].completion_tokens) == ("length", 3)
+
+
+async def test_a_silent_engine_is_sent_nothing(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.runtime.process.SILENT_AFTER_S", -1.0)
+    with pytest.raises(EngineDead, match="has not answered"):
+        await collect(engine, [3, 4, 5], LONG, "nobody")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from typing import Any
@@ -294,3 +295,44 @@ def test_a_large_batch_does_not_fill_the_queue(served):
     assert answer.status_code == 200
     assert len(answer.json()["choices"]) == 30
     assert served.engine.most_live == 4
+
+
+# -- what is large, or made to hurt ------------------------------------------------------------------------------------
+
+
+def test_a_body_full_of_faults_is_told_of_the_first(served):
+    started = time.monotonic()
+    for path, body in ((CHAT, {"messages": [1] * 500_000}), (TEXT, {"prompt": [{}] * 500_000}), (TEXT, {"prompt": "a", "x" * 10**7: 1})):
+        served.error(path, 400, **body)
+    served.error(TEXT, 400, prompt="a", stop=["a" * 10**6])
+    assert time.monotonic() - started < 5
+
+
+def test_texts_beyond_any_context_are_refused_untokenized(served, monkeypatch):
+    monkeypatch.setattr(type(served.app.state.context.tokenizer), "encode", lambda *_, **__: pytest.fail("tokenized"))
+    text = "a" * (CONTEXT * 512 + 1)
+    assert served.error(TEXT, 400, prompt=text)["code"] == "context_length_exceeded"
+    assert served.error("/generate", 400, text=text)["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_k", 2**64), ("max_tokens", 2**64), ("min_tokens", 2**70), ("priority", 2**64), ("seed", 2**64)]
+)
+def test_whole_numbers_have_an_end(served, name, value):
+    assert served.error(TEXT, 400, prompt="Hi", **{name: value})["param"] == name
+
+
+def test_names_have_an_end(served):
+    assert served.error("/generate", 400, text="Hi", rid="r" * 300)["param"] == "rid"
+
+
+def test_what_is_no_http_is_told_with_an_id(served, caplog):
+    caplog.set_level("INFO", "octavo.serve")
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"NONSENSE\r\n\r\n")
+        answer = connection.makefile("rb").read().decode()
+    head, _, body = answer.partition("\r\n\r\n")
+    (given,) = (line.split(": ")[1] for line in head.splitlines() if line.startswith("x-request-id: "))
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+    assert any(given in record.getMessage() for record in caplog.records)

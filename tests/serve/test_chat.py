@@ -124,7 +124,8 @@ def test_every_sampling_field_reaches_the_engine(served):
     assert (params.frequency_penalty, params.presence_penalty, params.repetition_penalty) == (0.5, -0.5, 1.2)
     assert (params.logit_bias, params.seed, params.stop, params.stop_token_ids) == ({65: -100, 66: 3}, 7, ("x",), (66,))
     assert (params.ignore_eos, params.skip_special_tokens, params.no_stop_trim) == (True, False, True)
-    assert (call.priority, call.cache_namespace) == (4, "tenant")
+    assert call.priority == 4
+    assert len(call.cache_namespace) == 64  # a digest: a salt may be long, and is kept with every prefix
 
 
 def test_defaults_come_from_the_model_where_it_has_them(served):

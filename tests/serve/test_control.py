@@ -66,7 +66,7 @@ def test_what_changes_the_server_is_for_its_admin(start_server):
 
     both = start_server(api_keys=("user",), admin_api_keys=("admin",))
     assert [statuses(both, key) for key in ("admin", "user", "wrong")] == [[200, 200, 200], [403, 403, 200], [401, 401, 401]]
-    assert statuses(start_server(api_keys=("user",)), "user") == [200, 200, 200]
+    assert statuses(start_server(api_keys=("user",)), "user") == [403, 403, 200]
     assert statuses(start_server(admin_api_keys=("admin",)), "none") == [401, 401, 200]
     assert statuses(start_server(), "none") == [200, 200, 200]
     refused = both.http.post("/flush_cache", headers={"Authorization": "Bearer user"}).json()["error"]
@@ -172,3 +172,15 @@ def test_health_is_quick_while_a_long_text_is_tokenized(served):
 def test_options_refuse_what_cannot_work(wrong):
     with pytest.raises(ValueError):
         ServerOptions(**wrong)
+
+
+def test_pages_of_other_origins(start_server):
+    asked = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    closed = start_server()
+    assert "access-control-allow-origin" not in closed.http.get("/v1/models", headers=asked).headers
+    server = start_server(cors_origins=("https://chat.example",), api_keys=("key",))
+    ahead = server.http.options("/v1/chat/completions", headers=asked)
+    assert (ahead.status_code, ahead.headers["access-control-allow-origin"]) == (200, "https://chat.example")
+    other = server.http.options("/v1/chat/completions", headers={**asked, "Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+    assert server.http.get("/v1/models", headers=asked).status_code == 401
