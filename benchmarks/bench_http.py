@@ -1,6 +1,6 @@
 """What HTTP costs: the same requests to an Engine in this process and to `octavo serve`, in turns. A plain script; checks nothing.
 
-python benchmarks/bench_http.py [MODEL] [--rounds 2]
+python benchmarks/bench_http.py [MODEL] [--rounds 4]
 
 One stream: median time to the first token of a streamed completion. Sixty-four streams at once: tokens a second, all told.
 """
@@ -15,14 +15,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
-ALONE, TOGETHER = 24, 64
-Ask = Callable[[list[int], int], AsyncIterator[int]]  # a prompt, how many tokens to make; gives how many there are so far
+ALONE, TOGETHER = 40, 64
+Ask = Callable[[list[int], int], AsyncGenerator[int, None]]  # a prompt, how many tokens to make; gives how many there are so far
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:
@@ -30,15 +30,19 @@ def prompts(count: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(1000, 40000) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-async def measure(ask: Ask, seed: int) -> tuple[float, float]:
-    """Median milliseconds to the first token of one stream, and tokens a second of many."""
-    waits = []
-    for prompt in prompts(ALONE, seed):
-        started = time.perf_counter()
-        async for _ in ask(prompt, 4):
-            waits.append(1e3 * (time.perf_counter() - started))
-            break
-        await asyncio.sleep(0.15)  # the step that was cut ends
+async def first_token(ask: Ask, prompt: list[int]) -> float:
+    """Milliseconds to the first token of one stream, which is cut then."""
+    started = time.perf_counter()
+    stream = ask(prompt, 4)
+    await anext(stream)
+    took = 1e3 * (time.perf_counter() - started)
+    await stream.aclose()
+    await asyncio.sleep(0.2)  # the step that was cut ends
+    return took
+
+
+async def rate(ask: Ask, seed: int) -> float:
+    """Tokens a second of many streams together."""
 
     async def whole(prompt: list[int]) -> int:
         made = 0
@@ -47,26 +51,61 @@ async def measure(ask: Ask, seed: int) -> tuple[float, float]:
         return made
 
     started = time.perf_counter()
-    made = await asyncio.gather(*(whole(prompt) for prompt in prompts(TOGETHER, seed + 1)))
-    return statistics.median(waits), sum(made) / (time.perf_counter() - started)
+    made = await asyncio.gather(*(whole(prompt) for prompt in prompts(TOGETHER, seed)))
+    return sum(made) / (time.perf_counter() - started)
 
 
-def in_process(model: str | None, rounds: int) -> list[tuple[float, float]]:
+def in_process(engine: Any) -> Ask:
+    async def ask(prompt: list[int], count: int) -> AsyncGenerator[int, None]:
+        params = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
+        async for result in await engine.async_generate(input_ids=prompt, sampling_params=params, stream=True):
+            yield len(result["output_ids"])
+
+    return ask
+
+
+def over_http(client: httpx.AsyncClient) -> Ask:
+    async def ask(prompt: list[int], count: int) -> AsyncGenerator[int, None]:
+        body: dict[str, Any] = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
+        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line[6:])["usage"]["completion_tokens"]
+
+    return ask
+
+
+async def compare(engine: Any, url: str, rounds: int) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+        asks = {"in process": in_process(engine), "over HTTP": over_http(client)}
+        waits: dict[str, list[float]] = {name: [] for name in asks}
+        rates: dict[str, list[float]] = {name: [] for name in asks}
+        for number in range(ALONE + 3):
+            for name, ask in asks.items():
+                took = await first_token(ask, prompts(1, 1000 * number + len(name))[0])
+                if number >= 3:  # the first are for warming up
+                    waits[name].append(took)
+        for number in range(rounds):
+            for name, ask in list(asks.items())[:: 1 if number % 2 else -1]:
+                rates[name].append(await rate(ask, 10**6 + 10 * number + len(name)))
+    for name in asks:
+        told = ", ".join(f"{one:.1f}" for one in rates[name])
+        print(f"{name:<12}first token {statistics.median(waits[name]):7.1f} ms (median of {ALONE}), {TOGETHER} streams {told} tokens/s")
+    added = statistics.median(http - ours for ours, http in zip(*waits.values(), strict=True))
+    share = statistics.median(rates["over HTTP"]) / statistics.median(rates["in process"])
+    print(f"HTTP adds {added:.1f} ms to the first token, the median of the pairs, and leaves {100 * share:.1f} % of the tokens a second")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--rounds", type=int, default=4)
+    given = parser.parse_args()
     from octavo import Engine
 
-    with Engine(model, show_progress=False, max_total_tokens=16384) as engine:
-
-        async def ask(prompt: list[int], count: int) -> AsyncIterator[int]:
-            params = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
-            async for result in await engine.async_generate(input_ids=prompt, sampling_params=params, stream=True):
-                yield len(result["output_ids"])
-
-        return [asyncio.run(measure(ask, 100 * number)) for number in range(rounds + 1)][1:]
-
-
-def over_http(model: str | None, rounds: int) -> list[tuple[float, float]]:
-    command = [sys.executable, "-m", "octavo", "serve", *([model] if model else []), "--port", "31801", "--max-total-tokens", "16384"]
-    with subprocess.Popen([*command, "--log-level", "error"], stdout=subprocess.DEVNULL) as server:
+    command = [sys.executable, "-m", "octavo", "serve", *([given.model] if given.model else []), "--port", "31801"]
+    with subprocess.Popen([*command, "--max-total-tokens", "16384", "--log-level", "error"], stdout=subprocess.DEVNULL) as server:
         try:
             url = "http://127.0.0.1:31801"
             while True:
@@ -75,37 +114,10 @@ def over_http(model: str | None, rounds: int) -> list[tuple[float, float]]:
                     break
                 except httpx.ConnectError:
                     time.sleep(0.2)
-
-            async def run(seed: int) -> tuple[float, float]:
-                async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
-
-                    async def ask(prompt: list[int], count: int) -> AsyncIterator[int]:
-                        body: dict[str, Any] = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
-                        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-                        async with client.stream("POST", "/v1/completions", json=body) as response:
-                            async for line in response.aiter_lines():
-                                if line.startswith("data: {"):
-                                    yield json.loads(line[6:])["usage"]["completion_tokens"]
-
-                    return await measure(ask, seed)
-
-            return [asyncio.run(run(100 * number)) for number in range(rounds + 1)][1:]
+            with Engine(given.model, show_progress=False, max_total_tokens=16384) as engine:
+                asyncio.run(compare(engine, url, given.rounds))
         finally:
             server.terminate()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--rounds", type=int, default=2)
-    given = parser.parse_args()
-    ours, http = in_process(given.model, given.rounds), over_http(given.model, given.rounds)
-    for name, rounds in (("in process", ours), ("over HTTP", http)):
-        for first, rate in rounds:
-            print(f"{name:<12}first token {first:7.1f} ms (median of {ALONE}), {TOGETHER} streams {rate:7.1f} tokens/s")
-    first = statistics.median(r[0] for r in http) - statistics.median(r[0] for r in ours)
-    rate = statistics.median(r[1] for r in http) / statistics.median(r[1] for r in ours)
-    print(f"HTTP adds {first:.1f} ms to the first token, and leaves {100 * rate:.1f} % of the tokens a second")
 
 
 if __name__ == "__main__":

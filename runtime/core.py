@@ -22,6 +22,7 @@ from .config import EngineConfig
 from .errors import RequestRefused
 from .model_runner import ModelRunner
 from .outputs import FinishReason, TokenLogprob, TokenOutput
+from .pacer import ChunkPacer
 from .page_allocator import PageAllocator
 from .radix_cache import RadixCache
 from .request import Request
@@ -31,6 +32,7 @@ from .scheduler import QueueFull, Scheduler, SchedulerLimits
 from .transfer import Fetch, HostCopy, to_device
 
 _MIXED_CHUNK = {"cpu": 32, "cuda": 512}
+_FIRST_PACE = 8  # tokens of a long prompt, until it is known what they take
 _RATE_WINDOW_S = 10.0
 _RATE_LEAST_S = 1.0  # a first token is no rate
 _EXPIRE_EVERY_S = 0.1
@@ -80,6 +82,8 @@ class EngineCore:
         self._fetch = fetch
         self._overlap = runner.device.type == "cuda" and not config.disable_overlap_schedule if overlap is None else overlap
         self._flight: _Flight | None = None
+        is_cpu = runner.device.type == "cpu"  # a GPU's steps overlap, and what they take is not known here
+        self._pacer = ChunkPacer(_FIRST_PACE, config.chunked_prefill_size) if is_cpu and not self._overlap else None
         self.num_steps = 0
         self._prompt_logprobs: dict[str, dict[int, TokenLogprob]] = {}
         self._logits_sinks: dict[str, LogitsSink] = {}
@@ -152,6 +156,7 @@ class EngineCore:
         batch = self.scheduler.schedule()
         if batch is None:
             return self._land()
+        begun = time.perf_counter()
         try:
             flight = self._launch(batch)
         except (RuntimeError, MemoryError) as error:
@@ -165,7 +170,16 @@ class EngineCore:
                 row.request.started_s = now
         outputs = self._land()
         self._flight = flight
-        return outputs if self._overlap else self._land()
+        if self._overlap:
+            return outputs
+        outputs = self._land()
+        if self._pacer is not None:
+            decoding = [row for row in batch.rows if row.samples and row.count == 1]
+            prompt_tokens = batch.num_tokens - len(decoding)
+            if len(batch.rows) - len(decoding) <= 1:
+                self._pacer.note(decoding=len(decoding), prompt_tokens=prompt_tokens, seconds=time.perf_counter() - begun)
+                self.scheduler.paced_tokens = self._pacer.size
+        return outputs
 
     def _expire(self) -> list[TokenOutput]:
         """End what has waited or run for longer than it may."""

@@ -40,10 +40,15 @@ class SchedulerLimits:
     mixed_chunk_tokens: int
     policy: SchedulePolicy = "fcfs"
 
-    def prompt_tokens(self, *, decoding: int, prompts: int) -> int:
-        """Prompt tokens for a step in which `decoding` requests decode while `prompts` are being computed or wait."""
+    def prompt_tokens(self, *, decoding: int, prompts: int, paced: int | None = None) -> int:
+        """Prompt tokens for a step in which `decoding` requests decode while `prompts` are being computed or wait.
+
+        `paced`: those of a single prompt, where they are measured out.
+        """
         if decoding == 0:
             return self.chunk_tokens
+        if paced is not None and prompts == 1:
+            return min(self.chunk_tokens, paced)
         return min(self.chunk_tokens, max(self.mixed_chunk_tokens, 2 * decoding) * prompts)
 
 
@@ -70,6 +75,7 @@ class Scheduler:
         self.allocator = allocator
         self.cache = cache
         self.limits = limits
+        self.paced_tokens: int | None = None  # of a prompt that is alone beside decoding requests; None: by the limits
         self.counters = SchedulerCounters()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -125,7 +131,7 @@ class Scheduler:
                 (prefilling if request.is_prefilling else decoding).append(request)
         for request in decoding:
             self._grant(rows, request, 1)
-        budget = self.limits.prompt_tokens(decoding=len(rows), prompts=len(prefilling) + len(self.waiting))
+        budget = self.limits.prompt_tokens(decoding=len(rows), prompts=len(prefilling) + len(self.waiting), paced=self.paced_tokens)
         self._compute_prompts(rows, prefilling, min(budget, self._most_prompt_tokens), retractions)
         rows = [row for row in rows if row.request.is_running]  # a later row may have taken an earlier one's pages
         return Batch(tuple(rows)) if rows else None

@@ -160,6 +160,8 @@ def main(folder: str, config_text: str, logs_text: str) -> int:
     """Entry of the engine process: the sockets' folder, the EngineConfig and the LogSettings as JSON."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the server decides when the engine stops
+    if sys.platform == "linux":  # it computes without end: the server, which answers in between, is to have its share of a core at once
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # runtime/process.py asks so, when nothing else is answered
     set_up_logging(decode_logs(logs_text), rotates=False)
