@@ -109,12 +109,25 @@ async def server_info(request: Request) -> Response:
     own["api_keys"] = ["***"] * len(context.options.api_keys)
     own["admin_api_keys"] = ["***"] * len(context.options.admin_api_keys)
     own["served_model_name"] = context.model.name
+    if engine.get("internal_states"):
+        engine = {**engine, "internal_states": [_as_sglang_names(engine, state) for state in engine["internal_states"]]}
     return json_response({**engine, **_worked_out(engine, context.info), **own, "version": __version__, "active_jobs": len(context.active)})
+
+
+def _as_sglang_names(engine: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's figures of this moment, with what SGLang's clients look for beside them."""
+    return {
+        **state,
+        "last_gen_throughput": state.get("gen_throughput"),
+        "effective_max_running_requests_per_dp": engine.get("max_running_requests"),
+        "memory_usage": engine.get("memory_usage"),
+    }
 
 
 def _worked_out(engine: Mapping[str, Any], info: ModelInfo) -> dict[str, Any]:
     """What the start settled, for the options that were left to it."""
     settled: dict[str, Any] = {
+        "startup_time": round(sum(engine.get("startup_seconds", {}).values()), 3),
         "model_path": info.model_path,
         "tokenizer_path": info.model_path,
         "context_length": info.context_length,

@@ -184,3 +184,19 @@ def test_pages_of_other_origins(start_server):
     other = server.http.options("/v1/chat/completions", headers={**asked, "Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
     assert server.http.get("/v1/models", headers=asked).status_code == 401
+
+
+def test_server_info_has_what_sglangs_clients_look_for(served, monkeypatch):
+    memory = {"weight": 1, "kv": 2, "token_capacity": 3}
+
+    async def engine_info() -> dict[str, Any]:
+        state = {"gen_throughput": 12.5, "num_running_reqs": 1}
+        known = {"startup_seconds": {"import": 1.0, "load_weights": 0.5}, "max_running_requests": 8, "memory_usage": memory}
+        return {**known, "internal_states": [state]}
+
+    monkeypatch.setattr(served.engine, "server_info", engine_info)
+    info = served.http.get("/server_info").json()
+    (state,) = info["internal_states"]
+    assert info["startup_time"] == 1.5
+    assert (state["last_gen_throughput"], state["effective_max_running_requests_per_dp"], state["memory_usage"]) == (12.5, 8, memory)
+    assert state["num_running_reqs"] == 1
