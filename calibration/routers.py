@@ -32,7 +32,7 @@ def find_routers(block: nn.Module, sites: Sequence[Site], run: Callable[[], Tens
     if not candidates:
         return []
     before = _rows_of_experts(block, run)
-    if len(set(before.values())) < 2:
+    if any(len({rows for site, rows in before.items() if site.parameter == name}) == 1 for name in {site.parameter for site in before}):
         return candidates
     return [site for site in candidates if _is_felt(before, _turned_round(block, site, run), strictly=not beside)]
 

@@ -117,10 +117,12 @@ class _Block(nn.Module):
         self.mlp.experts = nn.Module()
         self.mlp.experts.down = random(8, 16, 16)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *, dense: bool = False) -> torch.Tensor:
         hidden = hidden + self.back(self.k_proj(hidden))
         chosen = self.mlp.gate(hidden).argmax(-1)
         out = hidden + self.back(self.mlp.shared(hidden))
+        if dense:
+            return out + torch.bmm(hidden.expand(8, -1, -1), self.mlp.experts.down.mT).sum(0)
         for expert in range(8):
             rows = chosen == expert
             if rows.any():
@@ -134,6 +136,8 @@ def test_what_merely_has_as_many_outputs_as_there_are_experts_is_no_router() -> 
     before = {name: value.clone() for name, value in block.named_parameters()}
     sites = find_sites(block, lambda: block(hidden.clone()))
     assert [str(site) for site in find_routers(block, sites, lambda: block(hidden.clone()))] == ["mlp.gate"]
+    dense = find_routers(block, sites, lambda: block(hidden.clone(), dense=True))  # there nothing tells which it is
+    assert [str(site) for site in dense] == ["mlp.gate", "mlp.shared"]
     assert all(torch.equal(before[name], value) for name, value in block.named_parameters())
 
 
