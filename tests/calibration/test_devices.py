@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from octavo.calibration import budget
 from octavo.calibration.devices import CPU, computing_on, device_of
 from octavo.calibration.quantize_run import quantize
 
+from .pretend_device import FEW_STEPS
 from .test_quantize import llama, text
 
 __all__ = ["llama", "text"]
@@ -42,12 +44,15 @@ def test_what_is_made_inside_is_made_on_the_device() -> None:
 
 
 @pytest.mark.parametrize("method", ["auto", pytest.param("gptq", marks=pytest.mark.long), pytest.param("int8", marks=pytest.mark.long)])
-def test_a_device_of_its_own_gives_what_the_cpu_gives(llama: Path, text: Path, tmp_path: Path, method: str) -> None:
+def test_a_device_of_its_own_gives_what_the_cpu_gives(
+    llama: Path, text: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sums may come in another order there, and GPTQ carries a code that falls to the other side of a tie on: errors are compared."""
     command = [sys.executable, "-m", "tests.calibration.pretend_device", str(llama), str(tmp_path / "far"), str(text), method]
     done = subprocess.run(command, check=False, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     far = json.loads(done.stdout)
+    monkeypatch.setattr(budget, "_TUNING_STEPS", FEW_STEPS)
     near = quantize(
         str(llama), tmp_path / "near", method=method, calibration=str(text), samples=8, seqlen=32, measure_speed=False, eval_text=text
     )
