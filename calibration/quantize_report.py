@@ -45,6 +45,8 @@ def facts(result: QuantizeResult) -> list[tuple[str, str]]:
         ("KL(original || quantized)", f"{quality.kl_mean:.4f} nats a token"),
         ("top-1 agreement", f"{quality.top1_agreement_percent:.2f} %"),
     ]
+    if recipe.max_ppl_increase is not None or recipe.max_kl is not None:
+        rows.append(("quality gate", f"DOES NOT HOLD: {result.gate}" if result.gate else "holds"))
     before, after = result.speed_before, result.speed_after
     if before is not None and after is not None:
         rows.append(

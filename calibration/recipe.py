@@ -65,6 +65,8 @@ class Recipe:
         _choice("kv_cache", self.kv_cache, (None, "fp8"))
         _choice("activations", self.activations, ("dynamic", "static"))
         _choice("weight_scales", self.weight_scales, ("channel", "tensor", "block"))
+        if type(self.bits) is not int:
+            raise ValueError(f"bits {self.bits!r} is not valid: give a whole number")
         for name, least in (("samples", MIN_SAMPLES), ("seqlen", MIN_SEQLEN)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} is not valid: give at least {least}")
@@ -80,8 +82,8 @@ class Recipe:
                 raise ValueError(f"ignore {pattern!r} is no regular expression: {error}") from None
         for name in ("max_ppl_increase", "max_kl", "max_memory"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} {value} is not valid: give more than 0")
+            if value is not None and (not isinstance(value, int | float) or not 0 < value < float("inf")):
+                raise ValueError(f"{name} {value} is not valid: give a number above 0")
 
     def _check_form(self) -> None:
         if self.method != "fp8" and (self.activations, self.weight_scales) != ("dynamic", "channel"):
@@ -178,7 +180,7 @@ class Recipe:
                 )
         given = dict(values)
         if "ignore" in given:
-            given["ignore"] = tuple(given["ignore"])
+            given["ignore"] = (given["ignore"],) if isinstance(given["ignore"], str) else tuple(given["ignore"])
         return cls(**given)
 
     @classmethod
