@@ -57,7 +57,15 @@ class FloatModel:
         from transformers import AutoModelForCausalLM
 
         with _parameters_on_meta():
-            self.module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+            try:
+                self.module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+            except ValueError as error:
+                if "Unrecognized configuration class" not in str(error):
+                    raise
+                raise UnknownArchitectureError(
+                    f"{type(config).__name__.removesuffix('Config')} is not among the models that transformers generates text with from "
+                    "left to right (AutoModelForCausalLM)"
+                ) from None
         self.module.eval().requires_grad_(False)
         self.device = device
         for module in self.module.modules():

@@ -28,6 +28,8 @@ def check_out(out: Path, *, resume: bool) -> None:
 def publish(made: Path, out: Path) -> None:
     """Move a finished model out of the work folder, and remove that."""
     (out / WORK / _PUBLISHING).touch()
+    for file in made.glob("*.safetensors"):  # which the library makes for their owner's eyes alone
+        shutil.copymode(out / WORK / _PUBLISHING, file)
     for file in sorted(made.iterdir(), key=lambda file: (file.name == "config.json", file.name)):  # without it, no engine takes the folder
         os.replace(file, out / file.name)
     done = out / f"{WORK}-done"  # a stop from here on leaves a finished model and nothing unfinished in it

@@ -27,6 +27,7 @@ _GROUP_SIZES = (64, 128, 32, 16)  # what is tried where nobody said, and what is
 _PACKED = 8  # outputs and inputs come in whole words of eight
 _BASE_BYTES = 700 << 20  # of Python, torch and transformers
 _DEFAULT_SHARE = 0.8  # of the memory that is free
+_MOST_LINES = 32
 _GIB = 2**30
 _PROBE_TOKENS = 24
 _SQUARES, _WEIGHT_COPIES = 10, 8  # float32 at once while a linear is solved, [K, K] (some of them float64) and [N, K]
@@ -86,25 +87,30 @@ class Plan:
         tuning = f"{schedule.steps} steps over the whole model" if schedule else self.skipped_tuning or "none"
         rows = [
             ("computed on", self.device),
-            ("model", f"{self.model}: {self.num_blocks} blocks, {self.bytes_before / _GIB:.2f} GiB"),
+            ("model", f"{self.model}: {self.num_blocks} blocks, {told_bytes(self.bytes_before)}"),
             (
                 "quantized",
                 f"{len(self.linears)} linears: {recipe.form(self.group_size)}; method {recipe.method}, written as {recipe.layout}",
             ),
-            ("left as they are", _some(self.kept) or "embedding and head"),
+            ("left as they are", ", ".join(["embedding and head", *([_some(self.kept)] if self.kept else [])])),
             (
                 "calibration",
                 f"{self.budget.samples} x {recipe.seqlen} tokens: {recipe.calibration}; activations {where}",
             ),
             ("tuning", tuning),
-            ("written", f"about {self.bytes_after / _GIB:.2f} GiB, and {self.work_bytes / _GIB:.2f} GiB meanwhile"),
+            ("written", f"about {told_bytes(self.bytes_after)}, and {told_bytes(self.work_bytes)} meanwhile"),
             (
                 "peak memory",
-                f"about {self.peak_bytes / _GIB:.1f} GiB of the {self.max_memory / _GIB:.1f} allowed"
+                f"about {told_bytes(self.peak_bytes)} of the {told_bytes(self.max_memory)} allowed"
                 + ("; the largest block alone takes more than that" if self.peak_bytes > self.max_memory else ""),
             ),
         ]
         return "\n".join(f"{name:<18}{value}" for name, value in rows)
+
+
+def told_bytes(count: int) -> str:
+    """For people."""
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def make_plan(
@@ -236,7 +242,7 @@ def check_disk(plan: Plan, out: Path, *, present: int = 0) -> None:
     free, needed = shutil.disk_usage(place).free, plan.bytes_after + plan.work_bytes - present
     if free < needed:
         raise OSError(
-            f"{place} has {free / _GIB:.1f} GiB free, and this run needs about {needed / _GIB:.1f}: make room, or give --out elsewhere"
+            f"{place} has {told_bytes(free)} free, and this run needs about {told_bytes(needed)}: make room, or give --out elsewhere"
         )
 
 
@@ -276,7 +282,7 @@ def check_blocks(linears: Mapping[str, tuple[int, int]]) -> None:
     """Raises ValueError listing every linear ([N, K] by path) that fp8's blocks do not divide."""
     bad = {path: shape for path, shape in linears.items() if any(size % BLOCK for size in shape)}
     if bad:
-        lines = "".join(f"\n  {path}: {n} x {k}" for path, (n, k) in bad.items())
+        lines = _lines({path: f"{n} x {k}" for path, (n, k) in bad.items()})
         raise ValueError(f"blocks of {BLOCK} x {BLOCK} do not divide {len(bad)} linears; --weight-scales channel or tensor would:{lines}")
 
 
@@ -296,10 +302,21 @@ def group_size_of(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> int
         return -1
     bad = {path: k for path, (_, k) in linears.items() if k % size}
     if bad:
-        lines = "".join(f"\n  {path}: {k} inputs" for path, k in bad.items())
+        lines = _lines({path: f"{k} inputs" for path, k in bad.items()})
         offer = f"{', '.join(map(str, sizes))} or -1" if sizes else "-1"
         raise ValueError(f"group size {size} does not divide the inputs of {len(bad)} linears; {offer} would:{lines}")
     return size
+
+
+def _lines(about: Mapping[str, str]) -> str:
+    """A line for each thing that is said of modules; where they are many, those that differ in their numbers alone share one."""
+    if len(about) <= _MOST_LINES:
+        return "".join(f"\n  {path}: {told}" for path, told in about.items())
+    joined: dict[tuple[str, str], int] = {}
+    for path, told in about.items():
+        key = (re.sub(r"(?<=[.\[])\d+(?=[.\]]|$)", "*", path), told)
+        joined[key] = joined.get(key, 0) + 1
+    return "".join(f"\n  {path}: {told}" + (f" ({count} of them)" if count > 1 else "") for (path, told), count in joined.items())
 
 
 def _some(names: Sequence[str], count: int = 6) -> str:

@@ -9,15 +9,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
 from .command import BAD_INPUT, FAILED, INTERRUPTED, CommandParser, fail
 from .out_folder import WORK
 from .quantize_flags import add_flags, recipe_of
-from .quantize_report import summary, write_reports
-from .quantize_result import GateError, QuantizeResult
+from .quantize_report import summary
+from .quantize_result import GateError
 from .quantize_run import plan, quantize
 
 GATE_FAILED = 3
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace, *, prog: str) -> int:
         try:
             return _run(args)
         except GateError as error:
-            _tell(error.result, args.report)
+            print(summary(error.result), flush=True)
             return fail(prog, f"the quality gate does not hold: {error}", GATE_FAILED)
         except (KeyboardInterrupt, ValueError, TypeError, OSError, RuntimeError) as error:
             if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
@@ -75,10 +74,8 @@ class _CtrlC:
 def _run(args: argparse.Namespace) -> int:
     recipe = recipe_of(args)
     if args.dry_run:
-        print(plan(args.model_path, recipe, device=args.device).describe())
+        print(plan(args.model_path, recipe, eval_text=args.eval, device=args.device).describe())
         return 0
-    if args.report is not None and not args.report.absolute().parent.is_dir():
-        raise ValueError(f"cannot write --report {args.report}: its folder does not exist")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger(__package__).setLevel(logging.INFO)  # what is planned, before it starts
     result = quantize(
@@ -86,20 +83,13 @@ def _run(args: argparse.Namespace) -> int:
         args.out,
         recipe=recipe,
         eval_text=args.eval,
+        report=args.report,
         measure_speed=not args.skip_speed,
         resume=args.resume,
         device=args.device,
     )
-    _tell(result, args.report)
-    return 0
-
-
-def _tell(result: QuantizeResult, report: Path | None) -> None:
     print(summary(result), flush=True)
-    try:
-        print(f"reports: {', '.join(map(str, write_reports(result, report)))}")
-    except OSError as error:  # the model is there, and the exit code is the gate's
-        print(f"the reports were not all written: {error}", file=sys.stderr)
+    return 0
 
 
 def _parser(prog: str) -> CommandParser:

@@ -75,7 +75,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that flags ask for. Raises ValueError for what cannot be."""
     given: Mapping[str, Any] = {field.name: value for field in fields(Recipe) if (value := getattr(args, field.name, None)) is not None}
-    return Recipe.from_dict(given)
+    recipe = Recipe.from_dict(given)
+    if recipe.eight_bit and given.get("bits", 8) != 8:
+        raise ValueError(f"method {recipe.method} makes weights of 8 bits, not {recipe.bits}: leave --bits out")
+    return recipe
 
 
 def _size(text: str) -> int:

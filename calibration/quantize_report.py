@@ -12,6 +12,7 @@ from .quantize_flags import REPORT
 from .quantize_page import page_of
 from .quantize_result import QuantizeResult
 
+_SERVED_BY_NONE = "no engine is known to read this folder, see the notes"
 _MIB, _GIB = 1 << 20, 1 << 30
 
 
@@ -25,7 +26,8 @@ def summary(result: QuantizeResult) -> str:
         "size by kind of tensor (MiB)",
         *(f"  {name:<30}{before:>10.1f} -> {after:>8.1f}" for name, before, after in sizes(result)),
     ]
-    lines += ["", "serve it", *(f"  {line}" for line in commands(result))]
+    lines += ["", "read on", f"  {REPORT}, report.json and README.md in {result.out}"]
+    lines += ["", "serve it", *(f"  {line}" for line in commands(result) or [_SERVED_BY_NONE])]
     return "\n".join(lines)
 
 
@@ -36,7 +38,12 @@ def facts(result: QuantizeResult) -> list[tuple[str, str]]:
         ("model", result.model),
         ("written to", f"{result.out} ({recipe.layout}; {recipe.form(result.group_size)}; method {recipe.method}, effort {recipe.effort})"),
         ("linears", f"{len(result.modules)} quantized, {result.bits_per_weight:.2f} bits a weight; {len(result.kept)} left as they are"),
-        ("read back", f"every quantized tensor equal; logits within {result.verified:.1g} of the largest"),
+        (
+            "read back",
+            "every quantized tensor and the logits equal what was meant"
+            if result.verified == 0
+            else f"every quantized tensor equals what was meant; logits differ by {result.verified:.1g} of the largest at most",
+        ),
     ]
     quality = result.quality
     rows += [
@@ -79,23 +86,23 @@ def sizes(result: QuantizeResult) -> list[tuple[str, float, float]]:
 
 
 def commands(result: QuantizeResult) -> list[str]:
-    """Commands that serve the folder."""
-    return [
-        f"octavo serve --model-path {result.out}",
-        f"vllm serve {result.out}",
-        f"python -m sglang.launch_server --model-path {result.out}",
-    ]
+    """Commands that serve the folder, of engines that read it."""
+    known = {
+        "octavo": f"octavo serve --model-path {result.out}",
+        "vllm": f"vllm serve {result.out}",
+        "sglang": f"python -m sglang.launch_server --model-path {result.out}",
+    }
+    return [command for engine, command in known.items() if engine in result.engines]
 
 
-def write_reports(result: QuantizeResult, report: Path | None = None) -> list[Path]:
-    """report.json, the HTML report (at `report`, or in the folder) and the model card; gives their paths."""
-    page = report or result.out / REPORT
-    data = result.out / "report.json"
-    card = result.out / "README.md"
+def write_reports(result: QuantizeResult, folder: Path, report: Path | None = None) -> None:
+    """report.json, the HTML report (at `report`, or in `folder` too) and the model card. Raises OSError."""
+    page = report or folder / REPORT
+    data = folder / "report.json"
+    card = folder / "README.md"
     data.write_text(to_json(result) + "\n", encoding="utf-8")
     page.write_text(page_of(result, facts(result), sizes(result), commands(result)), encoding="utf-8")
     card.write_text(model_card(result), encoding="utf-8")
-    return [data, page, card]
 
 
 def to_json(result: QuantizeResult) -> str:
@@ -110,12 +117,12 @@ def model_card(result: QuantizeResult) -> str:
     """A README for the folder."""
     public = replace(result, model=Path(result.model).name, out=Path())  # others have other folders
     table = "".join(f"| {name} | {value} |\n" for name, value in facts(public))
-    serve = "\n".join(commands(public))
+    serve = f"```\n{chr(10).join(lines)}\n```" if (lines := commands(public)) else f"Serving: {_SERVED_BY_NONE}."
     asked = result.recipe.to_dict()
     file = result.recipe.calibration_file()
     recipe = json.dumps({**asked, "calibration": file.name} if file is not None else asked, indent=1)
     return (
         f"---\nlibrary_name: transformers\ntags:\n- quantized\n- {result.recipe.layout}\n- octavo\n---\n\n"
         f"# {Path(result.model).name}, quantized\n\nMade by `octavo quantize`.\n\n| | |\n|---|---|\n{table}\n"
-        f"```\n{serve}\n```\n\nThe recipe, from which `octavo.quantize` makes the same again:\n\n```json\n{recipe}\n```\n"
+        f"{serve}\n\nThe recipe, from which `octavo.quantize(model, out, recipe={{...}})` makes the same again:\n\n```json\n{recipe}\n```\n"
     )

@@ -24,6 +24,7 @@ class QuantizeResult:
     block_errors: Mapping[str, float]  # what each block adds to the relative error of the hidden state
     kept: tuple[str, ...]  # modules of the blocks that stayed as they were, routers among them, by the checkpoint's names
     notes: tuple[str, ...]  # what was left out, and why
+    engines: tuple[str, ...]  # of octavo, vllm and sglang, those that are known to read such a folder
     groups: Mapping[str, Mapping[str, int]]  # bytes before and after, by kind of tensor
     bits_per_weight: float  # of the quantized linears, scales and zero points included
     quality: Quality

@@ -32,9 +32,10 @@ from .output import Written, by_source, copy_tokenizer, quantization_config, wit
 from .plan import VERIFIED_TOKENS, Plan, check_disk, make_plan, probe_inputs
 from .progress import Progress
 from .quality import Quality, Speed, by_engine, by_transformers, speed_of
+from .quantize_report import write_reports
 from .quantize_result import GateError, QuantizeResult
 from .recipe import Recipe
-from .samples import hub_texts, read_texts, rows_of
+from .samples import hub_texts, might_be_on_hub, read_texts, rows_of
 from .self_text import OwnText, write_samples
 from .streams import Hidden, Inputs
 from .tune_model import tune_model
@@ -49,6 +50,7 @@ _NOT_IDENTITY = ("max_memory", "max_ppl_increase", "max_kl")  # may differ when 
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
 _EVAL_TOKENS = 1 << 14
 _LEAST_EVAL_TOKENS = 16
+_ENOUGH_TOKENS = 4096  # to judge on: with fewer, the perplexity of equal models differs by percents from text to text
 _USUAL_GROUPS = (32, 64, 128)
 
 
@@ -56,40 +58,56 @@ def quantize(
     model_path: str | None,
     out: str | Path,
     *,
-    recipe: Recipe | Any | None = None,
-    eval_text: Path | None = None,
+    recipe: Recipe | Mapping[str, Any] | Any | None = None,
+    eval_text: str | Path | None = None,
+    report: Path | None = None,
     measure_speed: bool = True,
     resume: bool = False,
     device: str = "auto",
     **options: Any,
 ) -> QuantizeResult:
-    """Quantize a model into the folder `out`, which must be empty or not exist.
+    """Quantize a model into the folder `out`, which must be empty or not exist; reports and a model card lie there afterwards.
 
-    `recipe` may be a transformers GPTQConfig; `options` are a Recipe's fields, given in place of one or beside a GPTQConfig. Quality is
-    measured on `eval_text`, or on samples held back from the calibration. `device`: cpu, cuda, or auto, a GPU when there is one.
+    `recipe` may be a Recipe, the JSON object of one or a transformers GPTQConfig; `options` are a Recipe's fields, given in place of one or
+    beside a GPTQConfig. Quality is measured on the file `eval_text`, or on samples held back from the calibration. `report`: where the HTML
+    report goes instead of into `out`. `device`: cpu, cuda, or auto, a GPU when there is one.
 
     Raises ValueError for what cannot be (named with its remedy), OSError for files, GateError where the recipe's gate does not hold,
     VerificationError where the folder does not read back as what was meant.
     """
-    if isinstance(recipe, Recipe) and options:
-        raise ValueError(f"give either a recipe or its fields, not both: {', '.join(options)}")
-    if recipe is None:
-        chosen = Recipe.from_dict(options)
-    else:
-        chosen = recipe if isinstance(recipe, Recipe) else Recipe.from_gptq_config(recipe, **options)
+    chosen, text = _recipe_of(recipe, options), None if eval_text is None else Path(eval_text)
     folder = Path(out)
+    if report is not None and not report.absolute().parent.is_dir():
+        raise ValueError(f"cannot write report {report}: its folder does not exist")
     check_out(folder, resume=resume)
 
     def attempt(tried: Recipe) -> QuantizeResult:
-        run = _Run(model_path, tried, eval_text=eval_text, device=device)
+        run = _Run(model_path, tried, eval_text=text, device=device)
         return run.all(folder / WORK / attempt_name(chosen, tried), folder, measure_speed=measure_speed, resume=resume)
 
     result = climb(attempt, chosen)
-    publish(folder / WORK / attempt_name(chosen, result.recipe) / MODEL, folder)
+    made = folder / WORK / attempt_name(chosen, result.recipe) / MODEL
+    try:
+        write_reports(result, made, report)
+    except OSError as error:  # the model is there
+        logger.warning("the reports were not all written: %s", error)
+    publish(made, folder)
     if result.gate:
         worst = "".join(f"\n  {name}: {error:.3g}" for name, error in result.worst[:8])
         raise GateError(f"{result.gate}. The modules that lose most (relative output error):{worst}", result)
     return result
+
+
+def _recipe_of(recipe: Recipe | Mapping[str, Any] | Any | None, options: Mapping[str, Any]) -> Recipe:
+    if recipe is None:
+        return Recipe.from_dict(options)
+    if isinstance(recipe, str | Path):
+        raise ValueError(f"recipe {str(recipe)!r} is no recipe: give json.loads of the file's text")
+    if not isinstance(recipe, Recipe | Mapping):
+        return Recipe.from_gptq_config(recipe, **options)
+    if options:
+        raise ValueError(f"give either a recipe or its fields, not both: {', '.join(options)}")
+    return recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
 
 
 def attempt_name(asked: Recipe, tried: Recipe) -> str:
@@ -98,9 +116,12 @@ def attempt_name(asked: Recipe, tried: Recipe) -> str:
     return tried.effort + (f"-{kept}-kept" if kept else "")
 
 
-def plan(model_path: str | None, recipe: Recipe, *, device: str = "auto") -> Plan:
-    """What `quantize` would do. Raises ValueError as it would."""
-    return _Run(model_path, recipe, eval_text=None, device=device).plan()[1]
+def plan(model_path: str | None, recipe: Recipe, *, eval_text: Path | None = None, device: str = "auto") -> Plan:
+    """What `quantize` would do. Raises ValueError as it would, for texts that it cannot take too; hub data sets are not looked at."""
+    run = _Run(model_path, recipe, eval_text=eval_text, device=device)
+    planned = run.plan()[1]
+    run.check_text()
+    return planned
 
 
 class _Run:
@@ -158,6 +179,10 @@ class _Run:
         work = WorkFolder(place, self._identity(), resume=resume)
         plan = plan.as_decided(work.decided({"tuned": plan.budget.schedule is not None})["tuned"])
         logger.info("%s", plan.describe())
+        if (
+            few := self._few_tokens(self._held_back * self.recipe.seqlen if self.eval_tokens is None else len(self.eval_tokens))
+        ) is not None:
+            logger.warning("%s", few)
         made = work.path / MODEL
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
@@ -194,6 +219,8 @@ class _Run:
                 f"the original has {what}: no engine is known to read them quantized; they were verified by Octavo's reader"
             )
         notes_of_run += self.notes
+        if (few := self._few_tokens(quality.num_tokens)) is not None:
+            notes_of_run.append(few)
         return QuantizeResult(
             out=out,
             model=self.files.name,
@@ -203,6 +230,7 @@ class _Run:
             block_errors=_added([note["error"] for note in notes], [model.block_prefix(index)[:-1] for index in range(plan.num_blocks)]),
             kept=written.kept,
             notes=tuple(notes_of_run),
+            engines=self._engines(written, plan),
             groups=written.groups,
             bits_per_weight=8 * written.packed_bytes / written.num_packed,
             quality=quality,
@@ -215,6 +243,21 @@ class _Run:
             device_peak_bytes=peak_bytes(self.device),
             seconds=self.seconds,
         )
+
+    def _engines(self, written: Written, plan: Plan) -> tuple[str, ...]:
+        """Those that are known to read what was written."""
+        if written.transposed or written.stacked:
+            return ()
+        others = ("vllm", "sglang") if plan.group_size in (*_USUAL_GROUPS, -1) or self.recipe.eight_bit else ()
+        return (*(("octavo",) if self.served else ()), *others)
+
+    def _few_tokens(self, count: int) -> str | None:
+        """What is to be said of quality that is measured on so many tokens; None for enough of them."""
+        if count >= _ENOUGH_TOKENS:
+            return None
+        gated = self.recipe.max_ppl_increase is not None or self.recipe.max_kl is not None
+        what = "the quality gate is judged" if gated else "quality is measured"
+        return f"{what} on {count:,} tokens only, which says little: give a longer --eval FILE, or more --samples"
 
     def _hidden(self, plan: Plan, samples: int, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
         shape = (samples, self.recipe.seqlen, *model.hidden_shape)
@@ -249,7 +292,7 @@ class _Run:
     def _samples(self, work: WorkFolder) -> tuple[Tensor, Tensor]:
         """Rows to calibrate on, and rows held back to measure on."""
         if not work.has("tokens"):
-            held_back = 0 if self.eval_text is not None else max(1, round(self.recipe.samples * _HELD_BACK))
+            held_back = self._held_back
             count = budget_of(self.recipe).samples
             if self.recipe.calibration == "self":
                 work.save_tokens(self._own_rows(count + held_back, work.path.parent / "own-text.json"))
@@ -259,6 +302,17 @@ class _Run:
         self._check_vocabulary(int(rows.max()))
         count = budget_of(self.recipe).samples
         return rows[:count], rows[count:]
+
+    def check_text(self) -> None:
+        """Raises ValueError for a calibration file that will not do."""
+        if self.recipe.calibration == "self":
+            self._tokenizer()
+        elif self.recipe.calibration_file() is not None or not might_be_on_hub(self.recipe.calibration):
+            self._text_rows(budget_of(self.recipe).samples, self._held_back)
+
+    @property
+    def _held_back(self) -> int:
+        return 0 if self.eval_text is not None else max(1, round(self.recipe.samples * _HELD_BACK))
 
     def _own_rows(self, count: int, file: Path) -> Tensor:
         """What the model writes; attempts of one run share `file`, so that each goes on with the text of the one before."""
@@ -303,7 +357,14 @@ class _Run:
 
         if self.files.gguf_file is not None:
             return AutoTokenizer.from_pretrained(self.files.root, gguf_file=self.files.gguf_file.name)
-        return AutoTokenizer.from_pretrained(self.files.root, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(self.files.root, trust_remote_code=False)
+        except Exception as error:  # whatever lies there
+            first = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"{self.files.root} has no tokenizer that transformers reads ({first[:200]}): put tokenizer.json and "
+                "tokenizer_config.json beside the weights"
+            ) from None
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 

@@ -106,9 +106,8 @@ class Recipe:
             return
         allowed = _BITS[self.layout]
         if self.bits not in allowed:
-            others = [name for name, bits in _BITS.items() if self.bits in bits]
-            remedy = f"; {self.bits} bits can be written as {' or '.join(others)}" if others else ""
-            raise ValueError(f"bits {self.bits} cannot be written as {self.layout}, which holds {' or '.join(map(str, allowed))}{remedy}")
+            held = "; ".join(f"{name} holds {', '.join(map(str, bits))}" for name, bits in _BITS.items())
+            raise ValueError(f"bits {self.bits} cannot be written as {self.layout}: {held}")
         if self.layout == "awq" and self.symmetric:
             raise ValueError("awq is read with zero points everywhere: for symmetric weights choose format gptq or compressed-tensors")
         if self.kv_cache is not None and self.layout != "compressed-tensors":

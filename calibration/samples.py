@@ -10,8 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .recipe import MIN_SEQLEN
+
 _TEXT_PART = 8 << 20  # characters of a file that are turned into tokens at once
 _TEXT_KEYS = ("text", "content", "prompt", "document")
+_FILE_ENDS = (".txt", ".json", ".jsonl", ".md")  # of what is meant to be a file, not a hub data set
 _CHAT_KEYS = ("messages", "conversations", "conversation")
 
 
@@ -49,10 +52,14 @@ def rows_of(texts: Iterable[str], tokenizer: Tokenizer, *, samples: int, seqlen:
     rows = min(max(samples, of), len(tokens) // room)
     if rows < samples:
         fewer = rows * 8 // 9 if beside else rows  # an eighth of the samples more is held back
-        remedy = f"give --samples {fewer}, a smaller --seqlen" if fewer > 0 else f"give --seqlen {max(16, len(tokens) // 3)} or less"
+        shorter = len(tokens) // 3
+        remedy = (
+            f"give --samples {fewer}, a smaller --seqlen, " if fewer > 0 else f"give --seqlen {shorter}, " if shorter >= MIN_SEQLEN else ""
+        )
         wanted_rows = f"{samples} are wanted" + (f", {beside} of them to measure on" if beside else "")
         raise NotEnoughTextError(
-            f"{where} has {len(tokens)} tokens, which makes {rows} samples of {seqlen} where {wanted_rows}: {remedy}, or more text"
+            f"{where} has {len(tokens)} tokens, which makes {rows} samples of {seqlen} where {wanted_rows}: "
+            + (f"{remedy}or more text" if remedy else "give more text")
         )
     chosen = [i * rows // samples for i in range(samples)]
     return torch.tensor([start + tokens[i * room : (i + 1) * room] for i in chosen], dtype=torch.int64)
@@ -61,8 +68,15 @@ def rows_of(texts: Iterable[str], tokenizer: Tokenizer, *, samples: int, seqlen:
 def read_texts(file: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """The texts of a file: a .jsonl or .json of objects with a text or a conversation, or the whole of any other file.
 
-    Raises ValueError naming the line that is neither, or the tokenizer that cannot write a conversation.
+    Raises ValueError naming the line that is neither, the tokenizer that cannot write a conversation, or the file that is not UTF-8.
     """
+    try:
+        yield from _read_texts(file, tokenizer)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error.reason} at byte {error.start}): convert it, or give another file") from None
+
+
+def _read_texts(file: Path, tokenizer: Tokenizer) -> Iterator[str]:
     if file.suffix.lower() not in (".jsonl", ".json"):
         is_empty = True
         with file.open(encoding="utf-8") as lines:
@@ -78,16 +92,20 @@ def read_texts(file: Path, tokenizer: Tokenizer) -> Iterator[str]:
 
 def _items(file: Path) -> Iterator[tuple[int, Any]]:
     content = file.read_text(encoding="utf-8")
+    number = 0
     try:
         if file.suffix.lower() == ".json":
             values = json.loads(content)
             yield from enumerate(values if isinstance(values, list) else [values], 1)
             return
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 yield number, json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not sound JSON ({error}): mend it, or name it .txt to have it read as plain text") from None
+        place = f"line {number or error.lineno}, column {error.colno}"
+        raise ValueError(
+            f"{file} is not sound JSON ({error.msg} at {place}): mend it, or name it .txt to have it read as plain text"
+        ) from None
 
 
 def _text_of(item: Any, tokenizer: Tokenizer, where: str) -> str:
@@ -124,11 +142,22 @@ def _conversation(turns: Sequence[Any], tokenizer: Tokenizer, where: str) -> str
     return text
 
 
+def might_be_on_hub(name: str) -> bool:
+    """Whether what is no file here can be meant to be a hub data set."""
+    path = Path(name).expanduser()
+    return not (path.is_dir() or path.is_absolute() or name.startswith((".", "~")) or path.suffix.lower() in _FILE_ENDS)
+
+
 def hub_texts(name: str, tokenizer: Tokenizer) -> Iterator[str]:
     """The texts of the train split of a hub data set, NAME or NAME:CONFIG, as many as are asked for.
 
     Raises ValueError where it, or the library that reads it, is not to be had.
     """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"calibration {name!r} is a folder: give a file of it")
+    if not might_be_on_hub(name):
+        raise ValueError(f"calibration {name!r}: there is no such file")
     try:
         from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -137,8 +166,8 @@ def hub_texts(name: str, tokenizer: Tokenizer) -> Iterator[str]:
             "pip install datasets, give a file, or take --calibration self"
         ) from None
     try:
-        path, _, config = name.partition(":")
-        items = load_dataset(path, config or None, split="train", streaming=True)
+        dataset, _, config = name.partition(":")
+        items = load_dataset(dataset, config or None, split="train", streaming=True)
         for at, item in enumerate(items, 1):
             yield _text_of(item, tokenizer, f"{name}: entry {at}")
     except (OSError, RuntimeError) as error:

@@ -288,7 +288,7 @@ def test_a_full_disk_is_seen_before_the_work(llama: Path, tmp_path: Path, monkey
     from octavo.calibration import plan as planning
 
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(OSError, match=r"has 0.0 GiB free, and this run needs about"):
+    with pytest.raises(OSError, match=r"has 0.0 MiB free, and this run needs about"):
         quantize(str(llama), tmp_path / "out", **FAST)
 
 
@@ -300,7 +300,7 @@ def test_a_full_disk_is_seen_before_the_work(llama: Path, tmp_path: Path, monkey
         ({"bits": 3}, "bits 3 cannot be written as compressed-tensors"),
         (
             {"format": "awq", "bits": 8},
-            "bits 8 cannot be written as awq, which holds 4; 8 bits can be written as gptq or compressed-tensors",
+            "bits 8 cannot be written as awq: awq holds 4; gptq holds 2, 4, 8; compressed-tensors holds 4, 8",
         ),
         ({"format": "awq", "symmetric": True}, "awq is read with zero points everywhere"),
         ({"method": "fp8", "format": "awq"}, "method fp8 is written as compressed-tensors"),
@@ -343,3 +343,39 @@ def test_a_gptq_config_of_transformers_is_taken(llama: Path, text: Path, tmp_pat
         Recipe.from_gptq_config(transformers.GPTQConfig(bits=4, group_size=16, desc_act=True))
     with pytest.raises(ValueError, match="list of texts"):
         Recipe.from_gptq_config(transformers.GPTQConfig(bits=4, dataset=["a text"], desc_act=False))
+
+
+# -- from Python ------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_holds_a_recipe_that_makes_the_same_again(llama: Path, text: Path, tmp_path: Path) -> None:
+    quantize(str(llama), tmp_path / "once", **FAST, method="gptq", calibration=str(text))
+    recipe = json.loads((tmp_path / "once" / "report.json").read_text())["recipe"]
+    again = quantize(str(llama), tmp_path / "again", recipe=recipe, report=tmp_path / "page.html")
+    files = [tmp_path / name / "model.safetensors" for name in ("once", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "once" / "config.json").stat().st_mode}
+    assert (tmp_path / "page.html").exists()
+    assert not (tmp_path / "again" / "report.html").exists()
+    assert again.engines == ("octavo",)  # groups of 16 are no other engine's
+    assert "vllm" not in (tmp_path / "again" / "README.md").read_text().split("---")[2]
+    with pytest.raises(ValueError, match="give either a recipe or its fields"):
+        quantize(str(llama), tmp_path / "no", recipe=recipe, bits=4)
+    with pytest.raises(ValueError, match=r"'recipe\.json' is no recipe: give json\.loads"):
+        quantize(str(llama), tmp_path / "no", recipe="recipe.json")
+
+
+def test_a_model_without_a_tokenizer(llama: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="has no tokenizer that transformers reads"):
+        plan(str(folder), Recipe(**SMALL, calibration=str(text)))
+
+
+def test_a_model_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}))
+    save_file({"shared.weight": torch.zeros(8, 8)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"^T5 is not among the models that transformers generates text with"):
+        plan(str(tmp_path), Recipe(**SMALL))

@@ -59,7 +59,8 @@ def test_a_run_prints_a_table_and_writes_reports(
     assert "model.layers.1.mlp.down_proj" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # it needs no other file
     card = (out / "README.md").read_text()
-    assert "vllm serve" in card
+    assert "octavo serve" in card
+    assert "vllm serve" not in card  # groups of 16 are not for it
     assert '"method": "gptq"' in card
 
 
@@ -67,6 +68,7 @@ def test_a_gate_that_does_not_hold_ends_with_3(llama: Path, text: Path, tmp_path
     assert main(flags(llama, text, tmp_path / "out", "--method", "rtn", "--max-kl", "1e-9")) == 3
     printed = capsys.readouterr()
     assert "the quality gate does not hold: KL is" in printed.err
+    assert "the quality gate is judged on 31 tokens only, which says little" in printed.out
     assert (tmp_path / "out" / "report.json").exists()
 
 
@@ -87,8 +89,13 @@ def test_a_dry_run_tells_and_writes_nothing(llama: Path, text: Path, tmp_path: P
         (["--max-memory", "lots"], "'lots' is no size"),
         (["--max-ppl-increase", "a bit"], "is no share"),
         (["--max-ppl-increase", "5"], "'5' would be 500%: give 5% or 0.05"),
-        (["--report", "no/such/folder/r.html"], "cannot write --report"),
-        (["--calibration", "missing.txt"], "missing.txt"),
+        (["--report", "no/such/folder/r.html"], "cannot write report no"),
+        (["--calibration", "missing.txt"], "calibration 'missing.txt': there is no such file"),
+        (["--calibration", "missing.txt", "--dry-run"], "calibration 'missing.txt': there is no such file"),
+        (["--calibration", "/"], "calibration '/' is a folder"),
+        (["--eval", "missing.txt", "--dry-run"], "there is no file missing.txt"),
+        (["--samples", "4000", "--dry-run"], "which makes"),
+        (["--method", "fp8", "--bits", "4", "--group-size", "auto"], "method fp8 makes weights of 8 bits, not 4: leave --bits out"),
         (["--eval", "missing.txt"], "there is no file missing.txt"),
         (["--samples", "4000"], "which makes"),
     ],

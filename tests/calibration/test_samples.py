@@ -52,7 +52,7 @@ def test_too_little_text_says_how_much_there_is(plain: Any) -> None:
         NotEnoughTextError, match=r"notes.txt has 130 tokens, which makes 2 samples of 50 where 8 are wanted: give --samples 2"
     ):
         rows_of(["a" * 130], plain, samples=8, seqlen=50, where="notes.txt")
-    with pytest.raises(NotEnoughTextError, match="give --seqlen 16 or less"):
+    with pytest.raises(NotEnoughTextError, match="give more text"):
         rows_of(["a" * 20], plain, samples=8, seqlen=50, where="notes.txt")
 
 
@@ -92,6 +92,16 @@ def test_what_is_no_text(content: str, told: str, tmp_path: Path, plain: Any) ->
     file.write_text(content)
     with pytest.raises(ValueError, match=told):
         list(read_texts(file, plain))
+
+
+def test_what_is_wrong_in_a_file_is_told_with_its_place(tmp_path: Path, plain: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"a\.jsonl is not sound JSON \(Expecting value at line 3, column 10\)"):
+        list(read_texts(tmp_path / "a.jsonl", plain))
+    for name in ("b.txt", "b.jsonl"):
+        (tmp_path / name).write_bytes(b"\x80\x04\x95")
+        with pytest.raises(ValueError, match=rf"{name} is no text in UTF-8 \(invalid start byte at byte 0\)"):
+            list(read_texts(tmp_path / name, plain))
 
 
 def test_rows_are_spread_over_the_text(plain: Any) -> None:
