@@ -1,0 +1,232 @@
+"""Builds the CPU image without a Docker engine and runs it, as `make image-test` does. Needs root and Debian's buildah and debootstrap.
+
+    python docker/image_test.py [--model FILE.gguf] [--work DIR]
+
+The image is run as its user, asked a question, and stopped in the middle of a stream. Prints what it sees; ends with 1 at the first thing
+that is not as it should be. pip's settings of this machine are used for the build, with the folders that they name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE, IMAGE = "localhost/octavo-base", "localhost/octavo:cpu"
+PORT = 31900
+MOST_BYTES = 1.6e9  # the CPU image, unpacked
+START_S, DRAIN_S = 180, 30
+ENVIRONMENT = {**os.environ, "BUILDAH_ISOLATION": "chroot", "STORAGE_DRIVER": "vfs", "BUILDAH_FORMAT": "docker"}
+
+
+def buildah(*words: str | Path) -> str:
+    """Run it; gives what it prints. Ends the program where it fails."""
+    done = subprocess.run(["buildah", *map(str, words)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"buildah {words[0]} ended with {done.returncode}")
+    return done.stdout.strip()
+
+
+def check(holds: bool, what: str) -> None:
+    print(f"{'ok' if holds else 'WRONG':<6}{what}", flush=True)
+    if not holds:
+        raise SystemExit(1)
+
+
+def policy_of(work: Path) -> Path:
+    """A policy that takes images of this machine's own making."""
+    file = work / "policy.json"
+    file.write_text(json.dumps({"default": [{"type": "insecureAcceptAnything"}]}))
+    return file
+
+
+def make_base(work: Path) -> None:
+    """A slim Debian with Python, where there is none yet."""
+    if BASE in buildah("images", "--format", "{{.Name}}").splitlines():
+        return
+    root = work / "base"
+    shutil.rmtree(root, ignore_errors=True)
+    subprocess.run(
+        ["debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", "bookworm", root],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    for folder in ("var/cache/apt/archives", "var/lib/apt/lists"):
+        shutil.rmtree(root / folder, ignore_errors=True)
+        (root / folder).mkdir()
+    container = buildah("from", "scratch")
+    buildah("copy", "--quiet", container, f"{root}/", "/")
+    buildah("config", "--cmd", "/bin/bash", container)
+    buildah("commit", "--quiet", "--rm", "--signature-policy", policy_of(work), container, BASE)
+    shutil.rmtree(root)
+
+
+def pip_settings() -> list[str]:
+    """Build arguments and volumes that give the build this machine's pip settings."""
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    found: dict[str, str] = {}
+    for line in listed.splitlines():
+        name, _, value = line.partition("=")
+        found[name.rpartition(".")[2]] = value.strip("'")
+    words, places = [], set()
+    for name in ("index-url", "extra-index-url", "find-links", "cert"):
+        if name in found:
+            words += ["--build-arg", f"PIP_{name.upper().replace('-', '_')}={found[name]}"]
+            places |= {part.removeprefix("file://").removesuffix("/simple") for part in found[name].split()}
+    for place in sorted(places):
+        if place.startswith("/") and Path(place).exists():
+            words += ["--volume", f"{place}:{place}:ro"]
+    return [*words, "--build-arg", "TORCH_INDEX=default"] if words else []
+
+
+def build(work: Path) -> None:
+    words: list[str | Path] = ["--build-arg", f"BASE={BASE}", "--build-arg", "ARCH=cpu", "--signature-policy", policy_of(work)]
+    buildah("bud", "--quiet", "--layers", "-t", IMAGE, "-f", ROOT / "docker" / "Dockerfile", *words, *pip_settings(), ROOT)
+
+
+def read_config(image: str) -> Any:
+    return json.loads(buildah("inspect", "--type", "image", image))["Docker"]["config"]
+
+
+@contextmanager
+def container(work: Path) -> Iterator[tuple[str, Path]]:
+    """A container of the image, and its root folder."""
+    name = buildah("from", "--signature-policy", policy_of(work), IMAGE)
+    try:
+        yield name, Path(buildah("mount", name))
+    finally:
+        buildah("rm", name)
+
+
+def run_in(name: str, *words: str, env: dict[str, str] | None = None, volumes: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """The image's entry point with arguments, as its user."""
+    flags = [f"--env={key}={value}" for key, value in (env or {}).items()] + [f"--volume={volume}" for volume in volumes]
+    command = ["buildah", "run", *flags, name, "--", "octavo-container", *words]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def refused(name: str, what: str, told: str, *words: str, env: dict[str, str] | None = None) -> None:
+    process = run_in(name, *words, env=env)
+    printed = process.communicate(timeout=120)[0]
+    lines = [line for line in printed.splitlines() if line and "exit status" not in line]
+    check(process.returncode != 0 and len(lines) == 1 and told in lines[0], f"{what}: {lines}")
+
+
+def server_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The server itself, behind buildah's own processes."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        words = child.cmdline()
+        if any("octavo-container" in word for word in words[:3]) and "buildah" not in Path(words[0]).name:
+            return child
+    raise SystemExit("the server's process is not found")
+
+
+def serve(name: str, root: Path, model: Path) -> None:
+    """Start, ask, and stop in the middle of a stream."""
+    before = time.time()
+    env = {"MODEL_PATH": "/models/model.gguf", "PORT": str(PORT), "OCTAVO_SHUTDOWN_TIMEOUT": str(DRAIN_S), "HF_HUB_OFFLINE": "1"}
+    process = run_in(name, env=env, volumes=(f"{model}:/models/model.gguf:ro",))
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
+    reader.start()
+    url, started = f"http://127.0.0.1:{PORT}", time.monotonic()
+    while True:
+        if process.poll() is not None or time.monotonic() - started > START_S:
+            raise SystemExit("the server did not start:\n" + "".join(lines))
+        try:
+            if httpx.get(f"{url}/ready").status_code == 200:
+                break
+        except httpx.TransportError:
+            time.sleep(0.2)
+    print(f"      ready after {time.monotonic() - started:.0f} s")
+    server = server_of(process)
+    check(server.uids().real == 10001, "the server runs as user 10001")
+    healthy = subprocess.run(
+        ["buildah", "run", f"--env=PORT={PORT}", name, "--", "python3", "-m", "octavo.serve.healthcheck"], env=ENVIRONMENT, check=False
+    )
+    check(healthy.returncode == 0, "the health check says that it is healthy")
+    body: dict[str, Any] = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    check("Paris" in answer["choices"][0]["text"], f"it answers: {answer['choices'][0]['text']!r}")
+    events = []
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json={**body, "max_tokens": 64, "ignore_eos": True, "stream": True}, timeout=60
+    ) as response:
+        for line in response.iter_lines():
+            events += [line] if line else []
+            if len(events) == 4:
+                server.send_signal(signal.SIGTERM)
+    check(events[-1] == "data: [DONE]" and '"length"' in events[-2], f"a stream ends whole after SIGTERM: {len(events)} events")
+    code = process.wait(DRAIN_S + 10)
+    reader.join(5)
+    check(code == 0, f"exit code {code} after SIGTERM in the middle of a stream")
+    written = [
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file()
+        and not path.is_symlink()
+        and path.stat().st_mtime > before
+        and path.relative_to(root).parts[0] not in ("cache", "tmp", "proc", "sys", "dev", "run", "etc")
+    ]
+    check(not written, f"nothing is written outside of /cache and /tmp: {written[:4]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a GGUF file to serve (default: the embedded one)")
+    parser.add_argument("--work", type=Path, default=Path("/var/tmp/octavo-image"), help="for what is made on the way")
+    given = parser.parse_args()
+    for tool in ("buildah", "debootstrap"):
+        if shutil.which(tool) is None:
+            raise SystemExit(f"{tool} is not installed: apt install buildah debootstrap")
+    given.work.mkdir(parents=True, exist_ok=True)
+    from octavo.quant.checkpoint.resolve import resolve_model
+
+    model = given.model or resolve_model(None).gguf_file
+    if model is None:
+        raise SystemExit("there is no embedded model: give --model FILE.gguf")
+    make_base(given.work)
+    started = time.monotonic()
+    build(given.work)
+    print(f"      built in {time.monotonic() - started:.0f} s")
+    config = read_config(IMAGE)
+    check(config["User"] == "10001:10001", "the image has a user of its own")
+    check(config["Entrypoint"] == ["octavo-container"] and bool(config.get("Healthcheck")), "entry point and health check")
+    check("org.opencontainers.image.licenses" in config["Labels"], "labels")
+    with container(given.work) as (name, root):
+        size = sum(path.lstat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+        check(size < MOST_BYTES, f"{size / 1e9:.2f} GB unpacked")
+        for path, least in (("usr/local/octavo", 0), ("usr/local/octavo/sbom.cdx.json", 1000)):
+            check((root / path).exists() and (root / path).stat().st_size > least, f"/{path} is there")
+        found = [
+            tool
+            for tool in ("gcc", "cc", "g++", "clang", "tcc")
+            for folder in ("usr/bin", "usr/local/bin")
+            if (root / folder / tool).exists()
+        ]
+        check(not found, f"no compiler: {found}")
+        doctor = run_in(name, "doctor")
+        check("Serving works here." in doctor.communicate(timeout=300)[0] and doctor.returncode == 0, "doctor works")
+        refused(name, "no model", "MODEL_PATH")
+        refused(name, "an unreadable model folder", "/nowhere", env={"MODEL_PATH": "/nowhere"})
+        refused(name, "an unknown variable", "OCTAVO_PORT", env={"OCTAVO_PRT": "1", "MODEL_PATH": "/models"})
+        refused(name, "more devices than there are", "tp", env={"TP_SIZE": "4", "MODEL_PATH": "/models"})
+        serve(name, root, model)
+
+
+if __name__ == "__main__":
+    main()
