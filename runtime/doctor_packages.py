@@ -68,7 +68,12 @@ def optional_packages() -> tuple[OptionalPackage, ...]:
             f"pip install --no-deps {AWQ_PACKAGE}",
             _awq_fault,
         ),
-        ("flashinfer-python", "attention on CUDA; not used yet", "pip install flashinfer-python", lambda: _import_fault("flashinfer")),
+        (
+            "flashinfer-python",
+            "attention on CUDA, by --attention-backend flashinfer",
+            "pip install flashinfer-python",
+            lambda: _import_fault("flashinfer"),
+        ),
         # Loads transformers, for seconds, and for nothing that a server does.
         ("compressed-tensors", "our reader is tested against it; serving needs none", "pip install compressed-tensors", None),
     )

@@ -64,7 +64,8 @@ class DummySource(WeightSource):
             show_progress=False,
         )
         self._has_head = has_head
-        self._random = torch.Generator(device).manual_seed(0)
+        is_meta = device.type == "meta"  # matrices of no data; what is smaller decides on forms and is made
+        self._random = torch.Generator("cpu" if is_meta else device).manual_seed(0)
 
     def has_module(self, module: str) -> bool:
         return module != "lm_head" or self._has_head
@@ -73,7 +74,9 @@ class DummySource(WeightSource):
         return "no file (--load-format dummy)"
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
-        noise = torch.randn(shape, generator=self._random, device=self.device)
+        if self._is_left_empty(shape):
+            return torch.empty(shape, dtype=dtype or self.weight_dtype, device=self.device)
+        noise = torch.randn(shape, generator=self._random, device=self._random.device)
         return (1.0 + 0.1 * noise).to(dtype or self.weight_dtype)
 
     def read_for_linear(self, module: str, spec: WeightSpec, part: Slice, total: tuple[int, int]) -> torch.Tensor | None:
@@ -88,33 +91,42 @@ class DummySource(WeightSource):
                 shape[index] = stop - start
         return self._made(spec, tuple(shape), stored)
 
+    def _is_left_empty(self, shape: tuple[int, ...]) -> bool:
+        return self.device.type == "meta" and len(shape) > 1
+
     def _made(self, spec: WeightSpec, shape: tuple[int, ...], stored: LinearFormat) -> torch.Tensor:
-        if spec.dtype == torch.int32:
-            is_middle = stored.symmetric and "zero" in spec.name
-            return self._middle(shape, stored) if is_middle else self._integers(shape, torch.int32)
-        if spec.dtype in (torch.int8, torch.uint8):
-            return self._integers(shape, spec.dtype)
+        if self._is_left_empty(shape):
+            return torch.empty(shape, dtype=spec.dtype or self._usual_dtype(spec), device=self.device)
+        if spec.dtype in (torch.int32, torch.int8, torch.uint8):
+            is_middle = spec.dtype == torch.int32 and stored.symmetric and "zero" in spec.name
+            return self._middle(shape, stored) if is_middle else self._integers(shape, spec.dtype)
         if spec.dtype == torch.float8_e4m3fn:
             return self._normal(shape, spec.dtype, 1.0)
         dtype = spec.dtype or self.weight_dtype
         if spec.name == "bias":
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+            return torch.zeros(shape, dtype=dtype, device=self._random.device)
         if "scale" not in spec.name:
             return self._normal(shape, dtype, _MAGNITUDE)
         # Codes of b bits spread evenly over 2 ** b values; those of fp8 were drawn with a magnitude of 1, inputs have one of about 3.
         spread = 1.0 if stored.weight_type.startswith("fp") else 2.0**stored.bits / math.sqrt(12.0)
         value = 0.01 if spec.name.startswith(("input", "activation")) else _MAGNITUDE / spread
-        return torch.full(shape, value, dtype=torch.float32 if spec.dtype is None else dtype, device=self.device)
+        return torch.full(shape, value, dtype=torch.float32 if spec.dtype is None else dtype, device=self._random.device)
+
+    def _usual_dtype(self, spec: WeightSpec) -> torch.dtype:
+        """Of a matrix that checkpoints may have in any float: what theirs are in."""
+        if "scale" not in spec.name:
+            return self.weight_dtype
+        return torch.float16 if self.formats.method in ("awq", "gptq") else torch.float32
 
     def _normal(self, shape: tuple[int, ...], dtype: torch.dtype, magnitude: float) -> torch.Tensor:
-        out = torch.empty(shape, dtype=dtype, device=self.device)
+        out = torch.empty(shape, dtype=dtype, device=self._random.device)
         for part in torch.split(out, _ROWS) if out.ndim else (out,):
-            part.copy_(torch.randn(part.shape, generator=self._random, device=self.device) * magnitude)
+            part.copy_(torch.randn(part.shape, generator=self._random, device=self._random.device) * magnitude)
         return out
 
     def _integers(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         limits = torch.iinfo(dtype)
-        return torch.randint(limits.min, limits.max + 1, shape, generator=self._random, dtype=dtype, device=self.device)
+        return torch.randint(limits.min, limits.max + 1, shape, generator=self._random, dtype=dtype, device=self._random.device)
 
     def _middle(self, shape: tuple[int, ...], stored: LinearFormat) -> torch.Tensor:
         """Words of zero points that all are the middle, as symmetric GPTQ stores them."""
@@ -122,4 +134,4 @@ class DummySource(WeightSource):
         period = bits // math.gcd(bits, 32)
         words = [sum(((value >> ((32 * word + bit) % bits)) & 1) << bit for bit in range(32)) for word in range(period)]
         signed = torch.tensor([word - (1 << 32) if word >> 31 else word for word in words], dtype=torch.int32)
-        return signed.repeat(-(-shape[-1] // period))[: shape[-1]].expand(shape).contiguous().to(self.device)
+        return signed.repeat(-(-shape[-1] // period))[: shape[-1]].expand(shape).contiguous().to(self._random.device)

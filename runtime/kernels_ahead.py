@@ -35,6 +35,7 @@ from ..quant.checkpoint.open_reader import open_reader
 from ..quant.checkpoint.resolve import ModelFiles, resolve_model
 from ..quant.module_formats import ModuleFormats
 from .config import EngineConfig
+from .dummy_weights import DummySource
 from .forward_batch import ForwardBatch
 from .kv_pool import KV_DTYPES, KVPool
 from .layers.linear import ParallelLinear
@@ -189,7 +190,7 @@ def _bar(items: Iterable[Any], what: str, arch: int) -> Any:
 @torch.inference_mode()
 def _compile_model(config: EngineConfig, compiler: Compiler, max_rows: int, tp_size: int) -> LinearReport:
     """Every kind of linear, of every rank, and steps of every kind; gives the report of the first rank's linears."""
-    files = resolve_model(config.model_path, revision=config.revision)
+    files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights)
     done: set[tuple[Any, ...]] = set()
     reports = []
     for rank in range(tp_size):
@@ -215,13 +216,25 @@ def _model(config: EngineConfig, files: ModelFiles, group: TensorParallelGroup) 
     described = read_config(files)
     model_config = ModelConfig.from_hf(described)
     dtype = weight_dtype(config, files, model_config)
+    options = KernelOptions(config.linear_backend, allow_reference=True, deterministic=config.deterministic)
+    if not config.needs_weights:
+        formats = ModuleFormats(files, described, {}, quantization=config.quantization)
+        dummy = DummySource(
+            formats,
+            weight_dtype=dtype,
+            activation_dtype=dtype,
+            device=_META,
+            kernel_options=options,
+            has_head=not model_config.tie_word_embeddings,
+        )
+        with dummy:
+            return LlamaModel(model_config, dummy, max_position=1, group=group), formats, {}
     reader = open_reader(files)
     stored: dict[str, set[str]] = {}
     for name, info in reader.tensors().items():
         module, _, last = name.rpartition(".")
         stored.setdefault(module, set()).add(f"{last} {info.stored}")
     formats = ModuleFormats(files, described, reader.tensors(), quantization=config.quantization)
-    options = KernelOptions(config.linear_backend, allow_reference=True, deterministic=config.deterministic)
     source = HeaderSource(
         reader, formats, weight_dtype=dtype, activation_dtype=dtype, device=_META, kernel_options=options, show_progress=False
     )

@@ -26,6 +26,8 @@ class Add(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
+    """End a request. `status_code` 0: it is done, its text has come to a stop string."""
+
     request_id: str
     message: str
     status_code: int

@@ -57,7 +57,7 @@ DUMP_STACKS = signal.SIGUSR1  # the engine process writes what each of its threa
 SILENT_AFTER_S = 20.0  # without a turn of the engine's loop for so long, it counts as hung
 _POLL_MS = 100
 _GRACE_S = 5.0  # beyond --request-timeout, in which the engine ends a request itself
-_ANSWER_TIMEOUT_S = 30.0
+_ANSWER_TIMEOUT_S = 5.0  # more than a step takes
 _EMBEDDED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # its model card's advice, which the GGUF does not carry
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -109,6 +109,7 @@ class EngineProcess:
         self._files = files
         self._is_embedded = config.model_path is None
         self._max_queued_requests = config.max_queued_requests
+        self._max_running_requests = config.max_running_requests
         self._request_timeout_s = config.request_timeout_s
         self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # only this user can enter it
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -161,6 +162,8 @@ class EngineProcess:
             eos_token_ids=tokenizer.eos_token_ids,
             default_sampling=_EMBEDDED_SAMPLING if self._is_embedded else default_sampling(self._files),
             max_queued_requests=self._max_queued_requests,
+            max_running_requests=self._max_running_requests,
+            request_timeout_s=self._request_timeout_s,
         )
 
     def close(self) -> None:
@@ -224,7 +227,7 @@ class EngineProcess:
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._requests[wire_id] = (asyncio.get_running_loop(), events)
         self._wire_ids[request_id] = wire_id
-        ended = False
+        ended = is_stopped = False
         until = None if self._request_timeout_s is None else time.monotonic() + self._request_timeout_s + _GRACE_S
         try:
             self._send(Add(wire_id, pack_tokens(prompt), params, tuple(sorted(stops)), cache_namespace, priority))
@@ -243,11 +246,12 @@ class EngineProcess:
                 text = replace(processor.push(event.output), arrived_s=event.at_s)
                 yield text
                 if text.finish is not None:
+                    is_stopped = True  # by a stop string, which the engine does not know
                     return
         finally:
             del self._requests[wire_id], self._wire_ids[request_id]
             if not ended and not self._dead.is_set():
-                self._send(Abort(wire_id, "the caller left", 499))
+                self._send(Abort(wire_id, "", 0) if is_stopped else Abort(wire_id, "the caller left", 499))
 
     async def abort(self, request_id: str) -> None:
         """See EngineClient.abort."""
@@ -279,8 +283,9 @@ class EngineProcess:
     # -- messages ----------------------------------------------------------------------------------------------------
 
     async def _ask(self, question: str) -> Any:
-        if self._dead.is_set():
-            raise EngineDead(self._cause)
+        health = self.health()
+        if not health.ok:
+            raise EngineDead(health.reason)
         number = next(self._numbers)
         answer: Future[Any] = Future()
         self._answers[number] = answer

@@ -107,7 +107,7 @@ class Scheduler:
         if request is None:
             return None
         self._end(request, finish)
-        self.counters.aborted += 1
+        self.counters.aborted += finish.type == "abort"
         return request
 
     @property

@@ -42,6 +42,7 @@ logger = logging.getLogger("octavo.engine")
 
 HEARTBEAT_S = 0.5
 IDLE_POLL_MS = 250
+_TELL_EVERY_S = 10.0
 
 
 class _Worker:
@@ -59,6 +60,7 @@ class _Worker:
         self._send_lock = threading.Lock()
         self._last_turn = time.monotonic()
         self._stopping = False
+        self._told_retractions, self._told_s = 0, -_TELL_EVERY_S
         self._stopped = threading.Event()
 
     def send(self, message: FromEngine) -> None:
@@ -112,9 +114,22 @@ class _Worker:
             self._take_commands(core, wait=not core.has_work)
             if core.has_work:
                 outputs = core.step()
+                self._tell_retractions(core)
                 if outputs:
                     self.send(Outputs(outputs))
         self.send(Outputs(core.abort_all(FinishReason("abort", message="the server is shutting down", status_code=503))))
+
+    def _tell_retractions(self, core) -> None:  # type: ignore[no-untyped-def]
+        """A pool that is too small is told, at most every ten seconds."""
+        count, now = core.scheduler.counters.retractions, time.monotonic()
+        if count > self._told_retractions and now - self._told_s >= _TELL_EVERY_S:
+            logger.warning(
+                "the KV cache is full: %d running requests gave their pages back and are computed again later (%d since the start); "
+                "lower --max-running-requests, or raise --mem-fraction-static or --max-total-tokens",
+                count - self._told_retractions,
+                count,
+            )
+            self._told_retractions, self._told_s = count, now
 
     def _take_commands(self, core, *, wait: bool) -> None:  # type: ignore[no-untyped-def]
         if wait and not self._inbox.poll(IDLE_POLL_MS):
@@ -141,7 +156,8 @@ class _Worker:
                 except RequestRefused as error:
                     self.send(Refused(message.request_id, str(error), error.status_code, error.code, error.param))
             case Abort():
-                output = core.abort(message.request_id, FinishReason("abort", message=message.message, status_code=message.status_code))
+                finish = FinishReason("abort", message=message.message, status_code=message.status_code)
+                output = core.abort(message.request_id, finish if message.status_code else FinishReason("stop"))
                 if output is not None:
                     self.send(Outputs([output]))
             case Ask(number=number, question="flush_cache"):

@@ -58,7 +58,7 @@ def _key_file(text: str) -> list[str]:
         keys = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be read ({error}): give a file with a key a line") from None
-    found = [key for key in keys if key]
+    found = [key for key in keys if key and not key.startswith("#")]
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} holds no key: give a file with a key a line")
     return found
@@ -185,7 +185,7 @@ def _add_server(parser: Parser) -> None:
         type=_key_file,
         dest="api_keys",
         metavar="FILE",
-        help="more such keys, one a line; OCTAVO_API_KEY in the environment holds one too",
+        help="more such keys, one a line, # before comments; OCTAVO_API_KEY in the environment holds one too",
     )
     group.add_argument(
         "--admin-api-key",

@@ -83,7 +83,7 @@ async def _prompt(context: ServeContext, body: ChatRequest) -> list[int]:
         )
     if body.tool_choice not in (None, "none", "auto"):
         raise ApiError(f"tool_choice={shown(body.tool_choice)} is not valid without tools: leave it out", param="tool_choice")
-    messages = template_messages(body.messages)
+    messages = template_messages(body.messages, most=context.info.context_length)
     context.check_characters((message["content"] for message in messages), param="messages")
     continues = bool(body.continue_final_message)
     if continues and body.add_generation_prompt:

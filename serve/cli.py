@@ -65,7 +65,7 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
         raise
     except Exception as error:
         logger.debug("the start failed", exc_info=error)
-        return _fail(prog, error, _FAILED)
+        return _fail(prog, error, _FAILED, options)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -102,10 +102,18 @@ def _first_line(config: EngineConfig, options: ServerOptions) -> str:
     return f"Octavo {__version__} starts: model {config.model_path or '(embedded)'}, device {config.device}, flags {flags}"
 
 
-def _fail(prog: str, error: Exception, code: int) -> int:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    print(f"{prog}: {text or type(error).__name__}", file=sys.stderr)
+def _fail(prog: str, error: Exception, code: int, options: ServerOptions | None = None) -> int:
+    """Tell why nothing is served: on stderr, or in the log where `options` name one."""
+    if options is not None and (options.log_file is not None or options.log_format == "json"):
+        logger.critical("the start failed: %s", _text_of(error))
+        return code
+    print(f"{prog}: {_text_of(error)}", file=sys.stderr)
     return code
+
+
+def _text_of(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text or type(error).__name__
 
 
 def _set_up_logging(options: ServerOptions) -> None:
@@ -136,6 +144,16 @@ def _announce(client: RunningEngine, options: ServerOptions, sock: socket.socket
         "",
     ]
     print("\n".join(lines), flush=True)
+    logger.info("ready at %s: model %s, context %d tokens, room for %d", url, name, info.context_length, info.max_total_tokens)
+    if info.max_total_tokens < info.context_length:
+        logger.warning(
+            "the KV cache holds %d tokens, fewer than the context of %d: answers end there; raise --mem-fraction-static or "
+            "--max-total-tokens, or set --context-length",
+            info.max_total_tokens,
+            info.context_length,
+        )
+    if not options.api_keys and options.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning("everybody who reaches %s may ask, flush the cache and abort requests: --api-key closes it", options.host)
 
 
 def _curl(url: str, *, has_template: bool, has_key: bool) -> str:

@@ -15,7 +15,7 @@ from .chat import finish_fields
 from .context import ServeContext, now
 from .errors import ApiError
 from .exchange import Exchange
-from .jobs import Job, new_id
+from .jobs import Job, check_count, new_id
 from .logprobs import completion_logprobs
 from .protocol import CompletionRequest
 from .request_body import parse_body
@@ -100,6 +100,7 @@ def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str] 
 
 async def _encode(context: ServeContext, body: CompletionRequest) -> list[list[int]]:
     prompts = _listed(body.prompt)
+    check_count(len(prompts) * check_n(body.n))
     adds_special = body.add_special_tokens is not False
     context.check_characters((prompt for prompt in prompts if isinstance(prompt, str)), param="prompt")
 

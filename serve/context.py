@@ -16,7 +16,7 @@ from ..runtime.sampling_params import SamplingParams
 from ..runtime.tokenizer import Tokenizer
 from .errors import ApiError
 from .exchange import Exchange
-from .jobs import ActiveJobs, Job, gather_job, run_job
+from .jobs import ActiveJobs, Job, gathered, run_job, within
 from .metrics import Metrics
 from .options import ServerOptions
 from .served_model import ServedModel
@@ -67,12 +67,14 @@ class ServeContext:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode)
 
     def run(self, job: Job, exchange: Exchange) -> AsyncGenerator[tuple[int, TextOutput], None]:
+        if self.is_draining:
+            raise ApiError("the server is shutting down: ask another, or again later", status_code=503, code="shutting_down")
         self._log_request(job, exchange)
-        return run_job(self.client, self.active, job, exchange, self.metrics)
+        outputs = run_job(self.client, self.active, job, exchange, self.metrics)
+        return within(outputs, exchange, self.info.request_timeout_s)
 
     async def gather(self, job: Job, exchange: Exchange) -> list[TextOutput]:
-        self._log_request(job, exchange)
-        return await gather_job(self.client, self.active, job, exchange, self.metrics)
+        return await gathered(self.run(job, exchange), len(job))
 
     def _log_request(self, job: Job, exchange: Exchange) -> None:
         if not self.options.log_requests:

@@ -80,7 +80,7 @@ def as_api_error(error: Exception) -> ApiError:
         case TemplateError():
             told = ApiError(f"the chat template cannot render these messages: {error}", param="messages", code="chat_template_error")
         case EngineDead():
-            told = ApiError(f"the engine is not running: {error}", status_code=503, code="engine_dead")
+            told = ApiError(f"the engine does not answer: {error}", status_code=503, code="engine_dead")
         case ClientDisconnect():
             told = ApiError("the client left before its answer; its request is aborted", status_code=CLIENT_CLOSED_REQUEST)
         case HTTPException():

@@ -11,6 +11,7 @@ from ..runtime.outputs import TextOutput
 
 CLIENT_CLOSED_REQUEST = 499
 PROBES = frozenset({"/health", "/ready", "/livez", "/health_generate", "/metrics"})  # asked every few seconds: not worth a line each
+CONTROL = frozenset({"/flush_cache", "/abort_request"})  # what changes the server: who did it is always told
 _MAX_LINE = 600
 
 
@@ -31,6 +32,7 @@ class Exchange:
     request_id: str
     method: str
     path: str
+    client: str = ""  # whom the connection is from
     route: str = "other"  # the path of its route, whatever stands for its parameters; "other" where there is none
     status_code: int = 0  # 0: not answered yet
     message: str = ""  # why it failed
@@ -61,18 +63,39 @@ class Exchange:
 
     def log(self, logger: logging.Logger) -> None:
         """Tell the whole exchange in one line: a probe or a look at the server for debugging, our failures and cuts as a warning."""
-        level = logging.INFO if self.runs or self.status_code >= 400 else logging.DEBUG
+        level = logging.INFO if self.runs or self.status_code >= 400 or self.path in CONTROL else logging.DEBUG
         if self.path in PROBES:
             level = logging.DEBUG
         elif self.status_code >= 500 or self.was_cut:
             level = logging.WARNING
         if logger.isEnabledFor(level):
-            logger.log(level, "%s", _one_line(self._told()))
+            logger.log(level, "%s", _one_line(self._told()), extra={"fields": self._fields()})
+
+    def _fields(self) -> dict[str, object]:
+        """What can be searched for, in a log of JSON."""
+        outputs = [(run, index, output) for run in self.runs for index, output in run.latest.items()]
+        told: dict[str, object] = {
+            "request_id": self.request_id,
+            "client": self.client,
+            "method": self.method,
+            "path": self.path,
+            "status": self.status_code,
+            "seconds": round(time.perf_counter() - self.started, 3),
+        }
+        if self.runs:
+            told["prompt_tokens"] = sum(run.prompt_tokens for run in self.runs)
+            told["cached_tokens"] = sum(output.cached_tokens for run, index, output in outputs if index % run.n == 0)
+            told["output_tokens"] = sum(output.completion_tokens for _, _, output in outputs)
+        if self.message:
+            told["error"] = self.message[:_MAX_LINE]
+        return told
 
     def _told(self) -> str:
         ended = " (client closed)" if self.status_code == CLIENT_CLOSED_REQUEST else f" (cut: {self.cut})" if self.was_cut else ""
         parts = [f"{self.method} {self.path} {self.status_code}{ended} in {time.perf_counter() - self.started:.3f} s:"]
         parts.append(f"request={self.request_id}")
+        if self.client:
+            parts.append(f"client={self.client}")
         if self.runs:
             outputs = [(run, index, output) for run in self.runs for index, output in run.latest.items()]
             more = f"+{len(self.runs) - 1}" if self.runs[1:] else ""

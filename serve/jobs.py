@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeVar, cast
 
-from ..runtime.client import EngineClient
+from ..runtime.client import EngineClient, ModelInfo, RequestRefused
 from ..runtime.outputs import FinishReason, TextOutput
 from ..runtime.sampling_params import SamplingParams
 from .errors import ApiError, raise_if_failed, shown
@@ -23,6 +24,7 @@ T = TypeVar("T")
 MAX_SEQUENCES = 16384
 MAX_ID = 256  # characters of a request's own
 MAX_PROMPT_LOGPROBS = 1 << 20
+_GRACE_S = 0.25  # in which the engine ends a sequence itself
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ async def run_job(
     """
     latest = exchange.begin(job.id, prompt_tokens=job.prompt_tokens, n=job.n)
     moments: dict[int, float] = {}
-    exchange.places = exchange.places or asyncio.Semaphore(_most_at_once(client.model_info.max_queued_requests))
+    exchange.places = exchange.places or asyncio.Semaphore(_most_at_once(client.model_info))
     with active.entered(job, exchange) as flight:
         streams = [_outputs(client, job, index, flight, exchange.places) for index in range(len(job))]
         async with aclosing(merged(streams)) as outputs:
@@ -183,9 +185,33 @@ async def _pump(index: int, stream: AsyncGenerator[T, None], arrivals: asyncio.Q
         arrivals.put_nowait(None)
 
 
-def _most_at_once(bound: int | None) -> int:
-    """How many sequences of a job are in the engine together: a large batch must not fill the queue that others wait in."""
-    return MAX_SEQUENCES if bound is None else max(1, bound // 2)
+def _most_at_once(info: ModelInfo) -> int:
+    """How many sequences of a request are in the engine together: as many as it computes, but a large batch must not fill the queue that
+    others wait in."""
+    bound = info.max_queued_requests
+    return MAX_SEQUENCES if bound is None else max(1, bound // 2, min(bound, info.max_running_requests))
+
+
+async def within(
+    outputs: AsyncGenerator[tuple[int, TextOutput], None], exchange: Exchange, seconds: float | None
+) -> AsyncGenerator[tuple[int, TextOutput], None]:
+    """The same, until `exchange` is `seconds` old: then raises RequestRefused 504. The engine, which knows single sequences, ends those."""
+    if seconds is None:
+        async with aclosing(outputs):
+            async for item in outputs:
+                yield item
+        return
+    until = exchange.started + seconds + _GRACE_S
+    async with aclosing(outputs):
+        while True:
+            try:
+                item = await asyncio.wait_for(anext(outputs), max(0.0, until - time.perf_counter()))
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                told = f"the request was not done within {seconds:g} s (--request-timeout)"
+                raise RequestRefused(told, status_code=504, code="request_timeout") from None
+            yield item
 
 
 async def _outputs(
@@ -221,10 +247,10 @@ async def _of_sequence(client: EngineClient, job: Job, index: int, engine_id: st
     raise ApiError("the engine ended this request without a reason", status_code=500, code="engine_failure")
 
 
-async def gather_job(client: EngineClient, active: ActiveJobs, job: Job, exchange: Exchange, metrics: Metrics) -> list[TextOutput]:
-    """Run `job` to its end; one output a sequence, with all its text, tokens and log-probabilities."""
-    parts: list[list[TextOutput]] = [[] for _ in range(len(job))]
-    async with aclosing(run_job(client, active, job, exchange, metrics)) as outputs:
+async def gathered(running: AsyncGenerator[tuple[int, TextOutput], None], sequences: int) -> list[TextOutput]:
+    """What `running` gives, to its end; one output a sequence, with all its text, tokens and log-probabilities."""
+    parts: list[list[TextOutput]] = [[] for _ in range(sequences)]
+    async with aclosing(running) as outputs:
         async for index, output in outputs:
             parts[index].append(output)
     return [joined(outputs) for outputs in parts]

@@ -31,7 +31,12 @@ Triton kernels for GPUs, on a machine without one: it takes no driver and no CUD
   compile  fill a cache folder with what serving a model launches, so that nothing compiles while serving
   report   registers, spills, shared memory and matrix instructions of each kernel; ends with code 1 when one is not as it should be"""
 # What a model's options are called in EngineConfig, and what help says of them.
-_MODEL_FLAGS = {"dtype": "of weights", "quantization": "as of octavo serve", "linear_backend": "as of octavo serve"}
+_MODEL_FLAGS = {
+    "dtype": "of weights",
+    "quantization": "as of octavo serve",
+    "linear_backend": "as of octavo serve",
+    "load_format": "dummy: of the config.json alone, for a model whose weights are not here",
+}
 
 
 def main(argv: list[str], *, prog: str = "octavo kernels") -> int:

@@ -16,10 +16,16 @@ _IGNORED = frozenset({"annotations", "id", "refusal"})  # echoed back from earli
 _EMPTY: tuple[object, ...] = (None, [], {}, "", False)
 
 
-def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Check `messages` and normalise them: text parts joined by newlines, tool call arguments parsed. Raises ApiError 400."""
+def template_messages(messages: Sequence[Mapping[str, Any]], *, most: int) -> list[dict[str, Any]]:
+    """Check `messages`, of which there may be `most`, and normalise them: text parts joined by newlines, tool call arguments parsed.
+
+    Raises ApiError 400.
+    """
     if not messages:
         raise ApiError("messages is empty: send at least one message", param="messages")
+    if len(messages) > most:
+        told = f"there are {len(messages)} messages, more than a context length of {most} tokens can hold: leave out the oldest"
+        raise ApiError(told, param="messages", code="context_length_exceeded")
     return [_message(message, f"messages.{i}") for i, message in enumerate(messages)]
 
 

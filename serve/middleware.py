@@ -15,12 +15,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response, failed
-from .exchange import PROBES, Exchange
+from .exchange import CONTROL, PROBES, Exchange
 from .streaming import error_event
 
 logger = logging.getLogger("octavo.serve")
 
-CONTROL = frozenset({"/flush_cache", "/abort_request"})  # what changes the server
 _LAST_WORD_S = 0.5  # for a client that does not read what it is sent
 _SAFE_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
@@ -42,7 +41,8 @@ class Exchanges:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-        exchange = Exchange(request_id, scope["method"], scope["path"])
+        client = scope.get("client")
+        exchange = Exchange(request_id, scope["method"], scope["path"], client=client[0] if client else "")
         scope.setdefault("state", {})["exchange"] = exchange
         answer = _Answer(send, exchange)
         try:

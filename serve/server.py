@@ -24,6 +24,7 @@ from .options import ServerOptions
 logger = logging.getLogger("octavo.serve")
 
 _CUT_OFF_S = 2.0  # after the time to finish is over: for aborted requests to say so
+_LOOK_EVERY_S = 0.02
 _LAST_WORDS_S = 1.0  # after a second signal
 _KEEP_ALIVE_S = 75  # longer than clients and proxies keep a connection, so that none reuses one we just closed
 
@@ -123,7 +124,7 @@ async def _run(server: _Server, client: RunningEngine, context: ServeContext, so
         elif not hurried.done():
             hurried.set_result(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop, number)
     serving = asyncio.create_task(server.serve([sock]))
     dying = asyncio.create_task(client.wait_dead())
@@ -133,9 +134,8 @@ async def _run(server: _Server, client: RunningEngine, context: ServeContext, so
         died = dying.done() and not stopped.done()
         if died:
             await _outlive(dying.result(), stopped, context.options)
-        context.is_draining = True
-        server.should_exit = True
-        draining = asyncio.create_task(_drain(serving, context))
+        context.is_draining = True  # probes say so, and what comes now is told to go elsewhere, while requests still run
+        draining = asyncio.create_task(_drain(server, serving, context))
         tasks.append(draining)
         await _first_of(draining, hurried)
         if not draining.done():
@@ -159,12 +159,16 @@ async def _outlive(cause: str, stopped: asyncio.Future[int], options: ServerOpti
     await asyncio.wait({stopped}, timeout=options.dead_engine_linger_s)
 
 
-async def _drain(serving: asyncio.Task[None], context: ServeContext) -> None:
+async def _drain(server: _Server, serving: asyncio.Task[None], context: ServeContext) -> None:
     """Let running requests finish; end those that are still there when the time is over."""
     if context.active:
         timeout_s, requests = context.options.shutdown_timeout_s, _counted(len(context.active))
-        logger.info("stopping: %s may finish within %g s; a second Ctrl-C ends at once", requests, timeout_s)
-    await asyncio.wait({serving}, timeout=context.options.shutdown_timeout_s)
+        logger.info("stopping: %s may finish within %g s; a second signal ends at once", requests, timeout_s)
+    until = time.monotonic() + context.options.shutdown_timeout_s
+    while context.active and not serving.done() and time.monotonic() < until:
+        await asyncio.sleep(_LOOK_EVERY_S)
+    server.should_exit = True
+    await asyncio.wait({serving}, timeout=max(0.0, until - time.monotonic()))
     if not serving.done():
         count = await context.active.cut_all("the server stops")
         if count:
@@ -175,6 +179,7 @@ async def _drain(serving: asyncio.Task[None], context: ServeContext) -> None:
 async def _cut_off(server: _Server, serving: asyncio.Task[None]) -> None:
     """End every exchange now: each tells its client, and one whose client does not listen loses its connection."""
     logger.warning("stopping at once: ending %s", _counted(len(server.server_state.tasks)))
+    server.should_exit = True
     for task in server.server_state.tasks:
         task.cancel()
     await asyncio.wait({serving}, timeout=_LAST_WORDS_S)

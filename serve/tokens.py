@@ -51,6 +51,7 @@ async def tokenize(request: Request) -> Response:
     else:
         texts = body.prompt if isinstance(body.prompt, list) else [body.prompt or ""]
         adds = body.add_special_tokens is not False
+        context.check_characters(texts, param="prompt")
 
         def encode() -> list[list[int]]:
             return [context.tokenizer.encode(text, add_special_tokens=adds) for text in texts]
@@ -67,7 +68,8 @@ async def tokenize(request: Request) -> Response:
 
 
 async def _conversation(context: ServeContext, body: TokenizeRequest) -> list[int]:
-    messages = template_messages(body.messages or [])
+    messages = template_messages(body.messages or [], most=context.info.context_length)
+    context.check_characters((message["content"] for message in messages), param="messages")
     if body.add_special_tokens:
         raise ApiError("add_special_tokens is not for messages, whose template writes them: leave it out", param="add_special_tokens")
 

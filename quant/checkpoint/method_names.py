@@ -60,7 +60,7 @@ def _on_dense(flag: str, method: str, source: Path | None) -> str:
     if method in ("awq", "gptq"):
         model = source.parent if source is not None else "MODEL"
         command = f"octavo quantize --model-path {model} --method {method} --out DIR"
-        return f"{text}. Quantize it first: {command} (a later version has that command)"
+        return f"{text}. Quantize it first: {command}"
     return f"{text}. Leave the option out, or quantize while loading with one of {', '.join(_LOAD_TIME)}"
 
 

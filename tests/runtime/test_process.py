@@ -56,6 +56,19 @@ async def test_a_request_streams_and_ends(engine: EngineProcess) -> None:
     assert all(output.finish is None for output in outputs[:-1])
 
 
+async def test_a_stop_string_is_no_abort(engine: EngineProcess) -> None:
+    async def aborted() -> int:
+        return int((await engine.server_info())["internal_states"][0]["aborted"])
+
+    before = await aborted()
+    params = SamplingParams(max_new_tokens=40, temperature=0.0, ignore_eos=True, stop=(" Paris",))
+    outputs = await collect(engine, engine.tokenizer.encode("The capital of France is"), params, "stops")
+    assert outputs[-1].finish is not None
+    assert outputs[-1].finish.type == "stop"
+    await until_idle(engine)
+    assert await aborted() == before
+
+
 async def test_many_at_once_each_get_their_own(engine: EngineProcess) -> None:
     prompts = [engine.tokenizer.encode(f"Number {index} is followed by") for index in range(24)]
     alone = [await collect(engine, prompt, GREEDY, f"alone-{index}") for index, prompt in enumerate(prompts[:3])]

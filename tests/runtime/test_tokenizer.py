@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from functools import cache
 from pathlib import Path
 
@@ -204,3 +206,24 @@ def test_metaspace_decoder_drops_one_leading_space(folder: Path) -> None:
     tokenizer = load_tokenizer(resolve_model(str(folder)))
     for ids in ([0, 0, 2], [1, 0], [2, 0], [0]):
         assert tokenizer.decode(ids) == backend.decode(ids)
+
+
+@pytest.mark.needs_embedded_model
+def test_a_long_text_does_not_keep_other_threads_waiting() -> None:
+    """A server whose tokenizer held the interpreter would answer no probe meanwhile."""
+    tokenizer, done, turns = smollm2(), threading.Event(), 0
+    started = threading.Event()
+
+    def encode() -> None:
+        started.wait()
+        tokenizer.encode("hello world " * 100_000)
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    started.set()
+    while not done.is_set():
+        time.sleep(0.005)
+        turns += 1
+    thread.join()
+    assert turns > 5

@@ -85,6 +85,8 @@ class FakeEngine:
     flushes: bool = True
     max_total_tokens: int = 10_000
     max_queued_requests: int | None = None
+    max_running_requests: int = 1
+    request_timeout_s: float | None = None
     calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
@@ -108,6 +110,8 @@ class FakeEngine:
             (EOS,),
             self.default_sampling,
             self.max_queued_requests,
+            self.max_running_requests,
+            self.request_timeout_s,
         )
 
     async def generate(

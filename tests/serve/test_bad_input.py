@@ -18,7 +18,7 @@ from octavo.runtime.sampling_params import SamplingParams
 from octavo.serve.generate_request import GenerateRequest
 from octavo.serve.protocol import ChatRequest, CompletionRequest
 
-from .fake_engine import CONTEXT, VOCAB_SIZE
+from .fake_engine import CONTEXT, VOCAB_SIZE, wait_until
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -295,6 +295,32 @@ def test_a_large_batch_does_not_fill_the_queue(served):
     assert answer.status_code == 200
     assert len(answer.json()["choices"]) == 30
     assert served.engine.most_live == 4
+
+
+def test_as_many_answers_as_the_engine_computes_are_made_together(served):
+    served.engine.max_queued_requests, served.engine.max_running_requests, served.engine.delay_s = 3, 4, 0.05
+    assert len(served.post(TEXT, prompt="a", n=3, max_tokens=2).json()["choices"]) == 3
+    assert served.engine.most_live == 3
+
+
+@pytest.mark.parametrize("body", [{"n": 4}, {"prompt": ["a"] * 40}, {"n": 4, "stream": True}], ids=str)
+def test_a_request_of_many_sequences_has_one_time_limit(served, body):
+    served.engine.max_queued_requests, served.engine.delay_s, served.engine.request_timeout_s = 2, 0.05, 0.5
+    started = time.monotonic()
+    answer = served.post(TEXT, **{"prompt": "a", "max_tokens": 12, **body})
+    assert time.monotonic() - started < 3
+    told = answer.text.splitlines()[-4].removeprefix("data: ") if "stream" in body else answer.text
+    assert json.loads(told)["error"]["code"] == "request_timeout"
+    assert answer.status_code == (200 if "stream" in body else 504)
+    wait_until(lambda: not served.engine.live)
+
+
+def test_what_is_too_many_is_refused_unread(served):
+    started = time.monotonic()
+    assert "100000 sequences" in served.error(TEXT, 400, prompt=["a"] * 100_000)["message"]
+    assert "100000 messages" in served.error(CHAT, 400, messages=[{"role": "user", "content": "a"}] * 100_000)["message"]
+    assert "characters" in served.error("/tokenize", 400, prompt="a" * 10**7)["message"]
+    assert time.monotonic() - started < 4
 
 
 # -- what is large, or made to hurt ------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_a_bad_config_file_is_named(tmp_path, capsys, content, words):
 
 def test_keys_from_a_file_and_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
-    file.write_text("one\n\n  two  \n")
+    file.write_text("one\n# three\n\n  two  \n")
     monkeypatch.setenv("OCTAVO_API_KEY", "three")
     monkeypatch.setenv("OCTAVO_ADMIN_API_KEY", "root")
     config, options = _options("--api-key", "zero", "--api-key-file", str(file))

@@ -123,6 +123,28 @@ def test_a_model_is_compiled_for_all_rows_and_found_again(tmp_path, run):
     assert all(row["matrix_instructions"][0].startswith("QGMMA") for row in rows if row["name"] == "split")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "write",
+    [lambda n, k, seed: writers.fp8(n, k, "channel", seed=seed), lambda n, k, seed: writers.awq(n, k, group_size=32, seed=seed)],
+    ids=["fp8", "awq"],
+)
+def test_a_config_alone_gives_the_kernels_of_its_model(tmp_path, run, write):
+    model = make(tmp_path, write).folder
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_text((model / "config.json").read_text())
+    words = ["--arch", "sm_90", "--dtype", "bfloat16", "--max-rows", "2", "--cache-dir", str(tmp_path / "cache")]
+    first = run("compile", *words, "--model", str(model))
+    assert first.returncode == 0, first.stderr
+    binaries = sorted((tmp_path / "cache").glob("*/*.cubin"))
+    assert binaries
+    again = run("compile", *words, "--model", str(alone), "--load-format", "dummy")
+    assert again.returncode == 0, again.stderr
+    assert sorted((tmp_path / "cache").glob("*/*.cubin")) == binaries
+    assert again.stdout.split(" in ")[0] == first.stdout.split(" in ")[0]  # the same linears, kernels and numbers
+
+
 @pytest.mark.parametrize(
     ("dtype", "told"), [("float32", "nothing was compiled"), pytest.param("bfloat16", "  attend: ", marks=pytest.mark.long)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from contextlib import suppress
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from octavo.runtime.client import EngineDead
+from octavo.runtime.logs import JsonFormatter
 
 from .conftest import Served
 from .fake_engine import wait_until
@@ -53,7 +55,7 @@ def test_an_answer(served, lines, path, body, id_pattern, prompt_tokens, stream)
     served.engine.cached_tokens = 2
     served.http.post(path, json={**body, "stream": stream}, headers={"X-Request-Id": "r-1"}).raise_for_status()
     told = (
-        rf"POST {path} 200 in \d+\.\d{{3}} s: request=r-1 id={id_pattern} "
+        rf"POST {path} 200 in \d+\.\d{{3}} s: request=r-1 client=127\.0\.0\.1 id={id_pattern} "
         rf"prompt_tokens={prompt_tokens} cached_tokens=2 output_tokens=14 finish=stop"
     )
     assert re.fullmatch(told, lines.only()), lines.only()
@@ -90,7 +92,9 @@ def test_a_client_that_leaves_is_told_the_same_way_however_it_asked(served, line
 
 def test_a_refusal(served, lines):
     served.error(TEXT, 400, prompt="a", temperature=-1)
-    assert re.fullmatch(rf"POST {TEXT} 400 in \S+ s: request=\w+ error=temperature=-1\.0 is not valid: .*", lines.only()), lines.only()
+    assert re.fullmatch(rf"POST {TEXT} 400 in \S+ s: request=\w+ client=\S+ error=temperature=-1\.0 is not valid: .*", lines.only()), (
+        lines.only()
+    )
 
 
 def test_a_refusal_of_the_router(served, lines):
@@ -104,7 +108,7 @@ def test_a_failure_is_a_warning_with_its_own_status(served, lines, stream):
     served.post(TEXT, prompt="a", stream=stream)
     line = lines.only(logging.WARNING)
     assert line.startswith(f"POST {TEXT} 503 in ")
-    assert "output_tokens=3 finish=none error=the engine is not running: killed by signal 9" in line
+    assert "output_tokens=3 finish=none error=the engine does not answer: killed by signal 9" in line
 
 
 def test_probes_and_looks_are_for_debugging(served, lines):
@@ -123,3 +127,18 @@ def test_what_clients_send_cannot_forge_a_line(served, lines):
 def test_a_line_is_not_endless(served, lines):
     served.error(f"/{'x' * 5000}", 404)
     assert len(lines.only()) < 700
+
+
+def test_who_changes_the_server_is_told(served, lines):
+    served.http.post("/flush_cache", headers={"X-Request-Id": "r-2"}).raise_for_status()
+    assert re.fullmatch(r"POST /flush_cache 200 in \S+ s: request=r-2 client=127\.0\.0\.1", lines.only()), lines.only()
+
+
+def test_json_has_fields_to_search(served, lines, caplog):
+    served.http.post(TEXT, json={"prompt": "Say", "max_tokens": 2}, headers={"X-Request-Id": "r-3"}).raise_for_status()
+    lines.only()
+    (record,) = [record for record in caplog.records if record.name == "octavo.serve" and record.levelno == logging.INFO]
+    told = json.loads(JsonFormatter().format(record))
+    assert (told["request_id"], told["client"], told["path"], told["status"]) == ("r-3", "127.0.0.1", TEXT, 200)
+    assert (told["prompt_tokens"], told["output_tokens"]) == (3, 2)
+    assert told["seconds"] >= 0

@@ -53,7 +53,7 @@ def test_a_busy_server_is_well(served):
 
 def test_many_deep_probes_are_one_request(served):
     served.app.state.context.metrics.last_token_s = -math.inf
-    served.engine.delay_s = 0.3
+    served.engine.delay_s = 1.5
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda _: httpx.get(f"{served.url}/health_generate").status_code, range(10)))
     assert answers == [200] * 10

@@ -145,6 +145,22 @@ def test_a_stream_may_finish_after_sigterm(start):
     assert '"finish_reason":"stop"' in lines[-2]
 
 
+def test_who_comes_while_a_stream_ends_is_sent_elsewhere(start):
+    process = start("--shutdown-timeout", "10", delay_s=0.05, reply="x" * 40)
+    lines: list[str] = []
+    thread = _stream(process, lines)
+    process.popen.send_signal(signal.SIGHUP)
+    _wait_stopping(process)
+    assert httpx.get(f"{process.url}/ready").status_code == 503
+    assert httpx.head(f"{process.url}/livez").status_code == 200
+    late = httpx.post(f"{process.url}/v1/completions", json={"prompt": "a"})
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+    assert int(late.headers["Retry-After"]) > 0
+    thread.join(10)
+    assert '"finish_reason":"stop"' in lines[-2]
+    assert process.popen.wait(5) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("timeout", ["0", "0.4"])
 def test_a_long_stream_is_cut_when_its_time_is_over(start, number, timeout):
@@ -185,7 +201,7 @@ def test_a_second_signal_ends_a_stream_with_an_error(start, number, code):
     assert lines[-1] == "data: [DONE]"
     out, err = process.popen.communicate()
     assert "engine closed" in out
-    assert "1 request may finish within 1 s; a second Ctrl-C ends at once" in err
+    assert "1 request may finish within 1 s; a second signal ends at once" in err
     assert "POST /v1/chat/completions 503 in " in err
     assert not [word for word in ("Traceback", "CancelledError", "lifespan") if word in err], err
 
@@ -246,6 +262,14 @@ def test_a_start_that_fails_says_why():
     )
     assert ended.returncode == 1
     assert ended.stderr.strip().splitlines()[-1] == "octavo serve: no such model"
+
+
+def test_a_start_that_fails_says_so_in_the_log(tmp_path):
+    file = tmp_path / "log"
+    command = _command({"start_failure": "no such model"}, "--port", "0", "--log-file", str(file), "--log-format", "json")
+    assert subprocess.run(command, check=False, capture_output=True, timeout=20).returncode == 1
+    last = json.loads(file.read_text().splitlines()[-1])
+    assert (last["level"], last["message"]) == ("critical", "the start failed: no such model")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
