@@ -1,4 +1,4 @@
-"""The manifests' probes, asked of a real server as Kubernetes' kubelet would: while it loads, under load, dead, stuck, and while it drains."""
+"""The manifests' probes, asked of a real server as a kubelet would: while it loads, under load, dead, stuck, and while it drains."""
 
 from __future__ import annotations
 
