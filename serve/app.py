@@ -27,6 +27,8 @@ _ROUTES: tuple[tuple[str, list[str], Handler, str], ...] = (
     ("/generate", ["POST"], generate, "Continue a text (SGLang's API)"),
     ("/tokenize", ["POST"], tokens.tokenize, "Text or a conversation to token ids"),
     ("/detokenize", ["POST"], tokens.detokenize, "Token ids to text"),
+    ("/v1/tokenize", ["POST"], tokens.tokenize, "The same, where SGLang has it"),
+    ("/v1/detokenize", ["POST"], tokens.detokenize, "The same, where SGLang has it"),
     ("/v1/embeddings", ["POST"], control.embeddings, "Refused: the model generates text"),
     ("/health", ["GET", "HEAD"], probes.health, "Whether the engine answers"),
     ("/ready", ["GET", "HEAD"], probes.ready, "Whether a request would be answered"),

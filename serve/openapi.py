@@ -22,6 +22,8 @@ _BODIES: dict[str, type[Body]] = {
     "/abort_request": AbortRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/v1/tokenize": TokenizeRequest,
+    "/v1/detokenize": DetokenizeRequest,
 }
 _STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", "/generate"})
 _TEXTS = frozenset({"/flush_cache", "/metrics"})
@@ -62,7 +64,7 @@ def _as_parsed(model: type[Body], schema: dict[str, Any]) -> None:
 def openapi_of(app: FastAPI) -> dict[str, Any]:
     """The schema of `app` with every request body and the one shape of errors."""
     page = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    models: tuple[type[Body], ...] = (*_BODIES.values(), GenerateSampling)
+    models: tuple[type[Body], ...] = tuple(dict.fromkeys((*_BODIES.values(), GenerateSampling)))
     _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
     for model in models:
         _as_parsed(model, schemas["$defs"][model.__name__])

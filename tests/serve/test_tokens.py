@@ -7,6 +7,7 @@ import pytest
 
 def test_a_prompt(served):
     told = served.post("/tokenize", prompt="añ").json()
+    assert served.post("/v1/tokenize", prompt="añ").json() == told
     assert told == {"tokens": list("añ".encode()), "count": 3, "max_model_len": 2048}
     assert served.post("/tokenize", prompt="a", return_token_strs=True).json()["token_strs"] == ["a"]
 
