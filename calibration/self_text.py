@@ -1,6 +1,7 @@
 """Calibration text that the model writes itself, so that none need be downloaded (after Liu et al., 2023, LLM-QAT, arXiv 2305.17888).
 
-What it writes has the distribution that it will be used on. Knows how to ask for text, and nothing of who generates it.
+What it writes has the distribution that it will be used on. Many short texts serve better than few long ones, in which small models lose
+themselves (benchmarks/README.md). Knows how to ask for text, and nothing of who generates it.
 """
 
 from __future__ import annotations
@@ -38,11 +39,8 @@ OPENINGS = (
     "Ingredients:\n- 2 cups of",
     "How to repair a bicycle: first,",
     "import os\nimport sys\n\n\ndef main():\n",
-    "#include <stdio.h>\n\nint main(",
-    "SELECT name, COUNT(*) FROM",
     "function render(items) {\n  const",
     'class Stack:\n    """',
-    "<!DOCTYPE html>\n<html>\n",
     "Q: What causes the seasons?\nA:",
     "User: Can you explain how a computer stores numbers?\nAssistant:",
     "Review: I bought this last month and",
@@ -55,13 +53,9 @@ OPENINGS = (
     "In music theory, a",
     "The planet orbits",
     "La ville se trouve",
-    "Die Stadt liegt",
     "El libro fue escrito",
-    "Il fiume nasce",
-    "O jogador nasceu em",
     "город расположен",
     "这本书",
-    "1, 2, 3, 5, 8,",
 )
 QUESTIONS = (
     "Explain how vaccines work.",
@@ -77,8 +71,10 @@ QUESTIONS = (
     "Write an email asking for a day off.",
     "What is 17 times 24? Show each step.",
 )
-TEMPERATURE, TOP_P = 1.0, 0.95
-_CHAT_SHARE = 3  # every so-manieth prompt is a question, where there is a chat template
+TEMPERATURE, TOP_P = 0.9, 0.95
+ANSWER_TOKENS = 128  # at most, after an opening or a question
+_LEAST_TOKENS = 16  # a text, on average: of a model that writes less, not enough comes together
+_CHAT_SHARE = 12  # every so-manieth prompt is a question, where there is a chat template
 
 Generate = Callable[[Sequence[Sequence[int]], int, int], Sequence[Sequence[int]]]  # prompts, tokens to draw, seed -> what follows each
 
@@ -116,12 +112,12 @@ def write_samples(
         known = min(len(text.tokens), wanted)
         if known == wanted:
             break
-        if text.asked >= 4 * samples + 64:
+        if text.asked >= wanted // _LEAST_TOKENS + 64:
             raise ValueError(
                 f"the model ends its texts at once: {text.asked} openings gave {known} tokens of {wanted}. Give --calibration FILE"
             )
         prompts = [_prompt(tokenizer, text.asked + i) for i in range(batch)]
-        for prompt, answer in zip(prompts, generate(prompts, room, seed + text.asked), strict=True):
+        for prompt, answer in zip(prompts, generate(prompts, min(room, ANSWER_TOKENS), seed + text.asked), strict=True):
             text.tokens += [token for token in (*prompt, *answer) if token != tokenizer.bos_token_id]
         text.asked += batch
     return torch.tensor([start + text.tokens[i * room : (i + 1) * room] for i in range(samples)], dtype=torch.int64)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from octavo.calibration.samples import NotEnoughTextError, hub_texts, read_texts, rows_of
-from octavo.calibration.self_text import OwnText, write_samples
+from octavo.calibration.self_text import ANSWER_TOKENS, OwnText, write_samples
 
 from .conftest import BOS, MakeModel
 
@@ -156,6 +156,9 @@ def test_a_model_writes_rows_of_its_own(with_bos: Any) -> None:
     asked.clear()
     assert torch.equal(rows, write_samples(generate, with_bos, samples=5, seqlen=40, seed=100, batch=4, text=text))
     assert min(seed for _, seed in asked) > 100, "what was written is not written again"
+    asked.clear()
+    write_samples(generate, with_bos, samples=1, seqlen=400, seed=0, batch=4)
+    assert {count for count, _ in asked} == {ANSWER_TOKENS}, "texts are short, however long rows are"
 
 
 def test_a_model_that_writes_nothing(with_bos: Any) -> None:
