@@ -71,7 +71,8 @@ class ServeContext:
             raise ApiError("the server is shutting down: ask another, or again later", status_code=503, code="shutting_down")
         self._log_request(job, exchange)
         outputs = run_job(self.client, self.active, job, exchange, self.metrics)
-        return within(outputs, exchange, self.info.request_timeout_s)
+        seconds = self.info.request_timeout_s
+        return outputs if seconds is None else within(outputs, exchange, seconds)
 
     async def gather(self, job: Job, exchange: Exchange) -> list[TextOutput]:
         return await gathered(self.run(job, exchange), len(job))

@@ -193,14 +193,9 @@ def _most_at_once(info: ModelInfo) -> int:
 
 
 async def within(
-    outputs: AsyncGenerator[tuple[int, TextOutput], None], exchange: Exchange, seconds: float | None
+    outputs: AsyncGenerator[tuple[int, TextOutput], None], exchange: Exchange, seconds: float
 ) -> AsyncGenerator[tuple[int, TextOutput], None]:
     """The same, until `exchange` is `seconds` old: then raises RequestRefused 504. The engine, which knows single sequences, ends those."""
-    if seconds is None:
-        async with aclosing(outputs):
-            async for item in outputs:
-                yield item
-        return
     until = exchange.started + seconds + _GRACE_S
     async with aclosing(outputs):
         while True:
