@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..runtime.outputs import TextOutput
@@ -69,7 +70,8 @@ class Exchange:
         elif self.status_code >= 500 or self.was_cut:
             level = logging.WARNING
         if logger.isEnabledFor(level):
-            logger.log(level, "%s", _one_line(self._told()), extra={"fields": self._fields()})
+            fields = self._fields()
+            logger.log(level, "%s", _one_line(self._told(fields)), extra={"fields": fields})
 
     def _fields(self) -> dict[str, object]:
         """What can be searched for, in a log of JSON."""
@@ -90,23 +92,16 @@ class Exchange:
             told["error"] = self.message[:_MAX_LINE]
         return told
 
-    def _told(self) -> str:
+    def _told(self, fields: Mapping[str, object]) -> str:
         ended = " (client closed)" if self.status_code == CLIENT_CLOSED_REQUEST else f" (cut: {self.cut})" if self.was_cut else ""
-        parts = [f"{self.method} {self.path} {self.status_code}{ended} in {time.perf_counter() - self.started:.3f} s:"]
-        parts.append(f"request={self.request_id}")
+        parts = [f"{self.method} {self.path} {self.status_code}{ended} in {fields['seconds']:.3f} s: request={self.request_id}"]
         if self.client:
             parts.append(f"client={self.client}")
         if self.runs:
-            outputs = [(run, index, output) for run in self.runs for index, output in run.latest.items()]
-            more = f"+{len(self.runs) - 1}" if self.runs[1:] else ""
-            finishes = sorted({output.finish.type if output.finish else "none" for _, _, output in outputs}) or ["none"]
-            parts += [
-                f"id={self.runs[0].job_id}{more}",
-                f"prompt_tokens={sum(run.prompt_tokens for run in self.runs)}",
-                f"cached_tokens={sum(output.cached_tokens for run, index, output in outputs if index % run.n == 0)}",
-                f"output_tokens={sum(output.completion_tokens for _, _, output in outputs)}",
-                f"finish={','.join(finishes)}",
-            ]
+            finishes = {output.finish.type if output.finish else "none" for run in self.runs for output in run.latest.values()}
+            parts.append(f"id={self.runs[0].job_id}" + (f"+{len(self.runs) - 1}" if self.runs[1:] else ""))
+            parts += [f"{name}={fields[name]}" for name in ("prompt_tokens", "cached_tokens", "output_tokens")]
+            parts.append(f"finish={','.join(sorted(finishes or {'none'}))}")
         if self.message:
             parts.append(f"error={self.message}")
         return " ".join(parts)
