@@ -26,7 +26,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float | int]  # from generation_config.json: temperature, top_p, top_k, ...
     max_queued_requests: int | None = None  # sequences that may wait in the engine; None: any number
-    max_running_requests: int = 1
+    max_running_requests: int = 1  # sequences computed together
     request_timeout_s: float | None = None  # from a request's arrival, however many sequences it is
 
 

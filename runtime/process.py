@@ -57,7 +57,7 @@ DUMP_STACKS = signal.SIGUSR1  # the engine process writes what each of its threa
 SILENT_AFTER_S = 20.0  # without a turn of the engine's loop for so long, it counts as hung
 _POLL_MS = 100
 _GRACE_S = 5.0  # beyond --request-timeout, in which the engine ends a request itself
-_ANSWER_TIMEOUT_S = 5.0  # more than a step takes
+_ANSWER_TIMEOUT_S = 10.0  # a step of a large model on a slow machine takes seconds
 _EMBEDDED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # its model card's advice, which the GGUF does not carry
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
