@@ -32,7 +32,7 @@ def prompts(count: int, seed: int) -> list[list[int]]:
 
 
 async def first_token(ask: Ask, prompt: list[int]) -> float:
-    """Milliseconds to the first token of one stream, which is read to its end, so that its connection serves the next."""
+    """Milliseconds to the first token of one stream, which is read to its end, so that no step of it is left to disturb the next."""
     started = time.perf_counter()
     took = 0.0
     async for _ in ask(prompt, 4):
