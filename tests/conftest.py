@@ -1,15 +1,19 @@
-"""What every test can count on: nothing is fetched from the Hugging Face hub, hypothesis is told how long it may take, and tests marked
-`needs_embedded_model` are skipped where that is not installed."""
+"""What every test can count on: nothing is fetched from the Hugging Face hub, random data are the test's own, hypothesis is told how long
+it may take, and tests marked `needs_embedded_model` are skipped where that is not installed."""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
+import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported, so before any test module is
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported: GPU kernels run under its interpreter
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 from octavo.quant.checkpoint.errors import CheckpointError
@@ -24,6 +28,19 @@ prepare_environment()  # the engine processes that tests start then share compil
 settings.register_profile("default_run", max_examples=50, deadline=None, print_blob=True)
 settings.register_profile("long_run", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default_run"))
+
+
+# Other random data for every test: `OCTAVO_TEST_SEED=$RANDOM make test`.
+SEED = int(os.environ.get("OCTAVO_TEST_SEED", "0"))
+
+
+@pytest.fixture(autouse=True)
+def random_data(request: pytest.FixtureRequest) -> None:
+    """A test's random data depend on its name and `OCTAVO_TEST_SEED`, and not on the tests that ran before it in the same process."""
+    seed = zlib.crc32(f"{SEED} {request.node.nodeid}".encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def pytest_configure(config: pytest.Config) -> None:
