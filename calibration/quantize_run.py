@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import shutil
@@ -15,18 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.checkpoint.hf_config import read_config, read_json
-from ..quant.checkpoint.open_reader import open_reader
-from ..quant.checkpoint.quantization_config import read_quantization_config
-from ..quant.checkpoint.reader import WeightReader
-from ..quant.checkpoint.resolve import ModelFiles, resolve_model
+from ..quant.checkpoint.hf_config import read_json
 from .budget import budget_of
 from .climb import climb
 from .devices import computing_on, device_name, device_of, peak_bytes
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
-from .float_text import batch_of, drawing, served
+from .float_text import served
 from .kv_ranges import KVRanges
+from .original import Original, config_in
 from .out_folder import MODEL, WORK, check_out, publish
 from .output import Written, by_source, copy_tokenizer, quantization_config, with_fused, write_config, write_weights
 from .plan import VERIFIED_TOKENS, Plan, check_disk, make_plan, probe_inputs
@@ -35,22 +31,17 @@ from .quality import Quality, Speed, by_engine, by_transformers, speed_of
 from .quantize_report import write_reports
 from .quantize_result import GateError, QuantizeResult
 from .recipe import Recipe
-from .samples import hub_texts, might_be_on_hub, read_texts, rows_of
-from .self_text import OwnText, write_samples
+from .run_texts import RunTexts
 from .streams import Hidden, Inputs
 from .tune_model import tune_model
 from .tuning import TuningSchedule
 from .verify import DequantizingReader, VerificationError, check_logits, check_module
 from .walk import Walk, block_name, put, shapes
-from .work import Results, WorkFolder, write_whole
+from .work import Results, WorkFolder
 
 logger = logging.getLogger(__name__)
 
 _NOT_IDENTITY = ("max_memory", "max_ppl_increase", "max_kl")  # may differ when a run goes on
-_HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
-_EVAL_TOKENS = 1 << 14
-_LEAST_EVAL_TOKENS = 16
-_ENOUGH_TOKENS = 4096  # to judge on: with fewer, the perplexity of equal models differs by percents from text to text
 _USUAL_GROUPS = (32, 64, 128)
 
 
@@ -120,47 +111,23 @@ def plan(model_path: str | None, recipe: Recipe, *, eval_text: Path | None = Non
     """What `quantize` would do. Raises ValueError as it would, for texts that it cannot take too; hub data sets are not looked at."""
     run = _Run(model_path, recipe, eval_text=eval_text, device=device)
     planned = run.plan()[1]
-    run.check_text()
+    run.texts.check_calibration()
     return planned
 
 
 class _Run:
     def __init__(self, model_path: str | None, recipe: Recipe, *, eval_text: Path | None, device: str) -> None:
-        self.model_path, self.recipe, self.eval_text = model_path, recipe, eval_text
-        self.device = device_of(device)
-        if eval_text is not None and not eval_text.is_file():
-            raise ValueError(f"there is no file {eval_text} to evaluate on")
-        self.files = resolve_model(model_path)
-        self.config = read_config(self.files)
-        self.reader = open_reader(self.files)
-        refuse_quantized(self.files, self.config, self.reader)
+        self.recipe, self.device = recipe, device_of(device)
+        self.original = Original(model_path)
+        self.files, self.reader = self.original.files, self.original.reader
         self.served = served(model_path)
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
-        self.eval_tokens = self._read_eval_text()
-
-    def _read_eval_text(self) -> list[int] | None:
-        """Tokens of the text to evaluate on, before any work is done. Raises ValueError for one that cannot be read or is too short."""
-        if self.eval_text is None:
-            return None
-        try:
-            content = self.eval_text.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.eval_text} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
-        tokens: list[int] = self._tokenizer()(content).input_ids[:_EVAL_TOKENS]
-        self._check_vocabulary(max(tokens, default=0))
-        if len(tokens) < _LEAST_EVAL_TOKENS:
-            raise ValueError(f"{self.eval_text} has {len(tokens)} tokens: give a text of at least {_LEAST_EVAL_TOKENS} to evaluate on")
-        return tokens
-
-    def _check_vocabulary(self, largest: int) -> None:
-        size = self._transformers_config().get_text_config().vocab_size
-        if largest >= size:
-            raise ValueError(f"the tokenizer gives token {largest}, and the model knows {size}: this is another model's tokenizer")
+        self.texts = RunTexts(self.original, recipe, eval_text, self.device)
 
     def plan(self) -> tuple[FloatModel, Plan]:
         """The model, what is outside its blocks read, and what will be done to it."""
-        model = FloatModel(self._transformers_config(), self.reader, self.device)
+        model = FloatModel(self.original.transformers_config(), self.reader, self.device)
         model.load_outer()
         ranges = KVRanges()
         found = shapes(model, probe_inputs(model), ranges)
@@ -179,16 +146,14 @@ class _Run:
         work = WorkFolder(place, self._identity(), resume=resume)
         plan = plan.as_decided(work.decided({"tuned": plan.budget.schedule is not None})["tuned"])
         logger.info("%s", plan.describe())
-        if (
-            few := self._few_tokens(self._held_back * self.recipe.seqlen if self.eval_tokens is None else len(self.eval_tokens))
-        ) is not None:
+        if (few := self.texts.few_tokens()) is not None:
             logger.warning("%s", few)
         made = work.path / MODEL
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
         try:
             with self._timed("samples"):
-                tokens, held_back = self._samples(work)
+                tokens, held_back = self.texts.samples(work, self._identity())
         except ValueError:  # nothing is done that --resume could go on with
             shutil.rmtree(work.path)
             for folder in (work.path.parent, out):
@@ -219,7 +184,7 @@ class _Run:
                 f"the original has {what}: no engine is known to read them quantized; they were verified by Octavo's reader"
             )
         notes_of_run += self.notes
-        if (few := self._few_tokens(quality.num_tokens)) is not None:
+        if (few := self.texts.few_tokens(quality.num_tokens)) is not None:
             notes_of_run.append(few)
         return QuantizeResult(
             out=out,
@@ -251,14 +216,6 @@ class _Run:
         others = ("vllm", "sglang") if plan.group_size in (*_USUAL_GROUPS, -1) or self.recipe.eight_bit else ()
         return (*(("octavo",) if self.served else ()), *others)
 
-    def _few_tokens(self, count: int) -> str | None:
-        """What is to be said of quality that is measured on so many tokens; None for enough of them."""
-        if count >= _ENOUGH_TOKENS:
-            return None
-        gated = self.recipe.max_ppl_increase is not None or self.recipe.max_kl is not None
-        what = "the quality gate is judged" if gated else "quality is measured"
-        return f"{what} on {count:,} tokens only, which says little: give a longer --eval FILE, or more --samples"
-
     def _hidden(self, plan: Plan, samples: int, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
         shape = (samples, self.recipe.seqlen, *model.hidden_shape)
         return Hidden(shape, work.path / f"{name}.bin" if plan.on_disk else None, self.device)
@@ -269,13 +226,6 @@ class _Run:
         yield
         self.seconds[stage] = time.perf_counter() - started
 
-    def _transformers_config(self) -> Any:
-        from transformers import AutoConfig
-
-        if self.files.kind == "hf":
-            return _read_config(self.files.root)
-        return AutoConfig.for_model(**self.config)
-
     def _identity(self) -> Mapping[str, Any]:
         weights = {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in self.files.weight_files}
         recipe = {name: value for name, value in self.recipe.to_dict().items() if name not in _NOT_IDENTITY}
@@ -283,88 +233,9 @@ class _Run:
             "recipe": recipe,
             "model": self.files.name,
             "weights": weights,
-            "measured on": str(self.eval_text),
+            "measured on": str(self.texts.eval_text),
             "device": self.device.type,
         }
-
-    # -- samples ------------------------------------------------------------------------------------------------------
-
-    def _samples(self, work: WorkFolder) -> tuple[Tensor, Tensor]:
-        """Rows to calibrate on, and rows held back to measure on."""
-        if not work.has("tokens"):
-            held_back = self._held_back
-            count = budget_of(self.recipe).samples
-            if self.recipe.calibration == "self":
-                work.save_tokens(self._own_rows(count + held_back, work.path.parent / "own-text.json"))
-            else:
-                work.save_tokens(self._text_rows(count, held_back))
-        rows = work.load_tokens()
-        self._check_vocabulary(int(rows.max()))
-        count = budget_of(self.recipe).samples
-        return rows[:count], rows[count:]
-
-    def check_text(self) -> None:
-        """Raises ValueError for a calibration file that will not do."""
-        if self.recipe.calibration == "self":
-            self._tokenizer()
-        elif self.recipe.calibration_file() is not None or not might_be_on_hub(self.recipe.calibration):
-            self._text_rows(budget_of(self.recipe).samples, self._held_back)
-
-    @property
-    def _held_back(self) -> int:
-        return 0 if self.eval_text is not None else max(1, round(self.recipe.samples * _HELD_BACK))
-
-    def _own_rows(self, count: int, file: Path) -> Tensor:
-        """What the model writes; attempts of one run share `file`, so that each goes on with the text of the one before."""
-        recipe, key = self.recipe, {**self._identity(), "recipe": [self.recipe.seqlen, self.recipe.seed]}
-        found = json.loads(file.read_text()) if file.is_file() else {}
-        text = OwnText(found["tokens"], found["asked"]) if found.get("of") == key else OwnText()
-        batch = batch_of(self._transformers_config(), recipe.seqlen)
-        with (
-            drawing(self.model_path, str(self.files.root), recipe.seqlen, batch, self.device) as generate,
-            Progress("writing text", count * recipe.seqlen, "tokens") as bar,
-        ):
-            rows = write_samples(
-                generate,
-                self._tokenizer(),
-                samples=count,
-                seqlen=recipe.seqlen,
-                seed=recipe.seed,
-                batch=batch,
-                text=text,
-                on_tokens=bar.step,
-            )
-        write_whole(file, json.dumps({"of": key, "tokens": text.tokens, "asked": text.asked}).encode())
-        return rows
-
-    def _text_rows(self, count: int, held_back: int) -> Tensor:
-        recipe, tokenizer = self.recipe, self._tokenizer()
-        file = recipe.calibration_file()
-        texts = hub_texts(recipe.calibration, tokenizer) if file is None else read_texts(file, tokenizer)
-        rows = rows_of(
-            texts,
-            tokenizer,
-            samples=count + held_back,
-            seqlen=recipe.seqlen,
-            where=recipe.calibration,
-            of=recipe.samples + held_back,
-            beside=held_back,
-        )
-        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))]
-
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        if self.files.gguf_file is not None:
-            return AutoTokenizer.from_pretrained(self.files.root, gguf_file=self.files.gguf_file.name)
-        try:
-            return AutoTokenizer.from_pretrained(self.files.root, trust_remote_code=False)
-        except Exception as error:  # whatever lies there
-            first = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"{self.files.root} has no tokenizer that transformers reads ({first[:200]}): put tokenizer.json and "
-                "tokenizer_config.json beside the weights"
-            ) from None
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
@@ -394,7 +265,7 @@ class _Run:
     def _write(self, out: Path, model: FloatModel, results: Results, plan: Plan) -> Written:
         written = write_weights(out, model, self.reader, results, self.recipe)
         kept = dict.fromkeys(["lm_head", *model.outer_linears(), *with_fused(written.kept)])
-        original = self.config if self.files.config_path is None else read_json(self.files.config_path)
+        original = self.original.config if self.files.config_path is None else read_json(self.files.config_path)
         write_config(out, original, quantization_config(self.recipe, plan.group_size, written.example, list(kept)))
         copy_tokenizer(self.files, out)
         return written
@@ -402,7 +273,7 @@ class _Run:
     def _written_config(self, out: Path) -> Any:
         """The config as it was written and as transformers reads it, without what it says of quantization."""
         try:
-            config = _read_config(out)
+            config = config_in(out)
         except Exception as error:  # other people's code, which raises what it likes
             raise VerificationError(f"transformers does not read the config that was written ({type(error).__name__}: {error})") from error
         if hasattr(config, "quantization_config"):
@@ -428,23 +299,23 @@ class _Run:
             return check_logits(again.logits(tokens, found), model.logits(tokens, meant))
 
     def _evaluate(self, out: Path, model: FloatModel, held_back: Tensor, written: Written, plan: Plan) -> Quality:
-        recipe = self.recipe
-        if self.eval_text is not None and self.eval_tokens is not None:
-            tokens = self.eval_tokens
-            seqlen, text = min(DEFAULT_SEQLEN, len(tokens), model.context_length or DEFAULT_SEQLEN), self.eval_text.name
+        recipe, texts = self.recipe, self.texts
+        if texts.eval_text is not None and texts.eval_tokens is not None:
+            tokens = texts.eval_tokens
+            seqlen, text = min(DEFAULT_SEQLEN, len(tokens), model.context_length or DEFAULT_SEQLEN), texts.eval_text.name
         else:
             tokens, seqlen = held_back.flatten().tolist(), recipe.seqlen
             text = "text of the model's own" if recipe.calibration == "self" else f"samples held back from {recipe.calibration}"
         if plan.evaluates_whole:
             try:
                 return by_engine(
-                    self.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text, device=self.device.type
+                    self.original.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text, device=self.device.type
                 )
             except (ValueError, RuntimeError) as error:  # a config of a known architecture does not promise known weights
                 logger.warning("Octavo's engine does not read this model (%s): transformers evaluates it", error)
                 self.served = False
         with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
-            quantized = FloatModel(self._transformers_config(), reader, self.device)
+            quantized = FloatModel(self.original.transformers_config(), reader, self.device)
             quantized.load_outer()
             return by_transformers(model, quantized, tokens, seqlen=seqlen, text=text, scratch=out.parent if plan.on_disk else None)
 
@@ -455,25 +326,10 @@ class _Run:
         prompt = prompt[: max(1, (model.context_length or len(prompt)) // 2)]
         try:
             device = self.device.type
-            return speed_of(self.model_path, prompt, device=device), speed_of(str(out), prompt, device=device)
+            return speed_of(self.original.model_path, prompt, device=device), speed_of(str(out), prompt, device=device)
         except (ValueError, RuntimeError, MemoryError) as error:
             self.notes.append(f"speed was not measured: {error}")
             return None, None
-
-
-def _read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-    from transformers import __version__ as version
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call, unused-ignore]
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"{folder} is of an architecture that transformers {version} does not have; it comes as code beside the weights, "
-            "which Octavo does not run: use a newer transformers, if that has it"
-        ) from None
 
 
 def _peak_bytes() -> int:
@@ -484,10 +340,3 @@ def _peak_bytes() -> int:
 def _added(errors: Sequence[float], paths: Sequence[str]) -> Mapping[str, float]:
     """What each block adds to the relative error of the hidden state."""
     return {path: error - before for path, error, before in zip(paths, errors, [0.0, *errors], strict=False)}
-
-
-def refuse_quantized(files: ModelFiles, config: Mapping[str, Any], reader: WeightReader) -> None:
-    """Raises ValueError for a checkpoint whose weights are quantized already; a GGUF file's are read as floats."""
-    found = read_quantization_config(files, config, reader.tensors())
-    if found is not None:
-        raise ValueError(f"{files.name} is quantized already ({found.method}, says {found.source}): give the original model")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.grouped_linear import GroupedWeight, dequantize
+from ..kernels.grouped_linear import GroupedWeight
 from .grid import Grid, writable
 
 _BLOCK = 64  # columns whose gradients are kept up to date one by one; those of the others come with one product
@@ -39,8 +39,9 @@ def refine_codes(weight: Tensor, hessian: Tensor, quantized: GroupedWeight, *, s
     codes = quantized.codes.t().float()
     scale = quantized.scale.float().t().repeat_interleave(g, dim=0)
     zero = _zeros(quantized).t().repeat_interleave(g, dim=0)
-    error = weight.t() - (codes - zero) * scale  # [K, N]: a column of the weight is a row here, and contiguous
-    curvature = hessian.diagonal().clamp(min=1e-12)
+    original = weight.t().contiguous()  # [K, N]: a column of the weight is a row here
+    error = original - (codes - zero) * scale
+    steps = (scale * hessian.diagonal().clamp(min=1e-12)[:, None]).reciprocal_()  # from a pull to codes
     for _ in range(sweeps):
         for start in range(0, len(codes), _BLOCK):
             part = slice(start, start + _BLOCK)
@@ -48,28 +49,33 @@ def refine_codes(weight: Tensor, hessian: Tensor, quantized: GroupedWeight, *, s
             inside = hessian[part, part]
             for i in range(len(pull)):
                 k = start + i
-                wanted = (codes[k] - zero[k]) * scale[k] + pull[i] / curvature[k]
-                code = torch.round(wanted / scale[k] + zero[k]).clamp_(0, top)
-                change = (code - codes[k]) * scale[k]
+                code = torch.addcmul(codes[k], pull[i], steps[k]).round_().clamp_(0, top)
+                change = (code - codes[k]).mul_(scale[k])
                 codes[k] = code
-                error[k] -= change
-                pull.addr_(inside[:, i], change, alpha=-1)
+                pull[i + 1 :].addr_(inside[i + 1 :, i], change, alpha=-1)
+            error[part] = original[part] - (codes[part] - zero[part]) * scale[part]
     return replace(quantized, codes=codes.t().to(torch.uint8).contiguous())
 
 
 def refine_scales(weight: Tensor, hessian: Tensor, quantized: GroupedWeight) -> GroupedWeight:
     """The scales of each row that fit its codes best, as they are written; rows that would lose by their rounding keep what they have."""
-    n, g = len(weight), quantized.group_size
+    (n, k), g = weight.shape, quantized.group_size
     grid = Grid(quantized.bits, g, quantized.zeros is None, quantized.scale.dtype)
     levels = (quantized.codes.view(n, -1, g).float() - _zeros(quantized)[..., None]).flatten(1)
-    parts = [_solve(weight[at : at + _ROWS], hessian, levels[at : at + _ROWS], g) for at in range(0, n, _ROWS)]
-    found = replace(quantized, scale=writable(torch.cat(parts), grid).to(quantized.scale.dtype))
-    better = _row_errors(weight, hessian, found) < _row_errors(weight, hessian, quantized)
-    return replace(found, scale=torch.where(better[:, None], found.scale, quantized.scale))
+    parts = []
+    for at in range(0, n, _ROWS):
+        rows = slice(at, at + _ROWS)
+        normal, wanted = _normal_equations(weight[rows], hessian, levels[rows], g)
+        ridge = torch.diag_embed((_RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20).expand(-1, k // g))
+        solved = torch.nan_to_num(torch.linalg.solve(normal + ridge, wanted)).float()
+        found, old = writable(solved, grid).to(quantized.scale.dtype), quantized.scale[rows]
+        better = _loss(normal, wanted, found) < _loss(normal, wanted, old)
+        parts.append(torch.where(better[:, None], found, old))
+    return replace(quantized, scale=torch.cat(parts))
 
 
-def _solve(weight: Tensor, hessian: Tensor, levels: Tensor, g: int) -> Tensor:
-    """Scales [N, G] that minimise (w - s . levels) H (w - s . levels)^T, row by row."""
+def _normal_equations(weight: Tensor, hessian: Tensor, levels: Tensor, g: int) -> tuple[Tensor, Tensor]:
+    """A [N, G, G] and b [N, G], float64, of the scales s that minimise (w - s . levels) H (w - s . levels)^T, row by row: A s = b."""
     n, k = weight.shape
     groups = k // g
     by_group = levels.view(n, groups, g)
@@ -79,12 +85,10 @@ def _solve(weight: Tensor, hessian: Tensor, levels: Tensor, g: int) -> Tensor:
         pulled = by_group[:, group] @ hessian[group * g : (group + 1) * g]  # [N, K]
         normal[:, group] = (pulled.view(n, groups, g) * by_group).sum(-1)
         wanted[:, group] = (pulled * weight).sum(-1)
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + 1e-20
-    solved: Tensor = torch.linalg.solve(normal.double(), wanted.double()).float()
-    return torch.nan_to_num(solved)
+    return normal.double(), wanted.double()
 
 
-def _row_errors(weight: Tensor, hessian: Tensor, quantized: GroupedWeight) -> Tensor:
-    difference = dequantize(quantized) - weight
-    return (difference @ hessian).mul_(difference).sum(1)
+def _loss(normal: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
+    """What scales [N, G] lose in each row, less w H w^T, which no scale changes."""
+    s = scale.double()
+    return torch.einsum("ng,ngh,nh->n", s, normal, s) - 2 * (s * wanted).sum(1)

@@ -72,7 +72,7 @@ QUESTIONS = (
     "What is 17 times 24? Show each step.",
 )
 TEMPERATURE, TOP_P = 0.9, 0.95
-ANSWER_TOKENS = 128  # at most, after an opening or a question
+ANSWER_TOKENS = 64  # at most, after an opening or a question
 _LEAST_TOKENS = 16  # a text, on average: of a model that writes less, not enough comes together
 _CHAT_SHARE = 12  # every so-manieth prompt is a question, where there is a chat template
 

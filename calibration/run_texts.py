@@ -1,0 +1,127 @@
+"""The texts of a run: rows of tokens to calibrate on, and what quality is measured on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .budget import budget_of
+from .float_text import batch_of, drawing
+from .original import Original
+from .progress import Progress
+from .recipe import Recipe
+from .samples import hub_texts, might_be_on_hub, read_texts, rows_of
+from .self_text import OwnText, write_samples
+from .work import WorkFolder, write_whole
+
+_HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
+_EVAL_TOKENS = 1 << 14
+_LEAST_EVAL_TOKENS = 16
+_ENOUGH_TOKENS = 4096  # to judge on: with fewer, the perplexity of equal models differs by percents from text to text
+
+
+class RunTexts:
+    """`eval_tokens`: what the file `eval_text` holds, None without one: samples held back are measured on then.
+
+    Raises ValueError, before any work is done, for an evaluation text that is missing, unreadable or too short.
+    """
+
+    def __init__(self, original: Original, recipe: Recipe, eval_text: Path | None, device: torch.device) -> None:
+        self.original, self.recipe, self.device = original, recipe, device
+        self.eval_text = eval_text
+        self.eval_tokens = None if eval_text is None else self._read_eval_text(eval_text)
+
+    def _read_eval_text(self, file: Path) -> list[int]:
+        if not file.is_file():
+            raise ValueError(f"there is no file {file} to evaluate on")
+        try:
+            content = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
+        tokens: list[int] = self.original.tokenizer(content).input_ids[:_EVAL_TOKENS]
+        self.original.check_vocabulary(max(tokens, default=0))
+        if len(tokens) < _LEAST_EVAL_TOKENS:
+            raise ValueError(f"{file} has {len(tokens)} tokens: give a text of at least {_LEAST_EVAL_TOKENS} to evaluate on")
+        return tokens
+
+    def check_calibration(self) -> None:
+        """Raises ValueError for a calibration file that will not do. Hub data sets are not looked at."""
+        if self.recipe.calibration == "self":
+            _ = self.original.tokenizer
+        elif self.recipe.calibration_file() is not None or not might_be_on_hub(self.recipe.calibration):
+            self._text_rows()
+
+    def samples(self, work: WorkFolder, identity: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """int64 [samples, seqlen] twice: to calibrate on, and held back. Taken from `work` where they lie there.
+
+        What the model itself writes is kept beside `work`, so that each attempt of a run, known by `identity`, goes on with the text of
+        the one before.
+        """
+        if not work.has("tokens"):
+            own = self.recipe.calibration == "self"
+            work.save_tokens(self._own_rows(work.path.parent / "own-text.json", identity) if own else self._text_rows())
+        rows = work.load_tokens()
+        self.original.check_vocabulary(int(rows.max()))
+        return rows[: self._samples], rows[self._samples :]
+
+    def few_tokens(self, count: int | None = None) -> str | None:
+        """What is to be said of quality that is measured on `count` tokens (None: on what there is); None for enough of them."""
+        if count is None:
+            count = self._held_back * self.recipe.seqlen if self.eval_tokens is None else len(self.eval_tokens)
+        if count >= _ENOUGH_TOKENS:
+            return None
+        gated = self.recipe.max_ppl_increase is not None or self.recipe.max_kl is not None
+        what = "the quality gate is judged" if gated else "quality is measured"
+        return f"{what} on {count:,} tokens only, which says little: give a longer --eval FILE, or more --samples"
+
+    @property
+    def _samples(self) -> int:
+        return budget_of(self.recipe).samples
+
+    @property
+    def _held_back(self) -> int:
+        return 0 if self.eval_text is not None else max(1, round(self.recipe.samples * _HELD_BACK))
+
+    def _own_rows(self, file: Path, identity: Mapping[str, Any]) -> Tensor:
+        original, recipe = self.original, self.recipe
+        key = {**identity, "recipe": [recipe.seqlen, recipe.seed]}
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        text = OwnText(found["tokens"], found["asked"]) if found.get("of") == key else OwnText()
+        batch = batch_of(original.transformers_config(), recipe.seqlen)
+        count = self._samples + self._held_back
+        with (
+            drawing(original.model_path, str(original.files.root), recipe.seqlen, batch, self.device) as generate,
+            Progress("writing text", count * recipe.seqlen, "tokens") as bar,
+        ):
+            rows = write_samples(
+                generate,
+                original.tokenizer,
+                samples=count,
+                seqlen=recipe.seqlen,
+                seed=recipe.seed,
+                batch=batch,
+                text=text,
+                on_tokens=bar.step,
+            )
+        write_whole(file, json.dumps({"of": key, "tokens": text.tokens, "asked": text.asked}).encode())
+        return rows
+
+    def _text_rows(self) -> Tensor:
+        recipe, tokenizer = self.recipe, self.original.tokenizer
+        file = recipe.calibration_file()
+        texts = hub_texts(recipe.calibration, tokenizer) if file is None else read_texts(file, tokenizer)
+        rows = rows_of(
+            texts,
+            tokenizer,
+            samples=self._samples + self._held_back,
+            seqlen=recipe.seqlen,
+            where=recipe.calibration,
+            of=recipe.samples + self._held_back,
+            beside=self._held_back,
+        )
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))]
