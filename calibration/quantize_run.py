@@ -18,6 +18,7 @@ from ..quant.checkpoint.hf_config import read_json
 from .budget import budget_of
 from .climb import climb
 from .devices import computing_on, device_name, device_of, peak_bytes
+from .engines import engines_of, limits_of
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .float_text import served
@@ -42,7 +43,6 @@ from .work import Results, WorkFolder
 logger = logging.getLogger(__name__)
 
 _NOT_IDENTITY = ("max_memory", "max_ppl_increase", "max_kl")  # may differ when a run goes on
-_USUAL_GROUPS = (32, 64, 128)
 
 
 def quantize(
@@ -176,13 +176,9 @@ class _Run:
             before, after = self._speeds(made, tokens[0].tolist(), model, plan) if measure_speed else (None, None)
         notes = results.notes()
         notes_of_run = [] if plan.skipped_tuning is None else [f"tuning {plan.skipped_tuning}"]
-        if plan.group_size not in (*_USUAL_GROUPS, -1) and not self.recipe.eight_bit:
-            notes_of_run.append(f"groups of {plan.group_size} are for Octavo and transformers: vLLM and SGLang read 32, 64 and 128")
-        if written.transposed or written.stacked:
-            what = "weights that are stored transposed" if written.transposed else "experts that are one tensor in the checkpoint"
-            notes_of_run.append(
-                f"the original has {what}: no engine is known to read them quantized; they were verified by Octavo's reader"
-            )
+        modules = {name: about for note in notes for name, about in note["modules"].items()}
+        empty = FloatModel(self.original.transformers_config(), self.reader).module
+        notes_of_run += limits_of(written, self.recipe, plan.group_size, empty=empty, modules=modules)
         notes_of_run += self.notes
         if (few := self.texts.few_tokens(quality.num_tokens)) is not None:
             notes_of_run.append(few)
@@ -191,11 +187,11 @@ class _Run:
             model=self.files.name,
             recipe=self.recipe,
             group_size=plan.group_size,
-            modules={name: about for note in notes for name, about in note["modules"].items()},
+            modules=modules,
             block_errors=_added([note["error"] for note in notes], [model.block_prefix(index)[:-1] for index in range(plan.num_blocks)]),
             kept=written.kept,
             notes=tuple(notes_of_run),
-            engines=self._engines(written, plan),
+            engines=engines_of(written, self.recipe, plan.group_size, served=self.served),
             groups=written.groups,
             bits_per_weight=8 * written.packed_bytes / written.num_packed,
             quality=quality,
@@ -208,13 +204,6 @@ class _Run:
             device_peak_bytes=peak_bytes(self.device),
             seconds=self.seconds,
         )
-
-    def _engines(self, written: Written, plan: Plan) -> tuple[str, ...]:
-        """Those that are known to read what was written."""
-        if written.transposed or written.stacked:
-            return ()
-        others = ("vllm", "sglang") if plan.group_size in (*_USUAL_GROUPS, -1) or self.recipe.eight_bit else ()
-        return (*(("octavo",) if self.served else ()), *others)
 
     def _hidden(self, plan: Plan, samples: int, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
         shape = (samples, self.recipe.seqlen, *model.hidden_shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from octavo.calibration.recipe import Recipe
 from octavo.calibration.routers import find_routers
 from octavo.calibration.sites import find_sites
 
+from .architectures import VOCAB
 from .test_quantize import FAST, llama, text, with_tokenizer
 
 __all__ = ["llama", "text"]
@@ -162,6 +164,32 @@ def test_kv_scales_go_where_the_checkpoint_has_its_attention(text: Path, tmp_pat
             str(with_tokenizer("deepseek_v3", tmp_path / "latent")),
             Recipe(**{k: v for k, v in options.items() if k in ("method", "format", "kv_cache", "calibration")}, seqlen=32, group_size=16),
         )
+
+
+_FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+_BIGCODE = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "hindrance"),
+    [
+        ("falcon", _FALCON, "is a FalconLinear, and it runs quantized weights in plain linears alone"),
+        ("gpt_bigcode", _BIGCODE, "the initialisation of GPTBigCodeForCausalLM wants weights"),
+        ("mamba", {}, "the initialisation of MambaForCausalLM wants weights"),
+        ("lfm2", {}, None),
+        ("deepseek_v3", {}, None),
+    ],
+)
+def test_what_transformers_does_not_load_is_told(
+    name: str, changes: dict[str, Any], hindrance: str | None, text: Path, tmp_path: Path
+) -> None:
+    model = with_tokenizer(name, tmp_path / "model", **changes)
+    result = quantize(str(model), tmp_path / "out", **FAST, method="rtn", format="compressed-tensors", calibration=str(text))
+    told = [note for note in result.notes if "transformers does not load this folder" in note]
+    assert len(told) == (hindrance is not None)
+    assert all(str(hindrance) in note for note in told)
+    with nullcontext() if hindrance is None else pytest.raises(AttributeError):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Which engines read a folder that was written, as far as it is known of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from .output import Written
+from .recipe import Recipe
+
+_USUAL_GROUPS = (32, 64, 128, -1)
+
+
+def engines_of(written: Written, recipe: Recipe, group_size: int, *, served: bool) -> tuple[str, ...]:
+    """Those that are known to serve it; `served`: whether Octavo has the architecture."""
+    if written.transposed or written.stacked:
+        return ()
+    others = ("vllm", "sglang") if group_size in _USUAL_GROUPS or recipe.eight_bit else ()
+    return (*(("octavo",) if served else ()), *others)
+
+
+def limits_of(written: Written, recipe: Recipe, group_size: int, *, empty: nn.Module, modules: Iterable[str]) -> list[str]:
+    """A sentence for each thing that keeps an engine from reading the folder.
+
+    `empty`: a transformers model like the original, on the meta device, of which nothing is left afterwards; `modules`: what was quantized.
+    """
+    found = []
+    if group_size not in _USUAL_GROUPS and not recipe.eight_bit:
+        found.append(f"groups of {group_size} are for Octavo and transformers: vLLM and SGLang read 32, 64 and 128")
+    if written.transposed or written.stacked:
+        what = "weights that are stored transposed" if written.transposed else "experts that are one tensor in the checkpoint"
+        found.append(f"the original has {what}: no engine is known to read them quantized; they were verified by Octavo's reader")
+    elif recipe.layout == "compressed-tensors" and (reason := _hindrance(empty, modules)) is not None:
+        found.append(f"transformers does not load this folder: {reason}")
+    return found
+
+
+def _hindrance(empty: nn.Module, modules: Iterable[str]) -> str | None:
+    """Why transformers cannot load a model with these modules quantized, None where nothing is known.
+
+    compressed-tensors takes `weight` from linears and gives them a forward of its own; after that the model's initialisation still looks
+    at each module that was not in the checkpoint whole.
+    """
+    linears = {path: empty.get_submodule(path) for path in modules if "[" not in path}  # not experts of a parameter
+    for path, module in linears.items():
+        if type(module).forward is not nn.Linear.forward:
+            return f"{path} is a {type(module).__name__}, and it runs quantized weights in plain linears alone"
+    for module in empty.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    for module in linears.values():
+        module._is_hf_initialized = True  # type: ignore[assignment]
+        del module.weight
+    try:
+        empty.initialize_weights()  # type: ignore[operator]
+    except AttributeError as error:
+        return f"the initialisation of {type(empty).__name__} wants weights that quantized linears do not have ({error})"
+    return None
