@@ -18,7 +18,7 @@ Order = Literal["natural", "groups", "columns"]  # groups: groups and columns wi
 ORDERS: tuple[Order, ...] = ("natural", "groups", "columns")
 
 
-_DOUBLE_UP_TO = 4096  # inputs: beyond, float64 takes gigabytes, and float32 with more damping where it must
+DOUBLE_UP_TO = 4096  # inputs: beyond, float64 takes gigabytes, and float32 with more damping where it must
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -39,7 +39,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 
     Raises NotPositiveDefiniteError where that does not help.
     """
-    exact = torch.float64 if len(hessian) <= _DOUBLE_UP_TO else hessian.dtype
+    exact = torch.float64 if len(hessian) <= DOUBLE_UP_TO else hessian.dtype
     for _ in range(6):
         try:
             lower = torch.linalg.cholesky(damped(hessian, damp).to(exact))

@@ -17,6 +17,7 @@ from .devices import device_name, free_bytes
 from .eight_bit import BLOCK
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
+from .gptq import DOUBLE_UP_TO
 from .grid import Grid
 from .output import FUSED, SHARD_BYTES
 from .recipe import Recipe
@@ -30,7 +31,8 @@ _DEFAULT_SHARE = 0.8  # of the memory that is free
 _MOST_LINES = 32
 _GIB = 2**30
 _PROBE_TOKENS = 24
-_SQUARES, _WEIGHT_COPIES = 10, 8  # float32 at once while a linear is solved, [K, K] (some of them float64) and [N, K]
+_WEIGHT_COPIES = 8  # float32 [N, K] at once while a linear is solved
+_SQUARES, _SQUARES_IN_DOUBLE = 6, 10  # and [K, K], in float32; of narrow linears some are float64
 _EVAL_LOGIT_COPIES = 8  # of a window's: both models', and what is made of them
 VERIFIED_TOKENS = 128  # of one sample, that go through the model as it was written
 _VERIFY_LOGIT_COPIES = 4
@@ -271,7 +273,8 @@ def _block_bytes(model: FloatModel, linears: Mapping[str, tuple[int, int]]) -> i
         shapes = [shape for path, shape in linears.items() if path.startswith(prefix)]
         weights = 2 * sum(parameter.numel() for parameter in model.blocks[index].parameters())
         moments = sum(k * k for _, k in shapes)
-        solving = max((_SQUARES * k * k + _WEIGHT_COPIES * n * k for n, k in shapes), default=0)
+        squares = {k: (_SQUARES_IN_DOUBLE if k <= DOUBLE_UP_TO else _SQUARES) * k * k for _, k in shapes}
+        solving = max((squares[k] + _WEIGHT_COPIES * n * k for n, k in shapes), default=0)
         active = sum(n + k for (n, k) in {path.split("[")[0]: shape for path, shape in linears.items() if path.startswith(prefix)}.values())
         return 4 * (weights + moments + solving + CHUNK_TOKENS * active)
 

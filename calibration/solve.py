@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,11 +105,11 @@ def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: 
         raise ValueError("the inputs hold NaN or infinite values: the float model itself overflows on the calibration text")
     if steps.kind != "grouped":
         return [_eight_bit(weight, hessian, grid, steps) for weight in weights]
-    best, how = round_to_nearest(stacked, grid, hessian.diagonal()), "nearest"
-    if steps.orders and moments.count < FEW_TOKENS:
-        how = f"nearest: saw {moments.count} tokens"
-    elif steps.orders:
+    if steps.orders and moments.count >= FEW_TOKENS:
         best, how = _best_gptq(stacked, hessian, grid, steps)
+    else:
+        best = round_to_nearest(stacked, grid, hessian.diagonal())
+        how = f"nearest: saw {moments.count} tokens" if steps.orders else "nearest"
     values = dequantize(best)
     solved, at = [], 0
     for weight in weights:
@@ -133,17 +134,12 @@ def _eight_bit(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> Sol
 
 
 def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> tuple[GroupedWeight, str]:
-    best: GroupedWeight | None = None
-    least, how = float("inf"), ""
+    tried: list[tuple[GroupedWeight, str]] = []
     for order in steps.orders:
         for damp in steps.damps:
-            try:
-                found = gptq(weight, hessian, grid, order=order, damp=damp)
-            except NotPositiveDefiniteError:
-                continue
-            error = output_error(weight, dequantize(found), hessian)
-            if error < least:
-                best, least, how = found, error, f"gptq, {order}, damp {damp:g}"
-    if best is None:
+            with suppress(NotPositiveDefiniteError):
+                tried.append((gptq(weight, hessian, grid, order=order, damp=damp), f"gptq, {order}, damp {damp:g}"))
+    if not tried:
         return round_to_nearest(weight, grid, hessian.diagonal()), "nearest: no Cholesky factor"
+    best, how = tried[0] if len(tried) == 1 else min(tried, key=lambda one: output_error(weight, dequantize(one[0]), hessian))
     return refine(weight, damped(hessian, _FIT_DAMP), best, rounds=steps.refine_rounds), how

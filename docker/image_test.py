@@ -1,9 +1,11 @@
-"""Builds the CPU image without a Docker engine and runs it, as `make image-test` does. Needs root and Debian's buildah and debootstrap.
+"""Builds an image without a Docker engine and runs it, as `make image-test` does. Needs root and Debian's buildah and debootstrap.
 
     python docker/image_test.py [--model FILE.gguf] [--work DIR] [--built]
+    python docker/image_test.py --arch sm90 [--families llama-3-8b]
 
-The image is run as its user, asked a question, and stopped in the middle of a stream. Prints what it sees; ends with 1 at the first thing
-that is not as it should be. pip's settings of this machine are used for the build, with the folders that they name.
+The CPU image is run as its user, asked a question, and stopped in the middle of a stream; in one for GPUs, which needs none for this, the
+compiled kernels are looked for, by the program that would otherwise compile them. Prints what it sees; ends with 1 at the first thing that
+is not as it should be. pip's settings of this machine are used for the build, with the folders that they name.
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE, IMAGE = "localhost/octavo-base", "localhost/octavo:cpu"
+BASE = "localhost/octavo-base"
+ARCHS = ("cpu", "sm80", "sm89", "sm90", "sm100")
 PORT = 31900
-MOST_BYTES = 1.6e9  # the CPU image, unpacked
+MOST_BYTES = {"cpu": 1.6e9}  # unpacked
+MOST_BYTES_OF_GPUS = 8e9
+KERNELS = "usr/local/octavo/kernels"
 START_S, DRAIN_S = 180, 30
 _OF_BUILDAH = re.compile(r"exit(ed with)? status")  # its own lines about a command that failed
 ENVIRONMENT = {**os.environ, "BUILDAH_ISOLATION": "chroot", "STORAGE_DRIVER": "vfs", "BUILDAH_FORMAT": "docker"}
@@ -77,15 +82,19 @@ def make_base(work: Path) -> None:
     shutil.rmtree(root)
 
 
-def pip_settings() -> list[str]:
-    """Build arguments and volumes that give the build this machine's pip settings."""
+def image_of(arch: str) -> str:
+    return f"localhost/octavo:{arch}"
+
+
+def pip_settings(names: tuple[str, ...]) -> list[str]:
+    """Build arguments and volumes that give the build this machine's pip settings of these names."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, text=True, check=True).stdout
     found: dict[str, str] = {}
     for line in listed.splitlines():
         name, _, value = line.partition("=")
         found[name.rpartition(".")[2]] = value.strip("'")
     words, places = [], set()
-    for name in ("index-url", "extra-index-url", "find-links", "cert"):
+    for name in names:
         if name in found:
             words += ["--build-arg", f"PIP_{name.upper().replace('-', '_')}={found[name]}"]
             places |= {part.removeprefix("file://").removesuffix("/simple") for part in found[name].split()}
@@ -95,9 +104,13 @@ def pip_settings() -> list[str]:
     return [*words, "--build-arg", "TORCH_INDEX=default"] if words else []
 
 
-def build(work: Path) -> None:
-    words: list[str | Path] = ["--build-arg", f"BASE={BASE}", "--build-arg", "ARCH=cpu", "--signature-policy", policy_of(work)]
-    buildah("bud", "--quiet", "--layers", "-t", IMAGE, "-f", ROOT / "docker" / "Dockerfile", *words, *pip_settings(), ROOT)
+def build(work: Path, arch: str, families: str) -> None:
+    words: list[str | Path] = ["--build-arg", f"BASE={BASE}", "--build-arg", f"ARCH={arch}", "--build-arg", f"MODELS={families}"]
+    words += ["--signature-policy", policy_of(work)]
+    # This machine's own wheels may be of torch without CUDA; and layers of gigabytes are not kept.
+    pip = ("index-url", "extra-index-url", "find-links", "cert") if arch == "cpu" else ("index-url", "cert")
+    words += ["--layers" if arch == "cpu" else "--layers=false", *pip_settings(pip)]
+    buildah("bud", "--quiet", "-t", image_of(arch), "-f", ROOT / "docker" / "Dockerfile", *words, ROOT)
 
 
 def read_config(image: str) -> Any:
@@ -105,9 +118,9 @@ def read_config(image: str) -> Any:
 
 
 @contextmanager
-def container(work: Path) -> Iterator[tuple[str, Path]]:
+def container(work: Path, arch: str) -> Iterator[tuple[str, Path]]:
     """A container of the image, and its root folder."""
-    name = buildah("from", "--signature-policy", policy_of(work), IMAGE)
+    name = buildah("from", "--signature-policy", policy_of(work), image_of(arch))
     try:
         yield name, Path(buildah("mount", name))
     finally:
@@ -187,10 +200,44 @@ def serve(name: str, root: Path, model: Path) -> None:
     check(not written, f"nothing is written outside of /cache and /tmp: {written[:4]}")
 
 
+def sizes(root: Path) -> None:
+    """What weighs most in the image."""
+    packages = next((root / "usr/local/octavo/lib").glob("python3*/site-packages"))
+    found = {path.name: path for path in packages.iterdir() if path.is_dir()}
+    found |= {f"nvidia/{path.name}": path for path in (packages / "nvidia").glob("*") if path.is_dir()}
+    found.pop("nvidia", None)
+    found |= {"kernels": root / KERNELS, "Debian, Python": root / "usr/lib"}
+    weights = {name: size_of(path) for name, path in found.items()}
+    for name, size in sorted(weights.items(), key=lambda item: -item[1])[:16]:
+        print(f"      {name:<24}{size / 2**20:8,.0f} MiB")
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def check_kernels(name: str, root: Path, arch: str, families: str) -> None:
+    """What would compile a family's kernels finds them all, without a C compiler."""
+    binaries = list((root / KERNELS).rglob("*.cubin"))
+    check(bool(binaries), f"{len(binaries)} compiled kernels, {size_of(root / KERNELS) / 2**20:.0f} MiB")
+    family = families.split(maxsplit=1)[0] if families else "llama-3-8b"
+    words = ["kernels", "compile", "--arch", arch.replace("sm", "sm_"), "--load-format", "dummy", "--model", "/family"]
+    for folder in (root / KERNELS, *(path for path in (root / KERNELS).rglob("*") if path.is_dir())):
+        folder.chmod(0o777)  # the command wants to write
+    started = time.monotonic()
+    process = run_in(name, *words, "--cache-dir", f"/{KERNELS}", volumes=(f"{ROOT / 'docker' / 'families' / family}:/family:ro",))
+    printed = process.communicate(timeout=600)[0]
+    told = printed.strip().splitlines()[-1] if printed.strip() else ""
+    check(process.returncode == 0, f"the kernels of {family} are all there, looked up in {time.monotonic() - started:.0f} s: {told}")
+    check(len(list((root / KERNELS).rglob("*.cubin"))) == len(binaries), "none was compiled")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a GGUF file to serve (default: the embedded one)")
     parser.add_argument("--work", type=Path, default=Path("/var/tmp/octavo-image"), help="for what is made on the way")
+    parser.add_argument("--arch", choices=ARCHS, default="cpu")
+    parser.add_argument("--families", default="", help="of docker/families, whose kernels are compiled (default: all)")
     parser.add_argument("--built", action="store_true", help="take the image that was built before")
     given = parser.parse_args()
     for tool in ("buildah", "debootstrap"):
@@ -205,15 +252,16 @@ def main() -> None:
     make_base(given.work)
     if not given.built:
         started = time.monotonic()
-        build(given.work)
+        build(given.work, given.arch, given.families)
         print(f"      built in {time.monotonic() - started:.0f} s")
-    config = read_config(IMAGE)
+    config = read_config(image_of(given.arch))
     check(config["User"] == "10001:10001", "the image has a user of its own")
     check(config["Entrypoint"] == ["octavo-container"] and bool(config.get("Healthcheck")), "entry point and health check")
     check("org.opencontainers.image.licenses" in config["Labels"], "labels")
-    with container(given.work) as (name, root):
-        size = sum(path.lstat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink())
-        check(size < MOST_BYTES, f"{size / 1e9:.2f} GB unpacked")
+    with container(given.work, given.arch) as (name, root):
+        size = size_of(root)
+        sizes(root)
+        check(size < MOST_BYTES.get(given.arch, MOST_BYTES_OF_GPUS), f"{size / 1e9:.2f} GB unpacked")
         for path, least in (("usr/local/octavo", 0), ("usr/local/octavo/sbom.cdx.json", 1000)):
             check((root / path).exists() and (root / path).stat().st_size > least, f"/{path} is there")
         found = [
@@ -224,7 +272,11 @@ def main() -> None:
         ]
         check(not found, f"no compiler: {found}")
         doctor = run_in(name, "doctor")
-        check("Serving works here." in doctor.communicate(timeout=300)[0] and doctor.returncode == 0, "doctor works")
+        printed = doctor.communicate(timeout=300)[0]
+        check("Serving works here." in printed and doctor.returncode == 0, "doctor works")
+        if given.arch != "cpu":
+            check_kernels(name, root, given.arch, given.families)
+            return
         refused(name, "no model", "set MODEL_PATH")
         refused(name, "an unreadable model folder", "/nowhere", env={"MODEL_PATH": "/nowhere"})
         refused(name, "an unknown variable", "OCTAVO_PORT", env={"OCTAVO_PRT": "1", "MODEL_PATH": "/models"})
