@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ DEFAULT_CONCURRENCY = 16
 DEFAULT_NUM_PREFIXES = 4
 DEFAULT_PREFIX_LEN = 1024
 _WARMUP_STREAM = 2**31  # a stream of random numbers that no run uses
+_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 _Number = TypeVar("_Number", int, float)
 
 
@@ -99,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefix-len", type=_count, metavar="N", help=f"shared-prefix: tokens of each (default: {DEFAULT_PREFIX_LEN})")
     add("--warm-prefixes", action="store_true", help="shared-prefix: send each prefix once, alone, before measuring")
     add(
+        "--session-header",
+        metavar="NAME",
+        help="shared-prefix: a header that names the prefix, for gateways that keep sessions together, such as X-Session-Id",
+    )
+    add(
         "--tokenizer",
         metavar="PATH",
         help="folder, tokenizer.json, .gguf or hub id (default: the model that /v1/models names as root)",
@@ -144,7 +151,13 @@ def _serving(args: argparse.Namespace) -> int:
     if model is None:
         raise BadOptions(f"{base_url}/models lists no model: name one with --model")
     target = Target(
-        base_url=base_url, model=model, endpoint=args.endpoint, api_key=args.api_key, timeout_s=args.timeout, ignore_eos=args.ignore_eos
+        base_url=base_url,
+        model=model,
+        endpoint=args.endpoint,
+        api_key=args.api_key,
+        timeout_s=args.timeout,
+        ignore_eos=args.ignore_eos,
+        session_header=args.session_header,
     )
     vocabulary = _vocabulary(args, listed)
     print(f"measuring {model} at {base_url}")
@@ -161,7 +174,7 @@ def _serving(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.dataset == "random":
-        given = [flag for flag in ("num_prefixes", "prefix_len", "warm_prefixes") if getattr(args, flag)]
+        given = [flag for flag in ("num_prefixes", "prefix_len", "warm_prefixes", "session_header") if getattr(args, flag)]
         if given:
             raise BadOptions(
                 f"--{given[0].replace('_', '-')} means nothing for random prompts: add --dataset shared-prefix or leave it out"
@@ -170,6 +183,8 @@ def _check(args: argparse.Namespace) -> None:
         raise BadOptions("--endpoint chat sends text, which --vocab-size says nothing about: give --tokenizer PATH instead")
     if args.tokenizer is not None and args.vocab_size is not None:
         raise BadOptions("--tokenizer and --vocab-size both say which tokens there are: give one of them")
+    if args.session_header is not None and not _HEADER_NAME.fullmatch(args.session_header):
+        raise BadOptions(f"--session-header {args.session_header!r} is no name of a header: letters, digits and hyphens make one")
     for path in filter(None, (args.output_json, args.output_png)):
         if not path.absolute().parent.is_dir():
             raise BadOptions(f"cannot write {path}: the folder {path.absolute().parent} does not exist")

@@ -24,7 +24,10 @@ class Unreachable(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A server and how to ask it. `base_url` ends before the endpoint's path and includes `/v1`."""
+    """A server and how to ask it. `base_url` ends before the endpoint's path and includes `/v1`.
+
+    `session_header`: sent with requests that share a prefix, and names it.
+    """
 
     base_url: str
     model: str
@@ -32,6 +35,11 @@ class Target:
     api_key: str | None = None
     timeout_s: float = 600.0
     ignore_eos: bool = False
+    session_header: str | None = None
+
+    def headers(self, prompt: Prompt) -> dict[str, str]:
+        """What a gateway keeps requests with one prefix together by."""
+        return {} if self.session_header is None or prompt.prefix is None else {self.session_header: f"prefix-{prompt.prefix}"}
 
     def client(self) -> StreamingClient:
         path = "completions" if self.endpoint == "completions" else "chat/completions"
@@ -104,7 +112,7 @@ async def run_load(
 
     async def one(prompt: Prompt) -> Exchange:
         try:
-            return await client.post(target.payload(prompt.content, output_len))
+            return await client.post(target.payload(prompt.content, output_len), target.headers(prompt))
         finally:
             permits.release()
             on_done()

@@ -82,16 +82,20 @@ class StreamingClient:
         lines = [f"POST {parts.path or '/'} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
         self._head = "\r\n".join(lines).encode("latin-1")
 
-    async def post(self, payload: Mapping[str, Any]) -> Exchange:
-        """Send one request and wait for the end of its answer. Never raises for what the network or the server does: see Exchange.error."""
+    async def post(self, payload: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Exchange:
+        """Send one request, with `headers` of its own, and wait for the end of its answer.
+
+        Never raises for what the network or the server does: see Exchange.error.
+        """
         body = json.dumps(payload).encode()
+        head = b"".join([self._head, *(f"\r\n{name}: {value}".encode("latin-1") for name, value in (headers or {}).items())])
         listener = _Listener(asyncio.get_running_loop())
         begun = time.perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
                 transport = await self._connect(listener)
                 begun = time.perf_counter()
-                transport.write(b"%b\r\nContent-Length: %d\r\n\r\n%b" % (self._head, len(body), body))
+                transport.write(b"%b\r\nContent-Length: %d\r\n\r\n%b" % (head, len(body), body))
                 await listener.done
         except TimeoutError:
             listener.error = f"no complete answer within {self._timeout_s:g} s"

@@ -26,6 +26,7 @@ class FakeServer:
     api_key: str | None = None
     fail: Callable[[int], str | None] = lambda number: None  # request number -> "status", "stream", "cut", "drop", "silent" or None
     requests: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)  # of the same, names in lower case
     max_in_flight: int = 0
     url: str = ""
     _in_flight: int = 0
@@ -39,6 +40,7 @@ class FakeServer:
             elif head.startswith("GET /v1/models ") and self.models is not None:
                 self._answer(writer, 200, {"object": "list", "data": self.models})
             elif head.startswith("POST /v1/"):
+                self.headers.append(fields)
                 body = json.loads(await reader.readexactly(int(fields["content-length"])))
                 await self._generate(writer, body, is_chat=head.startswith("POST /v1/chat/"))
             else:

@@ -103,6 +103,8 @@ def test_bad_values_are_refused(options: list[str], text: str, capsys: pytest.Ca
     ("options", "text"),
     [
         (["--prefix-len", "8"], "--prefix-len means nothing for random prompts"),
+        (["--session-header", "X-Session-Id"], "--session-header means nothing for random prompts"),
+        (["--dataset", "shared-prefix", "--session-header", "a: b"], "--session-header 'a: b' is no name of a header"),
         (["--warm-prefixes"], "--warm-prefixes means nothing for random prompts"),
         (["--endpoint", "chat"], "give --tokenizer PATH instead"),
         (["--tokenizer", "x"], "give one of them"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo.benchmarks.datasets import IdVocabulary, Prompt, random_prompts
+from octavo.benchmarks.datasets import IdVocabulary, Prompt, random_prompts, shared_prefix_prompts
 from octavo.benchmarks.metrics import RunResult
 from octavo.benchmarks.serving import ListedModel, Target, Unreachable, first_model, run_load, with_v1
 
@@ -49,6 +49,15 @@ def test_requests_say_what_was_asked(fake_server: Callable[..., Any]) -> None:
     assert [tuple(body["prompt"]) for body in server.requests] == [prompt.content for prompt in PROMPTS]
     body = server.requests[0]
     assert (body["model"], body["max_tokens"], body["temperature"], body["stream"], body["ignore_eos"]) == ("m", 5, 0.0, True, True)
+
+
+def test_a_shared_prefix_is_named_in_the_session_header(fake_server: Callable[..., Any]) -> None:
+    server = fake_server()
+    data = shared_prefix_prompts(IdVocabulary(100), np.random.default_rng(1), num_prompts=6, num_prefixes=2, prefix_len=4, input_len=3)
+    target = Target(base_url=f"{server.url}/v1", model="m", session_header="X-Session-Id")
+    asyncio.run(run_load(target, (*data.prompts, *PROMPTS[:1]), output_len=1, concurrency=1))
+    named = {tuple(body["prompt"][:4]): head.get("x-session-id") for body, head in zip(server.requests, server.headers, strict=True)}
+    assert sorted(named.values(), key=str) == [None, "prefix-0", "prefix-1"]
 
 
 def test_ignore_eos_is_sent_only_when_wanted(fake_server: Callable[..., Any]) -> None:
