@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+
+from octavo.deploy.nginx.local import config_of, running
 
 from ..test_end_to_end import Server, start
 
@@ -25,28 +24,6 @@ pytestmark = [
     pytest.mark.needs_embedded_model,
     pytest.mark.skipif(shutil.which("nginx") is None, reason="NGINX (Debian's package nginx-light) is not installed"),
 ]
-
-SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "nginx"
-AROUND = """
-pid {folder}/nginx.pid; error_log {folder}/error.log; daemon off; worker_processes 1;
-events {{ worker_connections 256; }}
-http {{
-  access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-  {shipped}
-}}
-"""
-
-
-def config_of(name: str, folder: Path, port: int, servers: list[Server]) -> str:
-    """A shipped file with other addresses: as many replicas as there are."""
-    shipped = (SHIPPED / name).read_text().replace("listen 80;", f"listen 127.0.0.1:{port};")
-    for number in (1, 2, 3):
-        line = re.compile(rf"^ *server octavo-{number}:30000.*\n", re.MULTILINE)
-        assert len(line.findall(shipped)) == 2
-        address = servers[number - 1].url.removeprefix("http://") if number <= len(servers) else None
-        shipped = line.sub(lambda found, to=address, n=number: found[0].replace(f"octavo-{n}:30000", to) if to else "", shipped)
-    return AROUND.format(folder=folder, shipped=shipped)
 
 
 @pytest.fixture
@@ -62,28 +39,8 @@ def replicas(tmp_path: Path) -> Iterator[list[Server]]:
         server.process.wait(20)
 
 
-@contextmanager
-def proxy(name: str, replicas: list[Server], folder: Path) -> Iterator[str]:
-    """NGINX with a shipped file; gives its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    file = folder / "nginx.conf"
-    file.write_text(config_of(name, folder, port, replicas))
-    with subprocess.Popen(["nginx", "-c", str(file), "-p", str(folder)]) as nginx:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 10
-        try:
-            while True:
-                try:
-                    httpx.get(f"{url}/health")
-                    break
-                except httpx.ConnectError:
-                    assert time.monotonic() < deadline
-                    assert nginx.poll() is None
-                    time.sleep(0.05)
-            yield url
-        finally:
-            nginx.terminate()
+def proxy(name: str, replicas: list[Server], folder: Path) -> AbstractContextManager[str]:
+    return running(name, [server.url for server in replicas], folder)
 
 
 def served(replicas: list[Server]) -> list[int]:
@@ -92,6 +49,16 @@ def served(replicas: list[Server]) -> list[int]:
 
 def ask(url: str, **headers: str) -> httpx.Response:
     return httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers=headers, timeout=60)
+
+
+def test_each_replica_is_named_twice(tmp_path: Path) -> None:
+    """Once for requests, once for those that are tried again."""
+    for name in ("least-conn.conf", "affinity.conf"):
+        text = config_of(name, ["http://a:1", "http://b:2/"], port=8080, folder=tmp_path)
+        assert (text.count("server a:1 "), text.count("server b:2 "), text.count("octavo-")) == (2, 2, 0)
+        assert "listen 127.0.0.1:8080;" in text
+    with pytest.raises(ValueError, match="one to 3 servers, not 4"):
+        config_of("affinity.conf", ["http://a:1"] * 4, port=8080, folder=tmp_path)
 
 
 def test_streams_pass_and_a_dead_replica_is_passed_over(replicas: list[Server], tmp_path: Path) -> None:
