@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -113,6 +114,14 @@ def build(work: Path, arch: str, families: str) -> None:
     buildah("bud", "--quiet", "-t", image_of(arch), "-f", ROOT / "docker" / "Dockerfile", *words, ROOT)
 
 
+def refuse_unknown_arch(work: Path) -> None:
+    words: list[str | Path] = ["--build-arg", f"BASE={BASE}", "--build-arg", "ARCH=sm70", "--signature-policy", policy_of(work)]
+    command = ["buildah", "bud", "--quiet", "-f", ROOT / "docker" / "Dockerfile", *words, ROOT]
+    done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    told = "ARCH=sm70 is not known: give cpu, sm80, sm89, sm90 or sm100"
+    check(done.returncode != 0 and told in done.stderr.splitlines(), f"an unknown ARCH: {told}")
+
+
 def read_config(image: str) -> Any:
     return json.loads(buildah("inspect", "--type", "image", image))["Docker"]["config"]
 
@@ -134,8 +143,8 @@ def run_in(name: str, *words: str, env: dict[str, str] | None = None, volumes: t
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def refused(name: str, what: str, told: str, *words: str, env: dict[str, str] | None = None) -> None:
-    process = run_in(name, *words, env=env)
+def refused(name: str, what: str, told: str, *words: str, env: dict[str, str] | None = None, volumes: tuple[str, ...] = ()) -> None:
+    process = run_in(name, *words, env=env, volumes=volumes)
     printed = process.communicate(timeout=120)[0]
     lines = [line for line in printed.splitlines() if line and not _OF_BUILDAH.search(line) and " INFO " not in line]
     check(process.returncode != 0 and len(lines) == 1 and told in lines[0], f"{what}: {lines}")
@@ -227,8 +236,9 @@ def check_kernels(name: str, root: Path, arch: str, families: str) -> None:
     started = time.monotonic()
     process = run_in(name, *words, "--cache-dir", f"/{KERNELS}", volumes=(f"{ROOT / 'docker' / 'families' / family}:/family:ro",))
     printed = process.communicate(timeout=600)[0]
-    told = printed.strip().splitlines()[-1] if printed.strip() else ""
+    told = next((line for line in printed.splitlines() if line.startswith("Compiled for ")), printed[-300:])
     check(process.returncode == 0, f"the kernels of {family} are all there, looked up in {time.monotonic() - started:.0f} s: {told}")
+    check("no launchers" not in printed, "and so are Triton's launchers")
     check(len(list((root / KERNELS).rglob("*.cubin"))) == len(binaries), "none was compiled")
 
 
@@ -254,6 +264,7 @@ def main() -> None:
         started = time.monotonic()
         build(given.work, given.arch, given.families)
         print(f"      built in {time.monotonic() - started:.0f} s")
+        refuse_unknown_arch(given.work)
     config = read_config(image_of(given.arch))
     check(config["User"] == "10001:10001", "the image has a user of its own")
     check(config["Entrypoint"] == ["octavo-container"] and bool(config.get("Healthcheck")), "entry point and health check")
@@ -281,6 +292,13 @@ def main() -> None:
         refused(name, "an unreadable model folder", "/nowhere", env={"MODEL_PATH": "/nowhere"})
         refused(name, "an unknown variable", "OCTAVO_PORT", env={"OCTAVO_PRT": "1", "MODEL_PATH": "/models"})
         refused(name, "more devices than there are", "tp", env={"TP_SIZE": "4", "MODEL_PATH": "/models"})
+        of_model = {"MODEL_PATH": "/models/model.gguf"}
+        mounted = f"{model}:/models/model.gguf:ro"
+        closed = given.work / "closed"
+        closed.mkdir(mode=0o755, exist_ok=True)
+        refused(name, "a cache folder that is read-only", "/cache", env=of_model, volumes=(mounted, f"{closed}:/cache:ro"))
+        with socket.create_server(("0.0.0.0", PORT)):
+            refused(name, "an occupied port", f"{PORT}", env={**of_model, "PORT": f"{PORT}"}, volumes=(mounted,))
         serve(name, root, model)
 
 
