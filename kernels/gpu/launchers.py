@@ -19,6 +19,7 @@ from typing import Any
 
 from .ahead import Compiled
 
+_LINKAGES = ("ELF", "")  # what platform.architecture() says where there is the command `file`, and where there is not
 _CALLS = re.compile(r"\bcu[A-Z]\w+(?=\()")
 
 
@@ -29,18 +30,22 @@ class CannotBuild(RuntimeError):
 def build_launchers(kernels: Iterable[Compiled]) -> int:
     """Build what starting `kernels` takes, into the folder that TRITON_CACHE_DIR names; gives how many modules that is.
 
-    Triton 3.9 finds its module only where libcuda.so.1 lies in a usual folder, or in TRITON_LIBCUDA_PATH both here and there.
+    What lies there already takes no compiler. Triton 3.9 finds its module only where libcuda.so.1 lies in a usual folder, or in
+    TRITON_LIBCUDA_PATH both here and there.
     Raises CannotBuild.
     """
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        raise CannotBuild("there is no C compiler: install gcc, or name one in CC")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     try:
-        return _build_all(kernels)
+        return _build_all(kernels, compiler)
+    except RuntimeError as error:
+        if compiler is not None:
+            raise
+        raise CannotBuild("there is no C compiler: install gcc, or name one in CC") from error
     except (subprocess.CalledProcessError, OSError) as error:
         raise CannotBuild(f"the C compiler failed ({error}): does it have Python's headers?") from error
 
 
-def _build_all(kernels: Iterable[Compiled]) -> int:
+def _build_all(kernels: Iterable[Compiled], compiler: str | None) -> int:
     from triton.backends.nvidia import driver
     from triton.runtime import build
 
@@ -50,23 +55,37 @@ def _build_all(kernels: Iterable[Compiled]) -> int:
     is_keyed_by_folder = hasattr(build, "compile_so_from_file")
     if not is_keyed_by_folder:
         sources[shared] = "cuda_utils"
-    with _hollow_libcuda([shared, *sources]):
-        for source, name in sources.items():
-            _build(driver, source, name)
+    with contextlib.nullcontext() if compiler is None else _hollow_libcuda(compiler, [shared, *sources]):
         folders = _driver_folders() if is_keyed_by_folder else []
-        for folder in folders:
-            _build_in(driver, folder)
+        for linkage in _LINKAGES:
+            with _keyed_by(linkage):
+                for source, name in sources.items():
+                    _build(driver, source, name)
+                for folder in folders:
+                    _build_in(driver, folder)
     return len(sources) + len(folders)
 
 
 @contextlib.contextmanager
-def _hollow_libcuda(sources: Iterable[str]) -> Iterator[None]:
+def _keyed_by(linkage: str) -> Iterator[None]:
+    """Inside, modules get the key that they have on a machine with this linkage: it is a part of Triton's."""
+    from triton.runtime import build
+
+    key = build.platform_key
+    build.platform_key = lambda: ",".join([platform.machine(), platform.system(), platform.architecture()[0], linkage])
+    try:
+        yield
+    finally:
+        build.platform_key = key
+
+
+@contextlib.contextmanager
+def _hollow_libcuda(compiler: str, sources: Iterable[str]) -> Iterator[None]:
     """A libcuda.so.1 of functions that do nothing, where the linker looks after all folders that it is given.
 
     It has those that `sources` call: many linkers leave out a library that nothing is found in.
     """
     names = sorted({name for source in sources for name in _CALLS.findall(source)})
-    compiler = os.environ.get("CC") or shutil.which("gcc") or "clang"
     before = os.environ.get("LIBRARY_PATH")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "libcuda.so.1")

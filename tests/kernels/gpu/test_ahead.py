@@ -362,7 +362,7 @@ def hollow_libcuda(folder: Path) -> Path:
 def test_a_server_finds_what_was_compiled_ahead_and_compiles_nothing(tmp_path: Path) -> None:
     libcuda, cache = hollow_libcuda(tmp_path), tmp_path / "cache"
     variables = {"TRITON_CACHE_DIR": str(cache), "TRITON_LIBCUDA_PATH": str(libcuda)}
-    compiled = run_python(
+    code = (
         _A_LAUNCH
         + """
 from octavo.kernels.gpu.launchers import build_launchers
@@ -370,13 +370,15 @@ with ahead.target(90) as compiler:
     launch(90, SOUND)()
     launch(90, Tile("stream", 128, 128, 128, 8, 3), m=2048)()
     print(json.dumps([list(compiler.compiled), build_launchers(compiler.compiled.values())]))
-""",
-        **variables,
+"""
     )
+    compiled = run_python(code, **variables)
     hashes, num_launchers = compiled
     assert len(hashes) == 2
     assert num_launchers >= 1
     before = tree(cache)
+    assert run_python(code, **variables, PATH=str(tmp_path)) == compiled  # again, where there is no compiler
+    assert tree(cache) == before
     for path in (cache, *cache.rglob("*")):
         path.chmod(path.stat().st_mode & ~0o222)
     # Triton's own driver now, which answers three questions without a GPU; tensors with addresses; no C compiler.
