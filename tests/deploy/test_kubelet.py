@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from ..test_end_to_end import Server, start
@@ -118,6 +119,32 @@ def wait(holds: Callable[[], bool], seconds: float) -> float:
 def ask(server: Server, tokens: int) -> httpx.Response:
     body = {"prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+
+
+def test_a_slow_model_is_given_its_time(probes: dict[str, Any], tmp_path: Path) -> None:
+    """The engine gets nothing done for 150 s, by the probes' time: a disk that stalls, a model of a hundred gigabytes."""
+    port = _free_port()
+    kubelet = Kubelet(probes, lambda: f"http://127.0.0.1:{port}")
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start, tmp_path, "--port", f"{port}", "--num-threads", "1")
+        wait(lambda: bool(_engines(port)), 30)
+        (engine,) = _engines(port)
+        engine.suspend()
+        time.sleep(150 / FASTER)
+        assert (kubelet.has_started, kubelet.is_ready, kubelet.restarts) == (False, False, [])
+        engine.resume()
+        server = starting.result()
+    wait(lambda: kubelet.is_ready, 10)
+    assert kubelet.restarts == []
+    kubelet.close()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+
+
+def _engines(port: int) -> list[psutil.Process]:
+    """Those of the server on this port, while it starts."""
+    servers = [child for child in psutil.Process().children() if str(port) in child.cmdline()]
+    return [child for server in servers for child in server.children()]
 
 
 def test_a_busy_pod_is_left_alone_and_a_draining_one_gets_no_traffic(pod: tuple[Server, Kubelet]) -> None:
