@@ -59,14 +59,15 @@ def examine() -> Diagnosis:
         devices = [_device_kernels(torch.device(name)) for name in (["cpu", "cuda"] if machine.cuda_devices else ["cpu"])]
     default = choose_device(EngineConfig()).type
     served_on = next(device for device in devices if device.device == default)
-    problems = [*requirement_faults(), *_problems(served_on)]
+    cache = _cache(Path(os.environ["NUMBA_CACHE_DIR"]))
+    problems = [*requirement_faults(), *_problems(served_on, cache)]
     return Diagnosis(
         machine=machine,
         versions=versions(),
         devices=tuple(devices),
         default_device=default,
         packages=packages.result(),
-        cache=_cache(Path(os.environ["NUMBA_CACHE_DIR"])),
+        cache=cache,
         problems=tuple(problems),
     )
 
@@ -80,9 +81,11 @@ def _device_kernels(device: torch.device) -> DeviceKernels:
     return DeviceKernels(device.type, platform, tuple(kernel.name for kernel in kernels), kernel_choices(device), kernel_trials(device))
 
 
-def _problems(device: DeviceKernels) -> list[str]:
+def _problems(device: DeviceKernels, cache: KernelCache) -> list[str]:
     if device.fault is not None:
         return [f"{device.fault}: serve with --device cpu"]
+    if device.device == "cpu" and not cache.is_writable:  # then none can be tried either
+        return [f"compiled CPU kernels cannot be kept in {cache.folder}: set OCTAVO_CACHE_DIR to a folder that can be written to"]
     wrong = [f"kernel {trial.kernel} fails on {trial.weights}: {trial.fault}" for trial in device.trials if trial.fault is not None]
     missing = [f"no kernel takes {choice.weights} on {device.platform}" for choice in device.choices if choice.kernel is None]
     return wrong + missing

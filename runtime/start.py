@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from .config import EngineConfig
@@ -45,6 +46,19 @@ def _has_compiled_kernels() -> bool:
     return any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbc"))
 
 
+def _check_cache_folder() -> None:
+    """Raises OSError where compiled kernels cannot be kept: Numba refuses to compile them then, in many lines."""
+    folder = Path(os.environ["NUMBA_CACHE_DIR"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"compiled CPU kernels cannot be kept in {folder} ({error.strerror}): set OCTAVO_CACHE_DIR to a folder that can be written to, "
+            "or mount a volume there"
+        ) from None
+
+
 def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ignore[no-untyped-def]
     """Load the model that `config` names and give its core, kernels compiled. Raises ValueError (and its kin) with the remedy."""
     from ..quant.checkpoint.resolve import resolve_model
@@ -55,6 +69,8 @@ def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ign
     files = resolve_model(resolved.model_path, revision=resolved.revision, needs_weights=resolved.needs_weights)
     threads = f" with {resolved.num_threads} threads" if resolved.device == "cpu" else ""
     logger.info("Loading %s on %s%s", files.name, resolved.device, threads)
+    if resolved.device == "cpu":
+        _check_cache_folder()
     must_compile = resolved.device == "cpu" and not _has_compiled_kernels()
     core = EngineCore(resolved, ModelRunner(resolved, files, show_progress=show_progress))
     if must_compile:

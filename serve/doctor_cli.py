@@ -76,7 +76,7 @@ def report(found: Diagnosis) -> Iterator[str]:
         state = there if package.fault is None else f"{package.version}, no: {package.fault}" if package.version else "not installed"
         yield from _wrapped(f"  {package.name:<20}{state}", 22)
         yield from _wrapped(f"  {'':<20}{package.use}" + (f" ({package.install})" if package.version is None else ""), 22)
-    state = "writable" if found.cache.is_writable else "NOT writable: each start compiles again; set OCTAVO_CACHE_DIR to a folder that is"
+    state = "writable" if found.cache.is_writable else "NOT writable: no model starts on the CPU; set OCTAVO_CACHE_DIR to a folder that is"
     yield from ["", "Compiled CPU kernels", f"  {found.cache.folder}", f"  {found.cache.num_kernels} there, {state}", ""]
     yield from _verdict(found.problems)
 

@@ -78,10 +78,13 @@ def test_a_kernel_that_fails_is_a_problem_with_its_reason() -> None:
     trial = doctor.Trial("cpu_int8", "int8 per channel, inputs int8", 1.0, "KernelFault: off")
     choice = doctor.Choice("fp8", None, False, (("cpu_int8", "takes int8"),))
     device = doctor.DeviceKernels("cpu", "cpu", ("cpu_int8",), (choice,), (trial,))
-    assert doctor._problems(device) == [
+    cache = doctor.KernelCache("cache", True, 0)
+    assert doctor._problems(device, cache) == [
         "kernel cpu_int8 fails on int8 per channel, inputs int8: KernelFault: off",
         "no kernel takes fp8 on cpu",
     ]
-    assert doctor._problems(doctor.DeviceKernels("cuda", "sm_75", (), (), (), "no linear kernels for sm_75")) == [
+    assert doctor._problems(doctor.DeviceKernels("cuda", "sm_75", (), (), (), "no linear kernels for sm_75"), cache) == [
         "no linear kernels for sm_75: serve with --device cpu"
     ]
+    (told,) = doctor._problems(device, doctor.KernelCache("cache", False, 0))
+    assert told == "compiled CPU kernels cannot be kept in cache: set OCTAVO_CACHE_DIR to a folder that can be written to"
