@@ -9,6 +9,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 4096
 MAX_TOP_LOGPROBS = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 1024
 
 
 class InvalidParameter(ValueError):
@@ -94,6 +95,8 @@ class SamplingParams:
         for text in self.stop:
             _require(isinstance(text, str) and text != "", "stop", text, "made of non-empty strings")
             _require(len(text) <= MAX_STOP_LENGTH, "stop", len(text), f"made of strings of at most {MAX_STOP_LENGTH} characters")
+        most = MAX_STOP_TOKEN_IDS
+        _require(len(self.stop_token_ids) <= most, "stop_token_ids", len(self.stop_token_ids), f"at most {most} token ids")
         for token in self.stop_token_ids:
             _require(_is_int(token) and token >= 0, "stop_token_ids", token, "made of token ids >= 0")
         for name in ("logprobs", "prompt_logprobs"):

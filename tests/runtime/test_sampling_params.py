@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from octavo.runtime.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, InvalidParameter, SamplingParams
+from octavo.runtime.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
+    InvalidParameter,
+    SamplingParams,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -24,7 +31,7 @@ REFUSED: dict[str, list[Any]] = {
     "logit_bias": [{-1: 0.0}, {"5": 1.0}, {True: 1.0}, {1: NAN}, {1: 100.5}, {1: -101}, dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 0.0)],
     "seed": [1.0, "1", True, 2**64, -(2**63) - 1],
     "stop": [("",), (5,), ("x",) * (MAX_STOP_STRINGS + 1)],
-    "stop_token_ids": [(-1,), (1.0,), (True,)],
+    "stop_token_ids": [(-1,), (1.0,), (True,), (1,) * (MAX_STOP_TOKEN_IDS + 1)],
     "logprobs": [-1, 1.0, True, MAX_TOP_LOGPROBS + 1],
     "prompt_logprobs": [-1, "1", False, MAX_TOP_LOGPROBS + 1],
     "prompt_logprobs_start": [-1, 0.0, None, True],
@@ -42,7 +49,7 @@ ALLOWED: dict[str, list[Any]] = {
     "logit_bias": [{}, {0: -100, 7: 100.0}, dict.fromkeys(range(MAX_LOGIT_BIAS), 0.0)],
     "seed": [None, 0, -(2**63), 2**64 - 1],
     "stop": [(), ("x",) * MAX_STOP_STRINGS],
-    "stop_token_ids": [(), (0, 10**6)],
+    "stop_token_ids": [(), (0, 10**6), (1,) * MAX_STOP_TOKEN_IDS],
     "logprobs": [None, 0, MAX_TOP_LOGPROBS],
     "prompt_logprobs": [None, 0, MAX_TOP_LOGPROBS],
     "prompt_logprobs_start": [0, 10**6],
