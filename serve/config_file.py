@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,22 @@ def flags_in(file: Path) -> list[str]:
         return []
     if not isinstance(content, dict):
         raise ValueError(f"--config {file} must hold a mapping from flags to values, such as `port: 8000`")
+    return flags_of_mapping(content, f"--config {file}")
+
+
+def flags_of_mapping(content: Mapping[Any, Any], where: str) -> list[str]:
+    """The same of a mapping that was read; `where`, in errors, is what holds it."""
     words: list[str] = []
     for name, value in content.items():
         flag = "--" + str(name).strip("-").replace("_", "-")
         if flag == "--config":
-            raise ValueError(f"--config {file} names another config: put everything into one")
+            raise ValueError(f"{where} names another config: put everything into one")
         for one in value if isinstance(value, list) else [value]:
-            words += _words(flag, one, file)
+            words += _words(flag, one, where)
     return words
 
 
-def _words(flag: str, value: Any, file: Path) -> list[str]:
+def _words(flag: str, value: Any, where: str) -> list[str]:
     if value is None:
         return []
     if value is False:
@@ -57,5 +63,5 @@ def _words(flag: str, value: Any, file: Path) -> list[str]:
     if value is True:
         return [flag]
     if not isinstance(value, str | int | float):
-        raise ValueError(f"--config {file}: {flag.strip('-')} must be a value or a list of values, not a mapping")
+        raise ValueError(f"{where}: {flag.strip('-')} must be a value or a list of values, not a mapping")
     return [f"{flag}={value}"]

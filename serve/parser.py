@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from .config_file import NOT, flags_in
+from .config_file import NOT, flags_in, flags_of_mapping
 
 _NEAR = 0.7  # how alike an unknown flag and the one it is taken for are, of 1
 _LEAST_PREFIX = 4  # characters of an unknown flag that may be the beginning of one, with its dashes
@@ -36,14 +35,19 @@ class Parser(argparse.ArgumentParser):
             from_file = flags_in(file)
         except ValueError as error:
             self.error(str(error))
-        in_file = self.parse_words(self._checked(from_file, file), where=f"in {file}: ")
+        in_file = self.parse_words(self._checked(from_file, f"{file}"), where=f"in {file}: ")
         if hasattr(namespace, "model") and hasattr(in_file, "model_path"):
             from_file = [word for word in from_file if not word.startswith(("--model-path=", "--model="))]
-        namespace = self.parse_words([*self._checked(from_file, file), *argv])  # what comes later holds
+        namespace = self.parse_words([*self._checked(from_file, f"{file}"), *argv])  # what comes later holds
         del namespace.config_file
         return namespace
 
-    def _checked(self, words: Sequence[str], file: Path) -> list[str]:
+    def parse_mapping(self, content: Mapping[str, Any], where: str) -> argparse.Namespace:
+        """Parse flags that a mapping holds as a config file does. Raises ValueError, `where` in its text."""
+        self.error = _raise  # type: ignore[method-assign]
+        return self.parse_words(self._checked(flags_of_mapping(content, where), where), where=f"in {where}: ")
+
+    def _checked(self, words: Sequence[str], where: str) -> list[str]:
         """Flags of a config file: `--no-x` for what was false there. Refuses a value that would be lost."""
         kept, seen = [], set()
         for word in words:
@@ -58,7 +62,7 @@ class Parser(argparse.ArgumentParser):
                     kept.append(f"--{name}")  # which is told as unknown
                 continue
             if action is not None and flag in seen and type(action).__name__ == "_StoreAction":
-                self.error(f"in {file}: {flag} has several values: give one")
+                self.error(f"in {where}: {flag} has several values: give one")
             seen.add(flag)
             kept.append(word)
         return kept
@@ -88,6 +92,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
 
 
 def _in_our_words(error: argparse.ArgumentError) -> str:

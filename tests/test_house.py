@@ -275,10 +275,12 @@ def probes_at_import(modules: list[str], folder: Path) -> list[str]:
 
 
 def importable_modules() -> list[str]:
-    """All modules but the ones that run when imported and those that need a GPU's compiler."""
+    """All modules but the ones that run when imported and those that need a GPU's compiler, or Ray, which few have."""
     modules = (module_of(ROOT, path) for path in python_files(ROOT) if path.relative_to(ROOT).parts[0] in MAY_IMPORT)
     return [
-        ".".join(name) for name in modules if name[-1] != "__main__" and name[1:3] not in (["kernels", "gpu"], ["benchmarks", "kernels"])
+        ".".join(name)
+        for name in modules
+        if not name[-1].startswith(("__main__", "ray_")) and name[1:3] not in (["kernels", "gpu"], ["benchmarks", "kernels"])
     ]
 
 

@@ -12,7 +12,13 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "deploy" / "k8s"
-OVERLAYS = sorted(path.parent.name for path in (K8S / "overlays").glob("*/kustomization.yaml"))
+ALL_OVERLAYS = sorted(path.parent.name for path in (K8S / "overlays").glob("*/kustomization.yaml"))
+OVERLAYS = [name for name in ALL_OVERLAYS if name != "ray"]  # those of pods that Kubernetes itself starts
+# What KubeRay's operator knows, by the Go types of its API ray.io/v1; the others of its fields are left out here.
+RAY_SERVICE = {"serveConfigV2": str, "rayClusterConfig": dict}
+RAY_CLUSTER = {"rayVersion": str, "enableInTreeAutoscaling": bool, "headGroupSpec": dict, "workerGroupSpecs": list}
+RAY_HEAD = {"rayStartParams": dict, "template": dict}
+RAY_WORKERS = {**RAY_HEAD, "groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int}
 NAME = "app.kubernetes.io/name"
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl (Debian's package kubernetes-client) is not installed")
@@ -111,10 +117,15 @@ def test_gpus_and_ranks_are_as_many() -> None:
 
 
 @needs_kubectl
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", ALL_OVERLAYS)
 def test_the_newest_schema_takes_it(overlay: str, tmp_path: Path) -> None:
     validate = pytest.importorskip("kubernetes_validate")
-    for item in rendered(overlay).values():
+    items = rendered(overlay)
+    if (service := items.pop("RayService/octavo", None)) is not None:
+        cluster = service["spec"]["rayClusterConfig"]
+        for number, group in enumerate([cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]):
+            items[f"Pod/{number}"] = {"apiVersion": "v1", "kind": "Pod", **group["template"]}
+    for item in items.values():
         validate.validate(item, validate.latest_version(), strict=True)
 
 
@@ -127,6 +138,36 @@ def test_custom_resources_have_the_fields_that_their_operators_know() -> None:
     assert found == ["octavo-replicas"]  # through one service alone, or every pod would be scraped twice
     (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["port"] == services["octavo-replicas"]["spec"]["ports"][0]["name"]
+
+
+@needs_kubectl
+def test_a_rayservice_has_the_fields_that_its_operator_knows() -> None:
+    items = rendered("ray")
+    service = items["RayService/octavo"]
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    groups = cluster["workerGroupSpecs"]
+    pairs = [(service["spec"], RAY_SERVICE), (cluster, RAY_CLUSTER), (cluster["headGroupSpec"], RAY_HEAD)]
+    for content, known in [*pairs, *((group, RAY_WORKERS) for group in groups)]:
+        assert {name: type(value) for name, value in content.items()} == known
+        assert all(isinstance(value, str) for value in content.get("rayStartParams", {}).values())
+    serve = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = serve["applications"]
+    (group,) = groups
+    assert application["args"]["max_replicas"] == group["maxReplicas"]
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    pod = group["template"]["spec"]
+    (worker,) = pod["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == application["args"]["num_gpus"]
+    assert int(worker["resources"]["requests"]["cpu"]) >= application["args"]["num_cpus"]
+    assert pod["terminationGracePeriodSeconds"] >= application["args"]["shutdown_timeout"] + 10
+    assert serve["http_options"]["port"] in [port["containerPort"] for port in head["ports"]]
+    for container in (head, worker):
+        assert all(variable["valueFrom"]["secretKeyRef"]["optional"] for variable in container["env"])
+        assert container["livenessProbe"]["exec"] == container["readinessProbe"]["exec"]
+    for volume in pod["volumes"]:
+        if "persistentVolumeClaim" in volume:
+            assert f"PersistentVolumeClaim/{volume['persistentVolumeClaim']['claimName']}" in items
 
 
 def test_what_is_scaled_on_has_a_rule_in_the_adapter() -> None:

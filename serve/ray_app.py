@@ -1,0 +1,253 @@
+"""Octavo as a Ray Serve application: `serve run octavo.serve.ray_app:build model_path=... replicas=2`, and KubeRay's RayService.
+
+Replicas are engines behind their whole HTTP application; a gateway takes requests from Ray's proxies and asks the replica that Ray's router
+names, by PrefixRouter. What is said of every replica (metrics) or to every one (flushing, aborting) goes to all. Needs octavo[ray].
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from ..runtime.client import EngineDead
+from ..runtime.config import EngineConfig
+from ..runtime.start import prepare_environment
+from .arguments import options_of, serve_parser
+from .errors import ApiError
+from .in_process import Asked, Head, ask, header, whole
+from .options import ServerOptions
+from .prefix_index import beginning_of, blocks_of
+from .streaming import error_event, json_response
+
+logger = logging.getLogger("octavo.serve")
+
+EVERYWHERE = ("/flush_cache", "/abort_request")
+_ATTEMPTS = 4  # at replicas that die before they began to answer
+_METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]
+# Of this connection alone; and the id of the request, which Ray's proxy gives to replica and client by itself.
+_NOT_PASSED = {b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"x-request-id"}
+_OF_RAY = {"host": "http_options", "port": "http_options", "api_key": "api_key_file", "admin_api_key": "admin_api_key_file"}
+_OF_SCALE = ("replicas", "min_replicas", "max_replicas", "target_ongoing_requests")
+_ROUTER = "octavo.serve.ray_router:PrefixRouter"
+
+
+class Replica:
+    """An engine in a process of its own, and its HTTP application in this one."""
+
+    def __init__(self, flags: dict[str, Any]) -> None:
+        prepare_environment()
+        from ..runtime.process import launch_engine
+        from .app import create_app
+
+        config, options = _options(flags)
+        self._client = launch_engine(config, logs=options.logs)
+        self._app = create_app(self._client, options)
+
+    async def answer(self, asked: Asked) -> AsyncGenerator[Head | bytes, None]:
+        """Head and pieces of the answer; a caller that leaves aborts the request."""
+        async for piece in ask(self._app, asked):
+            yield piece
+
+    async def answer_whole(self, asked: Asked) -> tuple[str, Head, bytes]:
+        """The replica's name in Ray, and its whole answer."""
+        return serve.get_replica_context().replica_id.unique_id, *await whole(self._app, asked)
+
+    def check_health(self) -> None:
+        """Raises EngineDead for an engine that is dead or silent: Ray then starts another replica in this one's place."""
+        state = self._client.health()
+        if not state.ok:
+            raise EngineDead(state.reason)
+
+    def __del__(self) -> None:
+        """Ray calls this when the replica has drained."""
+        if hasattr(self, "_client"):
+            self._client.close()
+
+
+@serve.ingress()
+class Gateway:
+    """Hands each request on to a replica, whole, and its answer back as it is made."""
+
+    def __init__(self, replicas: DeploymentHandle, max_body_bytes: int) -> None:
+        self._replicas, self._max_body_bytes = replicas, max_body_bytes
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """Ray's hook: the application of a replica that is set up."""
+        return Starlette(routes=[Route("/{path:path}", self.forward, methods=_METHODS)])
+
+    async def forward(self, request: Request) -> Response:
+        try:
+            asked = await self._read(request)
+            if asked.path in EVERYWHERE:
+                return await self._to_all(asked)
+            if asked.path == "/metrics":
+                return await self._metrics(asked)
+            return await self._to_one(asked)
+        except ApiError as error:
+            return json_response(error.body, error.status_code)
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            return _unavailable(str(error))
+
+    async def _read(self, request: Request) -> Asked:
+        body = b""
+        async for piece in request.stream():
+            body += piece
+            if len(body) > self._max_body_bytes:
+                raise ApiError(
+                    f"the body is larger than {self._max_body_bytes >> 20} MiB: send less at once, or set a larger max_body_mib",
+                    status_code=413,
+                    code="body_too_large",
+                )
+        client = None if request.client is None else (request.client.host, request.client.port)
+        headers = tuple((bytes(name), bytes(value)) for name, value in request.headers.raw)
+        blocks = blocks_of(beginning_of(body)) if body else ()
+        return Asked(request.method, request.url.path, request.url.query.encode(), headers, body, client, blocks)
+
+    async def _to_one(self, asked: Asked) -> Response:
+        for attempt in range(_ATTEMPTS):
+            answer = self._replicas.options(stream=True).answer.remote(asked)
+            try:
+                head: Head = await anext(answer)
+                break
+            except RayActorError as error:
+                logger.warning("a replica died before it answered %s %s (attempt %d): %s", asked.method, asked.path, attempt + 1, error)
+        else:
+            return _unavailable(f"{_ATTEMPTS} replicas died one after the other")
+        streams = header(head.headers, b"content-type").startswith(b"text/event-stream")
+        response = StreamingResponse(_body(answer, streams=streams), head.status)
+        response.raw_headers = [(name, value) for name, value in head.headers if name not in _NOT_PASSED]
+        return response
+
+    async def _to_all(self, asked: Asked) -> Response:
+        """The first answer that is no error, else the first."""
+        answers = await self._replicas.broadcast("answer_whole", asked).results_async()
+        if not answers:
+            return _unavailable("there is no replica")
+        _, head, body = next((answer for answer in answers if answer[1].status < 400), answers[0])
+        return _whole_response(head, body)
+
+    async def _metrics(self, asked: Asked) -> Response:
+        answers = await self._replicas.broadcast("answer_whole", asked).results_async()
+        wrong = next(((head, body) for _, head, body in answers if head.status != 200), None)
+        if wrong is not None:
+            return _whole_response(*wrong)
+        texts = {replica: body.decode() for replica, _, body in answers}
+        return Response(merged(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _body(answer: Any, *, streams: bool) -> AsyncGenerator[bytes, None]:
+    """What follows the head. A replica that dies meanwhile ends a stream of events with an error, and cuts any other answer off."""
+    try:
+        async for piece in answer:
+            yield piece
+    except RayActorError as error:
+        logger.warning("a replica died in the middle of an answer: %s", error)
+        if not streams:
+            raise
+        yield error_event(ApiError("the replica that answered has died: ask again", status_code=503, code="engine_dead"))
+    except asyncio.CancelledError:
+        answer.cancel()
+        raise
+
+
+def _whole_response(head: Head, body: bytes) -> Response:
+    response = Response(body, head.status)
+    response.raw_headers = [
+        *((name, value) for name, value in head.headers if name not in _NOT_PASSED),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    return response
+
+
+def _unavailable(reason: str) -> Response:
+    error = ApiError(f"no replica takes the request: {reason}", status_code=503, code="engine_overloaded")
+    response = json_response(error.body, 503)
+    response.headers["retry-after"] = "1"
+    return response
+
+
+def merged(texts: Mapping[str, str]) -> bytes:
+    """Metrics of several replicas, by name, as one text, each series with the label `replica`."""
+    families: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for family in text_string_to_metric_families(text):
+            known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                known.samples.append(sample._replace(labels={**sample.labels, "replica": replica}))
+
+    class Found:
+        def collect(self) -> list[Metric]:
+            return list(families.values())
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Found())  # type: ignore[arg-type, unused-ignore]
+    return generate_latest(registry)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application, of flags of `octavo serve` as a mapping (`model_path`, `max_running_requests`, ...) and:
+
+    `replicas`: how many engines, 1 by default; or `min_replicas` and `max_replicas`, between which their number follows the queue;
+    `target_ongoing_requests` of each then, by default as many as it runs together; `num_gpus` and `num_cpus` of each;
+    `gateways`: processes that hand requests on; `most_ahead`: requests that a replica may have more than the least busy one and still get
+    more for the prefixes that it holds. Raises ValueError for what is none of these, with the remedy.
+    """
+    given = {name.replace("-", "_"): value for name, value in args.items()}
+    for name, instead in _OF_RAY.items():
+        if name in given:
+            raise ValueError(f"{name} is not for here, where Ray shows it to everybody or decides it: use {instead}")
+    scale: dict[str, Any] = {
+        name: given.pop(name) for name in ("replicas", "min_replicas", "max_replicas", "target_ongoing_requests") if name in given
+    }
+    resources = {name: float(given.pop(name)) for name in ("num_cpus", "num_gpus") if name in given}
+    gateways, most_ahead = int(given.pop("gateways", 1)), int(given.pop("most_ahead", 4))
+    config, options = _options(given)
+    room = config.max_running_requests + (config.max_queued_requests or 0)
+    replica = serve.deployment(
+        Replica,
+        name="replica",
+        max_ongoing_requests=room + 16,  # the engine's own queue refuses, with its own words; probes find room
+        ray_actor_options=resources or {"num_cpus": 1},
+        health_check_period_s=5,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=options.shutdown_timeout_s + 5,
+        request_router_config=RequestRouterConfig(request_router_class=_ROUTER, request_router_kwargs={"most_ahead": most_ahead}),
+        **_scaling(scale, config.max_running_requests),
+    )
+    return serve.deployment(Gateway, name="gateway", num_replicas=gateways, max_ongoing_requests=4 * room).bind(
+        replica.bind(given), options.max_body_mib << 20
+    )
+
+
+def _options(flags: Mapping[str, Any]) -> tuple[EngineConfig, ServerOptions]:
+    return options_of(serve_parser("octavo serve").parse_mapping(flags, "the application's arguments"))
+
+
+def _scaling(given: Mapping[str, Any], running: int) -> dict[str, Any]:
+    bounds = [name for name in _OF_SCALE[1:] if name in given]
+    if bounds and "replicas" in given:
+        raise ValueError(f"replicas is a fixed number, and {bounds[0]} lets it change: give one of them")
+    if not bounds:
+        return {"num_replicas": int(given.get("replicas", 1))}
+    return {
+        "autoscaling_config": {
+            "min_replicas": int(given.get("min_replicas", 1)),
+            "max_replicas": int(given.get("max_replicas", 1)),
+            "target_ongoing_requests": float(given.get("target_ongoing_requests", running)),
+        }
+    }

@@ -1,0 +1,162 @@
+"""Octavo on a real Ray Serve: the API through the gateway, prefixes that keep to their replica, replicas that die."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'octavo[ray]'")
+serve = pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'octavo[ray]'")
+
+pytestmark = [pytest.mark.long, pytest.mark.needs_embedded_model]
+
+ARGS = {"num_cpus": 0.5, "num_threads": 1, "max_total_tokens": 8192, "max_running_requests": 4, "log_level": "warning"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    from octavo.serve.ray_app import build
+
+    port = free_port()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build({**ARGS, "replicas": 2, "most_ahead": 4}), name="octavo")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+def figures(url: str, name: str) -> dict[str, float]:
+    """A metric by replica."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text)
+    return {sample.labels["replica"]: sample.value for family in families for sample in family.samples if sample.name == name}
+
+
+def engines() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # which a zombie is, too
+            found += [child] if "octavo.runtime.worker" in " ".join(child.cmdline()) else []
+    return found
+
+
+def ask(url: str, prompt: Any, tokens: int = 4) -> httpx.Response:
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+
+
+def test_the_api_is_the_same(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    name = client.models.list().data[0].id
+    chat = client.chat.completions.create(
+        model=name, messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0, max_tokens=30
+    )
+    assert "Paris" in (chat.choices[0].message.content or "")
+    stream = client.completions.create(model=name, prompt="1, 2, 3,", max_tokens=16, temperature=0, stream=True)
+    pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert len(pieces) > 4
+    assert "".join(pieces).startswith(" 4, 5, 6")
+    wrong = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": -1}, headers={"X-Request-Id": "mine"})
+    assert (wrong.status_code, wrong.headers["x-request-id"]) == (400, "mine")
+    assert "max_tokens" in wrong.json()["error"]["message"]
+    assert len(httpx.get(f"{url}/v1/models").headers["x-request-id"].split(",")) == 1
+    assert httpx.get(f"{url}/nowhere").status_code == 404
+    assert httpx.get(f"{url}/health").json()["status"] == "ok"
+    assert httpx.get(f"{url}/flush_cache").status_code == 200
+    assert len(figures(url, "sglang_engine_up")) == 2
+
+
+def test_a_prefix_keeps_to_its_replica(url: str) -> None:
+    draw = random.Random(0)
+    prefixes = [[draw.randrange(1000, 40000) for _ in range(256)] for _ in range(6)]
+    before = figures(url, "sglang_radix_cache_hits_total")
+    order = [number % 6 for number in range(48)]
+    draw.shuffle(order)
+    with ThreadPoolExecutor(4) as pool:
+        prompts = [prefixes[number] + [draw.randrange(1000, 40000) for _ in range(16)] for number in order]
+        assert [answer.status_code for answer in pool.map(lambda prompt: ask(url, prompt, 1), prompts)] == [200] * 48
+    after = figures(url, "sglang_radix_cache_hits_total")
+    hits = sum(after.values()) - sum(before.values())
+    assert hits >= 0.75 * 42 * 256  # of 42 that came after the first of their prefix; some overlap with it
+    assert all(after[replica] > before[replica] for replica in before)
+
+
+def test_a_client_that_leaves_frees_the_engine(url: str) -> None:
+    body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        for _ in range(4):
+            next(lines)
+    deadline = time.monotonic() + 10
+    while sum(figures(url, "sglang_num_running_reqs").values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_dead_engine_is_replaced_and_no_unanswered_request_is_lost(url: str) -> None:
+    killed, *_ = engines()
+    assert len(engines()) == 2
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask, url, f"Request {number} of many", 24) for number in range(16)]
+        time.sleep(0.3)
+        os.kill(killed.parent().pid, signal.SIGKILL)  # type: ignore[union-attr]
+        found = [answer.result() for answer in answers]
+    assert {answer.status_code for answer in found} == {200}
+    deadline = time.monotonic() + 120
+    while len(engines()) < 2 or len(figures(url, "sglang_engine_up")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert ask(url, "And again").status_code == 200
+    silent, *_ = engines()
+    os.kill(silent.pid, signal.SIGKILL)  # its replica lives, and says that it is not well
+    deadline = time.monotonic() + 120
+    while silent in engines() or len(engines()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_the_manifests_arguments_are_taken() -> None:
+    from octavo.serve.ray_app import build
+
+    manifest = Path(__file__).resolve().parents[2] / "deploy" / "k8s" / "overlays" / "ray" / "rayservice.yaml"
+    service = next(iter(yaml.safe_load_all(manifest.read_text())))
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert application["import_path"] == f"{build.__module__}:{build.__name__}"
+    assert build(application["args"])._bound_deployment.name == "gateway"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({"modl_path": "x"}, "unknown flag --modl-path; did you mean --model-path"),
+        ({"port": 5}, "port is not for here"),
+        ({"api-key": "secret"}, "use api_key_file"),
+        ({"replicas": 2, "max_replicas": 3}, "give one of them"),
+        ({"max_running_requests": 0}, "max"),
+    ],
+)
+def test_arguments_that_cannot_be(args: dict[str, Any], told: str) -> None:
+    from octavo.serve.ray_app import build
+
+    with pytest.raises(ValueError, match=told):
+        build(args)
