@@ -16,7 +16,8 @@ from .grid import Grid, writable
 
 _BLOCK = 64  # columns whose gradients are kept up to date one by one; those of the others come with one product
 _RIDGE = 1e-4  # of the mean diagonal, on what a row's scales are solved from
-_ROWS = 512  # solved at once
+_ROWS = 512  # solved at once, where their matrices have no more entries than these:
+_MOST_ENTRIES = 1 << 24
 
 
 def refine(weight: Tensor, hessian: Tensor, quantized: GroupedWeight, *, rounds: int) -> GroupedWeight:
@@ -63,11 +64,14 @@ def refine_scales(weight: Tensor, hessian: Tensor, quantized: GroupedWeight) -> 
     grid = Grid(quantized.bits, g, quantized.zeros is None, quantized.scale.dtype)
     levels = (quantized.codes.view(n, -1, g).float() - _zeros(quantized)[..., None]).flatten(1)
     parts = []
-    for at in range(0, n, _ROWS):
-        rows = slice(at, at + _ROWS)
+    at_once = max(1, min(_ROWS, _MOST_ENTRIES // (k // g) ** 2))
+    for at in range(0, n, at_once):
+        rows = slice(at, at + at_once)
         normal, wanted = _normal_equations(weight[rows], hessian, levels[rows], g)
-        ridge = torch.diag_embed((_RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20).expand(-1, k // g))
-        solved = torch.nan_to_num(torch.linalg.solve(normal + ridge, wanted)).float()
+        ridged = normal.clone()
+        diagonal = ridged.diagonal(dim1=1, dim2=2)
+        diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + 1e-20
+        solved = torch.nan_to_num(torch.linalg.solve(ridged, wanted)).float()
         found, old = writable(solved, grid).to(quantized.scale.dtype), quantized.scale[rows]
         better = _loss(normal, wanted, found) < _loss(normal, wanted, old)
         parts.append(torch.where(better[:, None], found, old))

@@ -138,7 +138,8 @@ def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> tup
     for order in steps.orders:
         for damp in steps.damps:
             with suppress(NotPositiveDefiniteError):
-                tried.append((gptq(weight, hessian, grid, order=order, damp=damp), f"gptq, {order}, damp {damp:g}"))
+                found = gptq(weight, hessian, grid, order=order, damp=damp)
+                tried += [(found, f"gptq, {order}, damp {damp:g}")] if bool(found.scale.isfinite().all()) else []
     if not tried:
         return round_to_nearest(weight, grid, hessian.diagonal()), "nearest: no Cholesky factor"
     best, how = tried[0] if len(tried) == 1 else min(tried, key=lambda one: output_error(weight, dequantize(one[0]), hessian))

@@ -14,7 +14,7 @@ _AHEAD = 64  # pieces of an answer that wait for whoever reads it
 
 @dataclass(frozen=True)
 class Asked:
-    """A whole HTTP request. `blocks`: keys of the beginning of its text, for a router (serve/prefix_index.py)."""
+    """A whole HTTP request. `blocks`, keys of the beginning of its text, and `avoid` are for a router (serve/prefix_index.py)."""
 
     method: str
     path: str
@@ -23,6 +23,7 @@ class Asked:
     body: bytes
     client: tuple[str, int] | None = None
     blocks: tuple[bytes, ...] = ()
+    avoid: tuple[str, ...] = ()  # replicas that could not answer it
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ async def _ended(task: asyncio.Task[None], messages: asyncio.Queue[Message | Non
     if not task.done():
         task.cancel()
         await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # nobody is there to be told
 
 
 async def whole(app: ASGIApp, asked: Asked) -> tuple[Head, bytes]:

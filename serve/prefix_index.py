@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 BLOCK_BYTES = 128  # some thirty tokens
 MOST_BLOCKS = 512  # of a text: what comes later tells replicas apart no more
+_ENOUGH = BLOCK_BYTES * MOST_BLOCKS  # bytes of a beginning that are looked at
+_MOST_BODY = 1 << 20  # bytes; to read a larger one would hold up every stream beside it
 Replica = TypeVar("Replica", bound=Hashable)
 
 
@@ -29,15 +31,21 @@ def blocks_of(text: bytes) -> tuple[bytes, ...]:
 
 def beginning_of(body: bytes) -> bytes:
     """What a request's answer begins with, as bytes that are alike where its tokens are; empty for what is no request for text."""
+    if len(body) > _MOST_BODY:
+        return b""
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return b""
     if not isinstance(asked, dict):
         return b""
     if isinstance(messages := asked.get("messages"), list):
-        told = [asked.get("tools"), *messages]
-        return "\n".join(json.dumps(one, sort_keys=True, ensure_ascii=False) for one in told).encode("utf-8", "replace")
+        parts: list[bytes] = []
+        for one in [asked.get("tools"), *messages]:
+            parts.append(json.dumps(one, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace"))
+            if sum(map(len, parts)) > _ENOUGH:
+                break
+        return b"\n".join(parts)[:_ENOUGH]
     for name in ("prompt", "text", "input_ids"):
         if name in asked:
             return _bytes_of(asked[name])
@@ -49,7 +57,9 @@ def _bytes_of(prompt: Any) -> bytes:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return prompt.encode("utf-8", "replace")
+        return prompt[:_ENOUGH].encode("utf-8", "replace")
+    if isinstance(prompt, list):
+        prompt = prompt[: _ENOUGH // 4]
     if isinstance(prompt, list) and all(isinstance(token, int) and 0 <= token < 1 << 32 for token in prompt):
         return b"".join(token.to_bytes(4, "little") for token in prompt)
     return b""

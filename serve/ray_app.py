@@ -7,8 +7,12 @@ names, by PrefixRouter. What is said of every replica (metrics) or to every one 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -24,59 +28,109 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from ..runtime.client import EngineDead
 from ..runtime.config import EngineConfig
+from ..runtime.logs import set_up_logging
 from ..runtime.start import prepare_environment
 from .arguments import options_of, serve_parser
 from .errors import ApiError
+from .http_limits import BODY_TIMEOUT_S
 from .in_process import Asked, Head, ask, header, whole
 from .options import ServerOptions
 from .prefix_index import beginning_of, blocks_of
-from .streaming import error_event, json_response
+from .streaming import error_event, json_response, until_disconnect
 
 logger = logging.getLogger("octavo.serve")
 
 EVERYWHERE = ("/flush_cache", "/abort_request")
-_ATTEMPTS = 4  # at replicas that die before they began to answer
+_ATTEMPTS = 2  # at replicas that die before they began to answer: more, and one bad request could end them all
+_ALL_S = 20.0  # that all replicas have together to answer what is asked of each
+_LINGER_S = 1.0  # in which a replica without an engine tells those who wait for it
 _METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]
 # Of this connection alone; and the id of the request, which Ray's proxy gives to replica and client by itself.
 _NOT_PASSED = {b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"x-request-id"}
-_OF_RAY = {"host": "http_options", "port": "http_options", "api_key": "api_key_file", "admin_api_key": "admin_api_key_file"}
+_NOT_HERE = {
+    "host": "http_options of Ray Serve",
+    "port": "http_options of Ray Serve",
+    "api_key": "api_key_file, since Ray shows arguments to everybody",
+    "admin_api_key": "admin_api_key_file, since Ray shows arguments to everybody",
+    "log_file": "Ray's own logs of replicas",
+    "help": "`octavo serve --help`",
+    "explain_quant": "`octavo serve --explain-quant`",
+}
 _OF_SCALE = ("replicas", "min_replicas", "max_replicas", "target_ongoing_requests")
 _ROUTER = "octavo.serve.ray_router:PrefixRouter"
+
+
+class UnwellError(Exception):
+    """A replica whose engine is dead or silent: another may answer. `replica`: its name in Ray."""
+
+    def __init__(self, reason: str, replica: str) -> None:
+        super().__init__(reason, replica)
+        self.replica = replica
 
 
 class Replica:
     """An engine in a process of its own, and its HTTP application in this one."""
 
-    def __init__(self, flags: dict[str, Any]) -> None:
+    def __init__(self, flags: dict[str, Any], num_keys: tuple[int, int]) -> None:
+        """`num_keys`: API keys and admin's that there were where the application was built. Raises ValueError where here are fewer."""
         prepare_environment()
         from ..runtime.process import launch_engine
         from .app import create_app
 
         config, options = _options(flags)
+        if (len(options.api_keys), len(options.admin_api_keys)) != num_keys:
+            raise ValueError(
+                "the application was built with API keys that its replicas do not have: give api_key_file, on every node, or set "
+                "OCTAVO_API_KEY in the environment of every node or in runtime_env"
+            )
+        set_up_logging(options.logs, rotates=False)
         self._client = launch_engine(config, logs=options.logs)
         self._app = create_app(self._client, options)
+        self._watch: asyncio.Task[None] | None = None
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Head | bytes, None]:
         """Head and pieces of the answer; a caller that leaves aborts the request."""
-        async for piece in ask(self._app, asked):
-            yield piece
+        self._check()
+        async with aclosing(ask(self._app, asked)) as answer:
+            async for piece in answer:
+                yield piece
 
     async def answer_whole(self, asked: Asked) -> tuple[str, Head, bytes]:
         """The replica's name in Ray, and its whole answer."""
-        return serve.get_replica_context().replica_id.unique_id, *await whole(self._app, asked)
+        self._check()
+        return _own_name(), *await whole(self._app, asked)
 
-    def check_health(self) -> None:
-        """Raises EngineDead for an engine that is dead or silent: Ray then starts another replica in this one's place."""
+    async def check_health(self) -> None:
+        """Raises UnwellError for an engine that is dead or silent: Ray then starts another replica in this one's place.
+
+        A dead one does not wait for that: this process ends, once those who wait for it have been told.
+        """
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._end_with_the_engine())
+        self._check()
+
+    async def _end_with_the_engine(self) -> None:
+        logger.critical("the engine died: %s", await self._client.wait_dead())
+        await asyncio.sleep(_LINGER_S)
+        os._exit(1)
+
+    def _check(self) -> None:
         state = self._client.health()
         if not state.ok:
-            raise EngineDead(state.reason)
+            raise UnwellError(state.reason, _own_name())
 
     def __del__(self) -> None:
         """Ray calls this when the replica has drained."""
         if hasattr(self, "_client"):
             self._client.close()
+        if hasattr(self, "_app"):
+            self._app.state.context.close()
+
+
+def _own_name() -> str:
+    name: str = serve.get_replica_context().replica_id.unique_id
+    return name
 
 
 @serve.ingress()
@@ -93,30 +147,36 @@ class Gateway:
     async def forward(self, request: Request) -> Response:
         try:
             asked = await self._read(request)
-            if asked.path in EVERYWHERE:
-                return await self._to_all(asked)
-            if asked.path == "/metrics":
-                return await self._metrics(asked)
-            return await self._to_one(asked)
+            return await until_disconnect(request.receive, self._answer(asked))
         except ApiError as error:
             return json_response(error.body, error.status_code)
-        except (BackPressureError, DeploymentUnavailableError) as error:
+        except (BackPressureError, DeploymentUnavailableError, TimeoutError) as error:
             return _unavailable(str(error))
 
+    async def _answer(self, asked: Asked) -> Response:
+        if asked.path in EVERYWHERE:
+            return await self._to_all(asked)
+        return await (self._metrics(asked) if asked.path == "/metrics" else self._to_one(asked))
+
     async def _read(self, request: Request) -> Asked:
-        body = b""
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self._max_body_bytes:
-                raise ApiError(
-                    f"the body is larger than {self._max_body_bytes >> 20} MiB: send less at once, or set a larger max_body_mib",
-                    status_code=413,
-                    code="body_too_large",
-                )
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > self._max_body_bytes:
+                        raise ApiError(
+                            f"the body is larger than {self._max_body_bytes >> 20} MiB: send less at once, or set a larger max_body_mib",
+                            status_code=413,
+                            code="body_too_large",
+                        )
+        except TimeoutError:
+            raise ApiError(f"the body did not arrive within {BODY_TIMEOUT_S:g} s", status_code=408, code="request_timeout") from None
         client = None if request.client is None else (request.client.host, request.client.port)
         headers = tuple((bytes(name), bytes(value)) for name, value in request.headers.raw)
-        blocks = blocks_of(beginning_of(body)) if body else ()
-        return Asked(request.method, request.url.path, request.url.query.encode(), headers, body, client, blocks)
+        whole_body = bytes(body)
+        blocks = blocks_of(beginning_of(whole_body)) if body else ()
+        return Asked(request.method, request.url.path, request.url.query.encode(), headers, whole_body, client, blocks)
 
     async def _to_one(self, asked: Asked) -> Response:
         for attempt in range(_ATTEMPTS):
@@ -124,25 +184,39 @@ class Gateway:
             try:
                 head: Head = await anext(answer)
                 break
-            except RayActorError as error:
-                logger.warning("a replica died before it answered %s %s (attempt %d): %s", asked.method, asked.path, attempt + 1, error)
+            except (RayActorError, UnwellError) as error:
+                logger.warning("a replica could not answer %s %s (attempt %d): %s", asked.method, asked.path, attempt + 1, error)
+                if isinstance(error, UnwellError):
+                    asked = replace(asked, avoid=(*asked.avoid, error.replica))
+            except BaseException:
+                answer.cancel()
+                raise
         else:
-            return _unavailable(f"{_ATTEMPTS} replicas died one after the other")
+            return _unavailable(f"{_ATTEMPTS} replicas could not, one after the other")
         streams = header(head.headers, b"content-type").startswith(b"text/event-stream")
         response = StreamingResponse(_body(answer, streams=streams), head.status)
         response.raw_headers = [(name, value) for name, value in head.headers if name not in _NOT_PASSED]
         return response
 
     async def _to_all(self, asked: Asked) -> Response:
-        """The first answer that is no error, else the first."""
-        answers = await self._replicas.broadcast("answer_whole", asked).results_async()
+        """What failed at one has failed; of how many requests were aborted, the sum."""
+        answers = await self._everywhere(asked)
         if not answers:
-            return _unavailable("there is no replica")
-        _, head, body = next((answer for answer in answers if answer[1].status < 400), answers[0])
+            return _unavailable("none is well")
+        _, head, body = next((answer for answer in answers if answer[1].status >= 400), answers[0])
+        if head.status < 400 and asked.path == "/abort_request":
+            return json_response({"aborted": sum(json.loads(body)["aborted"] for _, _, body in answers)})
         return _whole_response(head, body)
 
+    async def _everywhere(self, asked: Asked) -> list[tuple[str, Head, bytes]]:
+        """The answers of all replicas that are well."""
+        found = await self._replicas.broadcast("answer_whole", asked).results_async(timeout_s=_ALL_S, return_exceptions=True)
+        return [answer for answer in found if not isinstance(answer, BaseException)]
+
     async def _metrics(self, asked: Asked) -> Response:
-        answers = await self._replicas.broadcast("answer_whole", asked).results_async()
+        answers = await self._everywhere(asked)
+        if not answers:
+            return _unavailable("none is well")
         wrong = next(((head, body) for _, head, body in answers if head.status != 200), None)
         if wrong is not None:
             return _whole_response(*wrong)
@@ -160,9 +234,8 @@ async def _body(answer: Any, *, streams: bool) -> AsyncGenerator[bytes, None]:
         if not streams:
             raise
         yield error_event(ApiError("the replica that answered has died: ask again", status_code=503, code="engine_dead"))
-    except asyncio.CancelledError:
-        answer.cancel()
-        raise
+    finally:
+        answer.cancel()  # which does nothing where it is complete
 
 
 def _whole_response(head: Head, body: bytes) -> Response:
@@ -208,14 +281,16 @@ def build(args: dict[str, Any]) -> serve.Application:
     more for the prefixes that it holds. Raises ValueError for what is none of these, with the remedy.
     """
     given = {name.replace("-", "_"): value for name, value in args.items()}
-    for name, instead in _OF_RAY.items():
+    for name, instead in _NOT_HERE.items():
         if name in given:
-            raise ValueError(f"{name} is not for here, where Ray shows it to everybody or decides it: use {instead}")
+            raise ValueError(f"{name} is not for here: use {instead}")
     scale: dict[str, Any] = {
         name: given.pop(name) for name in ("replicas", "min_replicas", "max_replicas", "target_ongoing_requests") if name in given
     }
     resources = {name: float(given.pop(name)) for name in ("num_cpus", "num_gpus") if name in given}
     gateways, most_ahead = int(given.pop("gateways", 1)), int(given.pop("most_ahead", 4))
+    if gateways < 1 or most_ahead < 0:
+        raise ValueError(f"gateways {gateways} and most_ahead {most_ahead} are not possible: give at least 1 and at least 0")
     config, options = _options(given)
     room = config.max_running_requests + (config.max_queued_requests or 0)
     replica = serve.deployment(
@@ -229,9 +304,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=_ROUTER, request_router_kwargs={"most_ahead": most_ahead}),
         **_scaling(scale, config.max_running_requests),
     )
-    return serve.deployment(Gateway, name="gateway", num_replicas=gateways, max_ongoing_requests=4 * room).bind(
-        replica.bind(given), options.max_body_mib << 20
-    )
+    most = int(scale.get("max_replicas", scale.get("replicas", 1)))
+    gateway = serve.deployment(Gateway, name="gateway", num_replicas=gateways, max_ongoing_requests=2 * room * most // gateways + 64)
+    return gateway.bind(replica.bind(given, (len(options.api_keys), len(options.admin_api_keys))), options.max_body_mib << 20)
 
 
 def _options(flags: Mapping[str, Any]) -> tuple[EngineConfig, ServerOptions]:
@@ -244,10 +319,14 @@ def _scaling(given: Mapping[str, Any], running: int) -> dict[str, Any]:
         raise ValueError(f"replicas is a fixed number, and {bounds[0]} lets it change: give one of them")
     if not bounds:
         return {"num_replicas": int(given.get("replicas", 1))}
+    least = int(given.get("min_replicas", 1))
+    most = int(given.get("max_replicas", max(1, least)))
+    if not 0 <= least <= most:
+        raise ValueError(f"min_replicas {least} and max_replicas {most} are not possible: the first must be 0 to the second")
     return {
         "autoscaling_config": {
-            "min_replicas": int(given.get("min_replicas", 1)),
-            "max_replicas": int(given.get("max_replicas", 1)),
+            "min_replicas": least,
+            "max_replicas": most,
             "target_ongoing_requests": float(given.get("target_ongoing_requests", running)),
         }
     }

@@ -83,6 +83,7 @@ def _draw_panel(axes: Axes, prometheus: Prometheus, panel: Mapping[str, Any], se
     wanted = [(filled(target["expr"], window), target.get("legendFormat", "")) for target in panel["targets"]]
     if panel["type"] != "timeseries":
         found = [(_label(one, legend), float(one["value"][1])) for expression, legend in wanted for one in prometheus.now(expression)]
+        found = [(name, value) for name, value in found if math.isfinite(value)]
         if len(found) == 1 and panel["type"] == "stat":
             axes.text(0.5, 0.5, f"{found[0][1]:,.4g}", ha="center", va="center", fontsize=26, transform=axes.transAxes)
             axes.set_axis_off()
@@ -93,7 +94,7 @@ def _draw_panel(axes: Axes, prometheus: Prometheus, panel: Mapping[str, Any], se
     drawn = False
     for expression, legend in wanted:
         for one in prometheus.over(expression, seconds):
-            points = [(float(at), float(value)) for at, value in one["values"] if value not in ("NaN", "+Inf")]
+            points = [(float(at), float(value)) for at, value in one["values"] if math.isfinite(float(value))]
             if points:
                 last = points[-1][0]
                 axes.plot([at - last for at, _ in points], [value for _, value in points], label=_label(one, legend), linewidth=1.2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def running(name: str, urls: Sequence[str], folder: Path, *, port: int = 0) -> I
     if port == 0:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
+    elif _listens(port):
+        raise RuntimeError(f"port {port} is in use: stop what listens there, or choose another with --port")
     file = folder / "nginx.conf"
     file.write_text(config_of(name, urls, port=port, folder=folder))
     with subprocess.Popen(["nginx", "-c", str(file), "-p", str(folder)], stderr=subprocess.PIPE, text=True) as nginx:
@@ -84,11 +87,13 @@ def main() -> int:
     parser.add_argument("urls", nargs="+", metavar="URL", help="of a running server")
     parser.add_argument("--port", type=int, default=8080, help="(default: %(default)s)")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory() as folder, running(given.file, given.urls, Path(folder), port=given.port) as url:
             print(f"{given.file} at {url}, before {', '.join(given.urls)}", flush=True)
-            while True:
-                time.sleep(3600)
+            while _listens(given.port):
+                time.sleep(1)
+            print("local.py: nginx has ended", file=sys.stderr)
     except KeyboardInterrupt:
         return 0
     except FileNotFoundError:

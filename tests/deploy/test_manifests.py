@@ -164,7 +164,9 @@ def test_a_rayservice_has_the_fields_that_its_operator_knows() -> None:
     assert serve["http_options"]["port"] in [port["containerPort"] for port in head["ports"]]
     for container in (head, worker):
         assert all(variable["valueFrom"]["secretKeyRef"]["optional"] for variable in container["env"])
-        assert container["livenessProbe"]["exec"] == container["readinessProbe"]["exec"]
+        assert "local_raylet_healthz" in container["livenessProbe"]["exec"]["command"][-1]
+    assert f":{serve['http_options']['port']}/-/healthz" in worker["readinessProbe"]["exec"]["command"][-1]
+    assert "/-/healthz" not in head["readinessProbe"]["exec"]["command"][-1]  # the application is given to a head that is ready
     for volume in pod["volumes"]:
         if "persistentVolumeClaim" in volume:
             assert f"PersistentVolumeClaim/{volume['persistentVolumeClaim']['claimName']}" in items

@@ -56,7 +56,9 @@ def test_conversations_that_go_on_share_their_beginning() -> None:
     with_tools = beginning_of(json.dumps({"messages": turns, "tools": [{"type": "function"}]}).encode())
     assert longer.startswith(first)
     assert not with_tools.startswith(first[:20])
-    assert beginning_of(b"{broken") == b""
+    for body in (b"{broken", b"[" * 100_000, json.dumps({"prompt": "x" * (2 << 20)}).encode()):
+        assert beginning_of(body) == b""
+    assert len(beginning_of(json.dumps({"messages": [{"content": "x" * 100}] * 5000}).encode())) == BLOCK_BYTES * MOST_BLOCKS
 
 
 def test_who_has_seen_the_most() -> None:

@@ -81,6 +81,7 @@ def test_the_api_is_the_same(url: str) -> None:
     assert "max_tokens" in wrong.json()["error"]["message"]
     assert len(httpx.get(f"{url}/v1/models").headers["x-request-id"].split(",")) == 1
     assert httpx.get(f"{url}/nowhere").status_code == 404
+    assert httpx.post(f"{url}/v1/completions", content=b"[" * 100_000).status_code == 400
     assert httpx.get(f"{url}/health").json()["status"] == "ok"
     assert httpx.get(f"{url}/flush_cache").status_code == 200
     assert len(figures(url, "sglang_engine_up")) == 2
@@ -107,13 +108,35 @@ def test_a_client_that_leaves_frees_the_engine(url: str) -> None:
         lines = response.iter_lines()
         for _ in range(4):
             next(lines)
+    assert_idle(url)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json={**body, "stream": False}, timeout=1)
+    assert_idle(url)
+
+
+def assert_idle(url: str) -> None:
+    """Within ten seconds."""
     deadline = time.monotonic() + 10
     while sum(figures(url, "sglang_num_running_reqs").values()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
-def test_a_dead_engine_is_replaced_and_no_unanswered_request_is_lost(url: str) -> None:
+def test_who_aborts_reaches_every_replica(url: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        body = {"text": "Once", "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True}}
+        answers = [pool.submit(httpx.post, f"{url}/generate", json={**body, "rid": f"one-{number}"}, timeout=60) for number in range(4)]
+        time.sleep(1)
+        busy = httpx.get(f"{url}/flush_cache")
+        assert (busy.status_code, busy.json()["error"]["message"] != "") == (400, True)
+        assert httpx.post(f"{url}/abort_request", json={"rid": "one-2"}).json() == {"aborted": 1}
+        assert httpx.post(f"{url}/abort_request", json={"rid": "unknown"}).json() == {"aborted": 0}
+        assert httpx.post(f"{url}/abort_request", json={"abort_all": True}).json() == {"aborted": 3}
+        assert {answer.result().status_code for answer in answers} == {200}
+    assert httpx.get(f"{url}/flush_cache").status_code == 200
+
+
+def test_a_dead_replica_is_replaced_and_no_unanswered_request_is_lost(url: str) -> None:
     killed, *_ = engines()
     assert len(engines()) == 2
     with ThreadPoolExecutor(8) as pool:
@@ -127,10 +150,17 @@ def test_a_dead_engine_is_replaced_and_no_unanswered_request_is_lost(url: str) -
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert ask(url, "And again").status_code == 200
-    silent, *_ = engines()
-    os.kill(silent.pid, signal.SIGKILL)  # its replica lives, and says that it is not well
+
+
+def test_what_an_engine_that_died_cannot_answer_another_does(url: str) -> None:
+    """Its replica lives a while longer, and has nothing to do."""
+    before = engines()
+    assert len(before) == 2
+    os.kill(before[0].pid, signal.SIGKILL)
+    time.sleep(0.2)  # what it was computing would be lost
+    assert [ask(url, f"Request {number} of a few").status_code for number in range(24)] == [200] * 24
     deadline = time.monotonic() + 120
-    while silent in engines() or len(engines()) < 2:
+    while len(engines()) < 2 or set(engines()) == set(before) or len(figures(url, "sglang_engine_up")) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.5)
 
@@ -153,6 +183,10 @@ def test_the_manifests_arguments_are_taken() -> None:
         ({"api-key": "secret"}, "use api_key_file"),
         ({"replicas": 2, "max_replicas": 3}, "give one of them"),
         ({"max_running_requests": 0}, "max"),
+        ({"log_file": "x.log"}, "use Ray's own logs"),
+        ({"help": True}, "serve --help"),
+        ({"min_replicas": 3, "max_replicas": 2}, "min_replicas 3 and max_replicas 2 are not possible"),
+        ({"most_ahead": -1}, "at least 0"),
     ],
 )
 def test_arguments_that_cannot_be(args: dict[str, Any], told: str) -> None:
