@@ -58,6 +58,7 @@ _NOT_HERE = {
     "explain_quant": "`octavo serve --explain-quant`",
 }
 _OF_SCALE = ("replicas", "min_replicas", "max_replicas", "target_ongoing_requests")
+_ROUTINGS = ("prefix", "least-busy")
 _ROUTER = "octavo.serve.ray_router:PrefixRouter"
 
 
@@ -277,8 +278,9 @@ def build(args: dict[str, Any]) -> serve.Application:
 
     `replicas`: how many engines, 1 by default; or `min_replicas` and `max_replicas`, between which their number follows the queue;
     `target_ongoing_requests` of each then, by default as many as it runs together; `num_gpus` and `num_cpus` of each;
-    `gateways`: processes that hand requests on; `most_ahead`: requests that a replica may have more than the least busy one and still get
-    more for the prefixes that it holds. Raises ValueError for what is none of these, with the remedy.
+    `gateways`: processes that hand requests on; `routing`: by `prefix`, or `least-busy`, Ray's own of two at random; `most_ahead`: requests
+    that a replica may have more than the least busy one and still get more for the prefixes that it holds. Raises ValueError for what is
+    none of these, with the remedy.
     """
     given = {name.replace("-", "_"): value for name, value in args.items()}
     for name, instead in _NOT_HERE.items():
@@ -291,7 +293,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     gateways, most_ahead = int(given.pop("gateways", 1)), int(given.pop("most_ahead", 4))
     if gateways < 1 or most_ahead < 0:
         raise ValueError(f"gateways {gateways} and most_ahead {most_ahead} are not possible: give at least 1 and at least 0")
+    routing = str(given.pop("routing", "prefix"))
+    if routing not in _ROUTINGS:
+        raise ValueError(f"routing {routing!r} is not possible: give {' or '.join(_ROUTINGS)}")
     config, options = _options(given)
+    router = RequestRouterConfig(request_router_class=_ROUTER, request_router_kwargs={"most_ahead": most_ahead})
     room = config.max_running_requests + (config.max_queued_requests or 0)
     replica = serve.deployment(
         Replica,
@@ -301,7 +307,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         health_check_period_s=5,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=options.shutdown_timeout_s + 5,
-        request_router_config=RequestRouterConfig(request_router_class=_ROUTER, request_router_kwargs={"most_ahead": most_ahead}),
+        request_router_config=router if routing == "prefix" else RequestRouterConfig(),
         **_scaling(scale, config.max_running_requests),
     )
     most = int(scale.get("max_replicas", scale.get("replicas", 1)))

@@ -187,6 +187,7 @@ def test_the_manifests_arguments_are_taken() -> None:
         ({"help": True}, "serve --help"),
         ({"min_replicas": 3, "max_replicas": 2}, "min_replicas 3 and max_replicas 2 are not possible"),
         ({"most_ahead": -1}, "at least 0"),
+        ({"routing": "random"}, "give prefix or least-busy"),
     ],
 )
 def test_arguments_that_cannot_be(args: dict[str, Any], told: str) -> None:

@@ -1,9 +1,10 @@
-"""Prefix cache hits and time to the first token behind both of the shipped NGINX files, in turns. A plain script; checks nothing.
+"""Prefix cache hits and time to the first token of replicas, by what divides requests among them, in turns. A plain script; checks nothing.
 
-python benchmarks/bench_nginx.py [MODEL] [--replicas 2] [--rounds 3]
+python benchmarks/bench_replicas.py [MODEL] [--ways least-conn affinity] [--replicas 2] [--rounds 3]
 
-Replicas of one compute thread each hold half of the prefixes that are asked for. Each round starts new ones for each file, so that their
-caches are empty, and asks the same prompts with `octavo bench serving`, each with the name of its prefix in X-Session-Id.
+Ways: both of the shipped NGINX files, and on Ray Serve (octavo[ray]) our own router and Ray's. Replicas of one compute thread each hold
+half of the prefixes that are asked for. Each round starts new ones for each way, so that their caches are empty, and asks the same prompts
+with `octavo bench serving`, each with the name of its prefix in X-Session-Id, which NGINX alone looks at.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,50 @@ import httpx
 
 from octavo.deploy.nginx.local import running
 
-FILES = ("least-conn.conf", "affinity.conf")
+WAYS = ("least-conn", "affinity", "ray-prefix", "ray-least-busy")
 PORT = 31810
 PREFIXES, PREFIX_LEN, INPUT_LEN, OUTPUT_LEN = 8, 512, 32, 8
 CONCURRENCY, REQUESTS = 8, 96
 
 
+def room_of(count: int) -> int:
+    """Tokens of a replica's cache: its share of the prefixes and one more, and what runs."""
+    return PREFIXES // count * PREFIX_LEN + CONCURRENCY * (INPUT_LEN + OUTPUT_LEN) + PREFIX_LEN
+
+
 @contextmanager
-def replicas(model: Sequence[str], count: int, folder: Path) -> Iterator[list[str]]:
-    """URLs of servers that are ready, each with room for its share of the prefixes, and for what runs."""
-    room = PREFIXES // count * PREFIX_LEN + CONCURRENCY * (INPUT_LEN + OUTPUT_LEN) + PREFIX_LEN
+def behind_ray(model: str | None, count: int, routing: str) -> Iterator[str]:
+    """The URL of an application of as many replicas."""
+    import ray
+    from ray import serve
+
+    from octavo.serve.ray_app import build
+
+    ray.init(num_cpus=count + 2, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    flags = {"num_threads": 1, "max_total_tokens": room_of(count), "log_level": "warning", **({"model_path": model} if model else {})}
+    try:
+        serve.run(build({**flags, "replicas": count, "num_cpus": 0.5, "routing": routing}), name="octavo")
+        yield f"http://127.0.0.1:{PORT}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@contextmanager
+def behind_nginx(model: str | None, count: int, name: str) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as place, replicas(model, count, Path(place)) as urls, running(name, urls, Path(place)) as url:
+        yield url
+
+
+@contextmanager
+def replicas(model: str | None, count: int, folder: Path) -> Iterator[list[str]]:
+    """URLs of servers that are ready."""
     urls, processes = [], []
     try:
         for number in range(count):
-            flags = ["--port", f"{PORT + number}", "--num-threads", "1", "--max-total-tokens", f"{room}", *model]
+            flags = ["--port", f"{PORT + number}", "--num-threads", "1", "--max-total-tokens", f"{room_of(count)}"]
+            flags += ["--model-path", model] if model else []
             with (folder / f"replica-{number}.log").open("wb") as log:
                 command = [sys.executable, "-m", "octavo", "serve", *flags]
                 processes.append(subprocess.Popen(command, stdout=log, stderr=log))
@@ -64,10 +95,12 @@ def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise SystemExit(f"the replica at {url} did not start")
 
 
-def measure(name: str, model: Sequence[str], count: int, seed: int) -> dict[str, float]:
+def measure(way: str, model: str | None, count: int, seed: int) -> dict[str, float]:
+    on_ray = way.startswith("ray-")
+    starting = behind_ray(model, count, way.removeprefix("ray-")) if on_ray else behind_nginx(model, count, f"{way}.conf")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        with replicas(model, count, folder) as urls, running(name, urls, folder) as url:
+        with starting as url:
             load = f"--dataset shared-prefix --num-prefixes {PREFIXES} --prefix-len {PREFIX_LEN} --input-len {INPUT_LEN}"
             load += f" --output-len {OUTPUT_LEN} --ignore-eos --concurrency {CONCURRENCY} --num-requests {REQUESTS} --seed {seed}"
             load += f" --session-header X-Session-Id --output-json {folder / 'run.json'}"
@@ -85,14 +118,14 @@ def measure(name: str, model: Sequence[str], count: int, seed: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS[:2])
     parser.add_argument("--replicas", type=int, choices=(2, 3), default=2)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    model = ["--model-path", given.model] if given.model else []
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in FILES}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in given.ways}
     for seed in range(given.rounds):
-        for name in FILES if seed % 2 == 0 else FILES[::-1]:
-            found[name].append(measure(name, model, given.replicas, seed))
+        for name in given.ways if seed % 2 == 0 else given.ways[::-1]:
+            found[name].append(measure(name, given.model, given.replicas, seed))
             print(f"round {seed}, {name}: {found[name][-1]}", flush=True)
     print(f"\n{'':<18}{'hits':>8}{'TTFT p50':>12}{'TTFT p99':>12}{'requests/s':>12}")
     for name, runs in found.items():
