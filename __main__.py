@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ _COMMANDS = {
     "kernels": _Command(".serve.kernels_cli", "compile GPU kernels ahead, on a machine without a GPU, and what they are made of"),
     "doctor": _Command(".serve.doctor_cli", "what this machine has, which kernels it gets, whether they compute right"),
 }
+_OF_RAY_SERVE = ("start", "deploy", "run", "config", "status", "shutdown", "controller-health", "build")
 _USAGE = "\n".join(
     [
         "usage: octavo COMMAND [options]     octavo COMMAND --help explains a command",
@@ -63,7 +65,9 @@ def _answer(word: str) -> int:
 
 
 def serve() -> int:
-    """The bare `serve` command."""
+    """The bare `serve` command. Ray Serve's has the same name: where Ray is installed, what only that one knows is for it."""
+    if sys.argv[1:2] and sys.argv[1] in _OF_RAY_SERVE and importlib.util.find_spec("ray") is not None:
+        importlib.import_module("ray.serve.scripts").cli()  # ends the process
     return main(["serve", *sys.argv[1:]])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -224,3 +226,18 @@ def test_modules_run(module):
     ended = subprocess.run([sys.executable, "-m", module, *argv], check=False, capture_output=True, text=True, timeout=30)
     assert ended.returncode == 0, ended.stderr
     assert "--model-path" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [(["run", "app:build", "--blocking"], "ray: run app:build --blocking"), (["--help"], "usage: octavo serve")]
+)
+def test_rays_command_of_the_same_name_gets_its_words(words: list[str], told: str, tmp_path: Path) -> None:
+    """The scripts `serve` of both packages lie in one folder, and the one that was installed last is there."""
+    (tmp_path / "ray" / "serve").mkdir(parents=True)
+    for name in ("__init__.py", "serve/__init__.py"):
+        (tmp_path / "ray" / name).touch()
+    (tmp_path / "ray" / "serve" / "scripts.py").write_text("import sys\ndef cli():\n    sys.exit('ray: ' + ' '.join(sys.argv[1:]))\n")
+    code = f"import sys; sys.argv = {['serve', *words]!r}; from octavo.__main__ import serve; sys.exit(serve())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout + done.stderr).startswith(told)
