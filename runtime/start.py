@@ -88,7 +88,7 @@ def _warm_up(core) -> None:  # type: ignore[no-untyped-def]
         (SamplingParams(max_tokens=2, temperature=0.0), SamplingParams(max_tokens=2, top_p=0.9, top_k=20, logprobs=1, seed=0))
     ):
         core.add(f"warm-up-{index}", [0] * min(3, core.limits.context_length - 2, core.limits.max_total_tokens - 2), params)
-    while core.has_work:
-        core.step()
+        while core.has_work:  # one after the other: the queue may hold but one
+            core.step()
     core.flush_cache()
     core.scheduler.counters = type(core.scheduler.counters)()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from octavo.runtime import start
+from octavo.runtime.config import EngineConfig
 
 
 def test_an_empty_cache_folder_has_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -30,6 +31,12 @@ def test_a_cache_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert len(told) == 1
     assert told[0].startswith("octavo serve: compiled CPU kernels cannot be kept in ")
     assert told[0].endswith("set OCTAVO_CACHE_DIR to a folder that can be written to, or mount a volume there")
+
+
+@pytest.mark.needs_embedded_model
+def test_a_queue_of_one_is_enough_to_start() -> None:
+    config = EngineConfig(max_running_requests=1, max_queued_requests=1, max_total_tokens=4096)
+    assert not start.load_core(config, show_progress=False).has_work
 
 
 def test_compiled_kernels_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
