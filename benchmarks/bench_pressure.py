@@ -27,13 +27,15 @@ PROBE_EVERY_S = 0.02
 
 
 def probe(port: int, pipe: multiprocessing.connection.Connection) -> None:
-    """Ask /health until told to stop; send when each was asked and what it took, in seconds."""
+    """Ask /health until told to stop; send when each was asked and what it took, in seconds. Ends at an answer that is not 200."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     took: list[tuple[float, float]] = []
     while not pipe.poll():
         started = time.monotonic()
         connection.request("GET", "/health")
-        assert connection.getresponse().read() is not None
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == 200, answer.status
         took.append((started, time.monotonic() - started))
         time.sleep(PROBE_EVERY_S)
     pipe.send(took)

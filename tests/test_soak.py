@@ -156,7 +156,8 @@ async def soak(url: str, seconds: float) -> Counter[str]:
 
 @contextmanager
 def probing(server: Server) -> Iterator[list[float]]:
-    """Inside, a process of its own asks /health every 20 ms; afterwards the seconds that it took are in what this gives, sorted."""
+    """Inside, a process of its own asks /health every 20 ms, which must answer 200; afterwards the seconds that it took are in what
+    this gives, sorted."""
     took: list[float] = []
     ours, theirs = multiprocessing.Pipe()
     prober = multiprocessing.get_context("spawn").Process(target=probe, args=(int(server.url.rpartition(":")[2]), theirs))
