@@ -78,20 +78,31 @@ def make_case(
     return Case(torch.randn(sum(queries), heads, dim), k, v, plan, dtype)
 
 
-def exact(case: Case, *, dtype: torch.dtype = torch.float64, sliding_window: int | None = None, soft_cap: float | None = None) -> Tensor:
-    """Independent of the package: the keys of a sequence gathered, all pairs scored, a softmax over the visible ones."""
+def exact(
+    case: Case,
+    *,
+    dtype: torch.dtype = torch.float64,
+    shuffled: bool = False,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Independent of the package: the keys of a sequence gathered, all pairs scored, a softmax over the visible ones.
+
+    `shuffled`: in another order of keys, which changes nothing but the rounding.
+    """
     heads, dim = case.q.shape[1:]
     group, page_size = heads // case.k.shape[1], case.k.shape[2]
     out = torch.empty(case.q.shape, dtype=dtype)
     starts, contexts = case.plan.query_start.tolist(), case.plan.context_len.tolist()
     for b, context in enumerate(contexts):
         rows = slice(starts[b], starts[b + 1])
-        page, offset = place(case.plan.page_table[b], torch.arange(context), page_size)
+        keys = torch.randperm(context) if shuffled else torch.arange(context)
+        page, offset = place(case.plan.page_table[b], keys, page_size)
         k, v = (x[page, :, offset].repeat_interleave(group, dim=1) for x in case.numbers(dtype))
         scores = torch.einsum("qhd,khd->hqk", case.q[rows].to(dtype), k) * dim**-0.5
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
-        distance = torch.arange(context - (starts[b + 1] - starts[b]), context)[:, None] - torch.arange(context)
+        distance = torch.arange(context - (starts[b + 1] - starts[b]), context)[:, None] - keys
         visible = (distance >= 0) & (distance < (sliding_window or context))
         out[rows] = torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
     return out
@@ -100,13 +111,15 @@ def exact(case: Case, *, dtype: torch.dtype = torch.float64, sliding_window: int
 def check(case: Case, **options: float | None) -> None:
     """No worse than twice torch's own float32 error (of the plain reference, on the same stored values).
 
-    The worst element alone may be five times as far off: which one is worst is chance (one case in 1,500 had 4.3 times, 99 % below 2.4).
+    Torch's worst element is that of eight orders of keys: in one order alone it is small by chance now and then. On codes ours may be three
+    times as far off: a score is rounded once more, when its key's scale is multiplied.
     """
     wanted = exact(case, **options)
     theirs = (exact(case, dtype=torch.float32, **options) - wanted).abs()
+    others = [(exact(case, dtype=torch.float32, shuffled=True, **options) - wanted).abs().max() for _ in range(7)]
     ours = (case.run(**options) - wanted).abs()
     assert ours.isfinite().all()
-    assert ours.max() <= 5 * theirs.max() + 1e-7
+    assert ours.max() <= (3 if case.kv_dtype in CODES else 2) * max(theirs.max(), *others) + 1e-7
     assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + 1e-8
 
 
