@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -57,7 +58,18 @@ _NOT_HERE = {
     "help": "`octavo serve --help`",
     "explain_quant": "`octavo serve --explain-quant`",
 }
-_OF_SCALE = ("replicas", "min_replicas", "max_replicas", "target_ongoing_requests")
+# Arguments of our own that are numbers, and the least that each may be.
+_NUMBERS = {
+    "replicas": 1,
+    "min_replicas": 0,
+    "max_replicas": 1,
+    "target_ongoing_requests": 0,
+    "num_cpus": 0,
+    "num_gpus": 0,
+    "gateways": 1,
+    "most_ahead": 0,
+}
+_SHARES = ("target_ongoing_requests", "num_cpus", "num_gpus")  # which need not be whole
 _ROUTINGS = ("prefix", "least-busy")
 _ROUTER = "octavo.serve.ray_router:PrefixRouter"
 
@@ -74,13 +86,13 @@ class Replica:
     """An engine in a process of its own, and its HTTP application in this one."""
 
     def __init__(self, flags: dict[str, Any], num_keys: tuple[int, int]) -> None:
-        """`num_keys`: API keys and admin's that there were where the application was built. Raises ValueError where here are fewer."""
+        """`num_keys`: API keys and admin's where the application was built. Raises ValueError where there are fewer here."""
         prepare_environment()
         from ..runtime.process import launch_engine
         from .app import create_app
 
         config, options = _options(flags)
-        if (len(options.api_keys), len(options.admin_api_keys)) != num_keys:
+        if any(have < wanted for have, wanted in zip((len(options.api_keys), len(options.admin_api_keys)), num_keys, strict=True)):
             raise ValueError(
                 "the application was built with API keys that its replicas do not have: give api_key_file, on every node, or set "
                 "OCTAVO_API_KEY in the environment of every node or in runtime_env"
@@ -286,19 +298,16 @@ def build(args: dict[str, Any]) -> serve.Application:
     for name, instead in _NOT_HERE.items():
         if name in given:
             raise ValueError(f"{name} is not for here: use {instead}")
-    scale: dict[str, Any] = {
-        name: given.pop(name) for name in ("replicas", "min_replicas", "max_replicas", "target_ongoing_requests") if name in given
-    }
-    resources = {name: float(given.pop(name)) for name in ("num_cpus", "num_gpus") if name in given}
-    gateways, most_ahead = int(given.pop("gateways", 1)), int(given.pop("most_ahead", 4))
-    if gateways < 1 or most_ahead < 0:
-        raise ValueError(f"gateways {gateways} and most_ahead {most_ahead} are not possible: give at least 1 and at least 0")
+    numbers = {name: _number(name, given.pop(name), least) for name, least in _NUMBERS.items() if name in given}
+    resources = {name: numbers[name] for name in ("num_cpus", "num_gpus") if name in numbers}
+    gateways, most_ahead = int(numbers.get("gateways", 1)), int(numbers.get("most_ahead", 4))
     routing = str(given.pop("routing", "prefix"))
     if routing not in _ROUTINGS:
         raise ValueError(f"routing {routing!r} is not possible: give {' or '.join(_ROUTINGS)}")
     config, options = _options(given)
     router = RequestRouterConfig(request_router_class=_ROUTER, request_router_kwargs={"most_ahead": most_ahead})
     room = config.max_running_requests + (config.max_queued_requests or 0)
+    scaling, most = _scaling(numbers, config.max_running_requests)
     replica = serve.deployment(
         Replica,
         name="replica",
@@ -308,9 +317,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=options.shutdown_timeout_s + 5,
         request_router_config=router if routing == "prefix" else RequestRouterConfig(),
-        **_scaling(scale, config.max_running_requests),
+        **scaling,
     )
-    most = int(scale.get("max_replicas", scale.get("replicas", 1)))
     gateway = serve.deployment(Gateway, name="gateway", num_replicas=gateways, max_ongoing_requests=2 * room * most // gateways + 64)
     return gateway.bind(replica.bind(given, (len(options.api_keys), len(options.admin_api_keys))), options.max_body_mib << 20)
 
@@ -319,20 +327,28 @@ def _options(flags: Mapping[str, Any]) -> tuple[EngineConfig, ServerOptions]:
     return options_of(serve_parser("octavo serve").parse_mapping(flags, "the application's arguments"))
 
 
-def _scaling(given: Mapping[str, Any], running: int) -> dict[str, Any]:
-    bounds = [name for name in _OF_SCALE[1:] if name in given]
+def _number(name: str, value: Any, least: int) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number >= least or (name not in _SHARES and not number.is_integer()):
+        what = "number" if name in _SHARES else "whole number"
+        raise ValueError(f"{name} {value!r} is not possible: give a {what} of at least {least}")
+    return number
+
+
+def _scaling(given: Mapping[str, float], running: int) -> tuple[dict[str, Any], int]:
+    """What Ray is told of how many replicas there are, and the most of them."""
+    bounds = [name for name in ("min_replicas", "max_replicas", "target_ongoing_requests") if name in given]
     if bounds and "replicas" in given:
         raise ValueError(f"replicas is a fixed number, and {bounds[0]} lets it change: give one of them")
     if not bounds:
-        return {"num_replicas": int(given.get("replicas", 1))}
+        most = int(given.get("replicas", 1))
+        return {"num_replicas": most}, most
     least = int(given.get("min_replicas", 1))
     most = int(given.get("max_replicas", max(1, least)))
-    if not 0 <= least <= most:
+    if least > most:
         raise ValueError(f"min_replicas {least} and max_replicas {most} are not possible: the first must be 0 to the second")
-    return {
-        "autoscaling_config": {
-            "min_replicas": least,
-            "max_replicas": most,
-            "target_ongoing_requests": float(given.get("target_ongoing_requests", running)),
-        }
-    }
+    target = given.get("target_ongoing_requests", float(running))
+    return {"autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": target}}, most

@@ -187,6 +187,9 @@ def test_the_manifests_arguments_are_taken() -> None:
         ({"help": True}, "serve --help"),
         ({"min_replicas": 3, "max_replicas": 2}, "min_replicas 3 and max_replicas 2 are not possible"),
         ({"most_ahead": -1}, "at least 0"),
+        ({"replicas": "two"}, "replicas 'two' is not possible: give a whole number of at least 1"),
+        ({"replicas": 1.5}, "whole number"),
+        ({"num_gpus": None}, "num_gpus None is not possible: give a number of at least 0"),
         ({"routing": "random"}, "give prefix or least-busy"),
     ],
 )
