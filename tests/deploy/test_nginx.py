@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -100,6 +102,53 @@ def test_a_full_replica_is_no_dead_one(replicas: list[Server], tmp_path: Path) -
         assert all(int(answer.headers["retry-after"]) > 0 and answer.json()["error"]["code"] == "queue_full" for answer in refused)
         assert all(before > 0 for before in served(replicas))
         assert ask(url).status_code == 200
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers every POST with `status`, some time after it came; `asked` counts them."""
+
+    daemon_threads = True
+    asked = 0
+
+    def __init__(self, status: int, seconds: float) -> None:
+        server = self
+        self.status = status
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:  # the base class's name
+                self.rfile.read(int(self.headers["content-length"]))
+                server.asked += 1
+                time.sleep(seconds)
+                self.send_response(server.status)
+                self.send_header("Retry-After", "1")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@pytest.mark.parametrize("name", ["least-conn.conf", "affinity.conf"])
+def test_what_one_replica_refuses_another_takes(name: str, tmp_path: Path) -> None:
+    """One that refuses at once always looks the least busy; requests that others have room for are not lost to it."""
+    stubs = [Stub(503, 0), Stub(200, 0.2), Stub(200, 0.2)]
+    with running(name, [stub.url for stub in stubs], tmp_path) as url, ThreadPoolExecutor(8) as pool:
+        found = [answer.status_code for answer in pool.map(lambda number: ask(url, **{"X-Session-Id": f"{number}"}), range(60))]
+        assert found == [200] * 60
+        assert stubs[0].asked > 10  # it is not left alone: it refuses for moments
+        for stub in stubs:
+            stub.status = 503
+        refused = ask(url)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
 
 
 def test_a_session_stays_on_its_replica(replicas: list[Server], tmp_path: Path) -> None:
