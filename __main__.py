@@ -82,7 +82,11 @@ def container() -> int:
 
 
 def _contained(arguments: list[str], environ: Mapping[str, str]) -> int:
-    if arguments and arguments[0] in _COMMANDS and arguments[0] != "serve":
+    word = arguments[0] if arguments else ""
+    mistyped = (
+        word not in _COMMANDS and difflib.get_close_matches(word, _COMMANDS, n=1) and not os.path.exists(word)
+    )  # else a model's folder
+    if (word in _COMMANDS and word != "serve") or word in ("-V", "--version") or mistyped:
         return _run(arguments)
     from .serve.environment import flags_from
 

@@ -7,6 +7,7 @@ names, by PrefixRouter. What is said of every replica (metrics) or to every one 
 from __future__ import annotations
 
 import asyncio
+import difflib
 import json
 import logging
 import math
@@ -304,6 +305,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     routing = str(given.pop("routing", "prefix"))
     if routing not in _ROUTINGS:
         raise ValueError(f"routing {routing!r} is not possible: give {' or '.join(_ROUTINGS)}")
+    for name in given:
+        if near := difflib.get_close_matches(name, [*_NUMBERS, "routing"], n=1, cutoff=0.8):  # no flag's name is that near to one of these
+            raise ValueError(f"{name} is not known; did you mean {near[0]}?")
     config, options = _options(given)
     router = RequestRouterConfig(request_router_class=_ROUTER, request_router_kwargs={"most_ahead": most_ahead})
     room = config.max_running_requests + (config.max_queued_requests or 0)

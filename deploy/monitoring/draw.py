@@ -27,7 +27,7 @@ _COLUMNS = 4
 
 
 class Prometheus:
-    """Its HTTP API. Raises httpx.HTTPError where it does not answer, ValueError where it refuses an expression."""
+    """Its HTTP API. Raises ValueError where it does not answer, is another server, or refuses an expression."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -43,7 +43,12 @@ class Prometheus:
         return self._ask("query_range", {"query": expression, "start": f"{end - seconds}", "end": f"{end}", "step": f"{step:g}"})
 
     def _ask(self, path: str, params: Mapping[str, str]) -> list[dict[str, Any]]:
-        answer = httpx.get(f"{self._url}/api/v1/{path}", params=params, timeout=30).json()
+        try:
+            answer = httpx.get(f"{self._url}/api/v1/{path}", params=params, timeout=30).json()
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise ValueError(f"no Prometheus answers at {self._url}: {error}") from None
+        if not isinstance(answer, dict) or answer.get("status") not in ("success", "error"):
+            raise ValueError(f"what answers at {self._url} is no Prometheus")
         if answer["status"] != "success":
             raise ValueError(f"Prometheus does not take {params['query']!r}: {answer.get('error')}")
         found: list[dict[str, Any]] = answer["data"]["result"]
@@ -126,10 +131,12 @@ def main() -> int:
     parser.add_argument("--window", default="1m", help="that rates are taken over (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("dashboard.png"), help="(default: %(default)s)")
     given = parser.parse_args()
+    if not 0 < given.minutes < math.inf:
+        parser.error(f"--minutes {given.minutes:g} is not possible: give a number above 0")
     try:
         figure, empty = draw(Prometheus(given.prometheus), json.loads(BOARD.read_text()), seconds=60 * given.minutes, window=given.window)
         figure.savefig(given.out, dpi=90)
-    except (httpx.HTTPError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"draw.py: {error}", file=sys.stderr)
         return 1
     print(f"{given.out}" + (f"; no data: {', '.join(empty)}" if empty else ""))

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 _HERE = Path(__file__).resolve().parent
 _REPLICAS = (1, 2, 3)
@@ -37,16 +38,27 @@ http {{
 def config_of(name: str, urls: Sequence[str], *, port: int, folder: Path) -> str:
     """The shipped file `name` for the servers `urls`, listening on `port` of the loopback device; what NGINX writes goes to `folder`.
 
-    Raises ValueError for more servers than the file has replicas, and for none.
+    Raises ValueError for more servers than the file has replicas, for none, and for URLs that are no server's.
     """
+    addresses = [_address(url) for url in urls]
     if not 1 <= len(urls) <= len(_REPLICAS):
         raise ValueError(f"give one to {len(_REPLICAS)} servers, not {len(urls)}")
     shipped = (_HERE / name).read_text().replace("listen 80;", f"listen 127.0.0.1:{port};")
     for number in _REPLICAS:
         line = re.compile(rf"^( *server )octavo-{number}:30000(.*\n)", re.MULTILINE)
-        address = urls[number - 1].rstrip("/").rpartition("://")[2] if number <= len(urls) else None
+        address = addresses[number - 1] if number <= len(urls) else None
         shipped = line.sub("" if address is None else rf"\g<1>{address}\g<2>", shipped)
     return _AROUND.format(folder=folder, shipped=shipped)
+
+
+def _address(url: str) -> str:
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        if parts.scheme == "http" and parts.hostname and parts.port and not parts.path.strip("/"):
+            return parts.netloc
+    except ValueError:  # a port that is none
+        pass
+    raise ValueError(f"{url!r} is no server's: give http://HOST:PORT, without a path")
 
 
 @contextmanager
@@ -85,13 +97,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", choices=sorted(path.name for path in _HERE.glob("*.conf")))
     parser.add_argument("urls", nargs="+", metavar="URL", help="of a running server")
-    parser.add_argument("--port", type=int, default=8080, help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="0 for any that is free (default: %(default)s)")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if not 0 <= given.port < 1 << 16:
+            raise ValueError(f"--port {given.port} is not possible: give one from 0, any that is free, to 65535")
         with tempfile.TemporaryDirectory() as folder, running(given.file, given.urls, Path(folder), port=given.port) as url:
             print(f"{given.file} at {url}, before {', '.join(given.urls)}", flush=True)
-            while _listens(given.port):
+            while _listens(int(url.rpartition(":")[2])):
                 time.sleep(1)
             print("local.py: nginx has ended", file=sys.stderr)
     except KeyboardInterrupt:

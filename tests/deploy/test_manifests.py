@@ -63,6 +63,7 @@ def test_a_pod_is_closed_and_has_what_it_writes_to(manifests: dict[str, Any]) ->
     pod = manifests["Deployment/octavo"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["enableServiceLinks"] is False  # other Services' variables are no flags
     assert container["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
@@ -161,6 +162,7 @@ def test_a_rayservice_has_the_fields_that_its_operator_knows() -> None:
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == application["args"]["num_gpus"]
     assert int(worker["resources"]["requests"]["cpu"]) >= application["args"]["num_cpus"]
     assert pod["terminationGracePeriodSeconds"] >= application["args"]["shutdown_timeout"] + 10
+    assert pod["enableServiceLinks"] is cluster["headGroupSpec"]["template"]["spec"]["enableServiceLinks"] is False
     assert serve["http_options"]["port"] in [port["containerPort"] for port in head["ports"]]
     for container in (head, worker):
         assert all(variable["valueFrom"]["secretKeyRef"]["optional"] for variable in container["env"])

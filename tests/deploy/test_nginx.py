@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -61,6 +63,25 @@ def test_each_replica_is_named_twice(tmp_path: Path) -> None:
         assert "listen 127.0.0.1:8080;" in text
     with pytest.raises(ValueError, match="one to 3 servers, not 4"):
         config_of("affinity.conf", ["http://a:1"] * 4, port=8080, folder=tmp_path)
+    for url in ("https://a:1", "http://a:1/v1", "http://a", "http://a:99999", "http://a:b", ":1"):
+        with pytest.raises(ValueError, match="is no server's"):
+            config_of("affinity.conf", [url], port=8080, folder=tmp_path)
+
+
+def test_any_free_port_is_watched() -> None:
+    program = str(Path(__file__).resolve().parents[2] / "deploy" / "nginx" / "local.py")
+    with subprocess.Popen(
+        [sys.executable, program, "affinity.conf", "--port", "0", "127.0.0.1:9"], stdout=subprocess.PIPE, text=True
+    ) as nginx:
+        try:
+            assert nginx.stdout is not None
+            url = nginx.stdout.readline().split()[2].rstrip(",")
+            assert httpx.get(f"{url}/health", timeout=10).status_code == 502
+            time.sleep(1.5)
+            assert nginx.poll() is None
+        finally:
+            nginx.send_signal(signal.SIGINT)
+    assert nginx.returncode == 0
 
 
 def test_streams_pass_and_a_dead_replica_is_passed_over(replicas: list[Server], tmp_path: Path) -> None:

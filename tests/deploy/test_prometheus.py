@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +88,21 @@ def test_every_expression_has_series(tmp_path: Path) -> None:
         assert series(url, 'ALERTS{alertname="OctavoDown"}')[0]["metric"]["alertstate"] == "pending"
 
 
-def test_a_refused_expression_and_no_server() -> None:
-    done = subprocess.run(
-        [sys.executable, str(MONITORING / "draw.py"), "--prometheus", "http://127.0.0.1:9"], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "localhost:9", "http://[", "{folder}"])
+def test_no_prometheus_is_told_in_a_line(url: str, tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = url.replace("{folder}", f"http://127.0.0.1:{other.server_port}")
+        drawn = [sys.executable, str(MONITORING / "draw.py"), "--prometheus", url, "--out", str(tmp_path / "board.png")]
+        done = subprocess.run(drawn, capture_output=True, text=True, check=False)
+        other.shutdown()
     assert done.returncode == 1
-    assert done.stderr.startswith("draw.py: ")
+    assert done.stderr.startswith(f"draw.py: no Prometheus answers at {url}: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_that_cannot_be(minutes: str) -> None:
+    drawn = [sys.executable, str(MONITORING / "draw.py"), "--minutes", minutes]
+    done = subprocess.run(drawn, capture_output=True, text=True, check=False)
+    assert (done.returncode, "give a number above 0" in done.stderr) == (2, True)

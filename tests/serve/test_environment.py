@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,26 @@ def test_other_commands_take_no_flags_from_the_environment(monkeypatch: pytest.M
     assert command._contained(["serve", "--port", "1"], {"MODEL_PATH": "m"}) == 0
     assert command._contained(["m2"], {"LOG_LEVEL": "error"}) == 0
     assert seen == [["quantize", "--out", "x"], ["serve", "--model-path=m", "--port", "1"], ["serve", "--log-level=error", "m2"]]
+
+
+def test_a_command_that_is_mistyped_is_no_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command._contained(["doctr"], {}) == 2
+    assert "did you mean doctor?" in capsys.readouterr().err
+    assert command._contained(["--version"], {}) == 0
+    assert capsys.readouterr().out.startswith("octavo ")
+    seen: list[list[str]] = []
+    monkeypatch.setattr(command, "_run", lambda words: seen.append(words) or 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "doctr").mkdir()
+    assert command._contained(["doctr"], {}) == 0
+    assert seen == [["serve", "doctr"]]
+
+
+def test_variables_without_the_prefix_are_told() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    assert [name for name in PLAIN if f"`{name}`" not in page] == []
 
 
 def test_the_entry_point_runs() -> None:

@@ -179,6 +179,8 @@ def test_the_manifests_arguments_are_taken() -> None:
     ("args", "told"),
     [
         ({"modl_path": "x"}, "unknown flag --modl-path; did you mean --model-path"),
+        ({"replica": 2}, "did you mean replicas"),
+        ({"max-replica": 2}, "did you mean max_replicas"),
         ({"port": 5}, "port is not for here"),
         ({"api-key": "secret"}, "use api_key_file"),
         ({"replicas": 2, "max_replicas": 3}, "give one of them"),
