@@ -34,6 +34,7 @@ _AT_LEAST_ONE = (
     "context_length",
     "cuda_graph_max_bs",
     "num_threads",
+    "tp_size",
 )
 
 
@@ -72,7 +73,8 @@ class EngineConfig:
     max_radix_cache_len: int | None = None  # cap on evictable cached tokens
     random_seed: int | None = None
     deterministic: bool = False  # a request's tokens do not depend on the batch, the cache or the chunking, to the bit
-    num_threads: int | None = None  # compute threads on the CPU; None: the cores this process may use
+    num_threads: int | None = None  # compute threads of a rank on the CPU; None: the cores this process may use, shared by the ranks
+    tp_size: int = 1  # ranks that every layer is cut across: GPUs, or processes on the CPU
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -113,7 +115,7 @@ class EngineConfig:
             device=device,
             kv_cache_dtype="fp8_e4m3" if self.kv_cache_dtype == "fp8" else self.kv_cache_dtype,
             chunked_prefill_size=self.chunked_prefill_size or (256 if on_cpu else 2048),
-            num_threads=self.num_threads or len(os.sched_getaffinity(0)),
+            num_threads=self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.tp_size),
         )
 
     @property

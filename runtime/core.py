@@ -160,7 +160,7 @@ class EngineCore:
         try:
             flight = self._launch(batch)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self.runner.num_ranks > 1:  # where one rank found no memory, others are in the step
                 raise
             return self._land() + self._relieve(batch, error)
         self.scheduler.launch(batch)
@@ -255,6 +255,14 @@ class EngineCore:
         logger.error("no memory for a step of one token (%s): request %s ends", told, hopeless.request_id)
         ended = self.abort(hopeless.request_id, FinishReason("abort", message=f"the device is out of memory: {told}", status_code=503))
         return [ended] if ended is not None else []
+
+    def check(self) -> None:
+        """Raises EngineDead where a rank that computes for this core has ended."""
+        self.runner.check()
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self.runner.close()
 
     def flush_cache(self) -> bool:
         """Drop every cached prefix; False, and nothing dropped, while requests are here."""

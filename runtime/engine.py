@@ -401,10 +401,13 @@ class Engine:
                     for output in self._core.step():
                         self._deliver(output)
             self._cause = "the engine was shut down"
+        except EngineDead as error:  # with another rank, which has been told
+            self._cause = str(error)
         except Exception as error:  # whatever it is, callers must hear of it rather than wait for ever
             self._cause = f"the engine failed: {type(error).__name__}: {error}"
             raise
         finally:
+            self._core.close()
             for sink in list(self._sinks.values()):
                 sink(EngineDead(self._cause or "the engine ended"))
             self._sinks.clear()

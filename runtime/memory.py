@@ -28,6 +28,10 @@ class DeviceMemory:
     total: int
     free: int
 
+    def share(self, ranks: int) -> DeviceMemory:
+        """An equal part of it for each of `ranks` processes."""
+        return self if ranks == 1 else DeviceMemory(f"1/{ranks} of {self.name}", self.total // ranks, self.free // ranks)
+
 
 @dataclass(frozen=True)
 class MemoryBudget:

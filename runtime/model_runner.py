@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +22,9 @@ from .batch import Batch
 from .config import EngineConfig
 from .decode_graphs import Capture, CudaCapture, DecodeGraphs, graph_sizes
 from .dummy_weights import DummySource
-from .forward_batch import AttentionShape, ForwardBatch, lay_out, make_forward_batch
+from .forward_batch import AttentionShape, ForwardBatch, StepArrays, lay_out, make_forward_batch
 from .kv_pool import KV_DTYPES, KVPool, kv_bytes_per_token, kv_dtype_name
+from .layers.parallel import TensorParallelGroup
 from .linear_report import LinearReport, check_backend
 from .memory import MemoryBudget, OutOfMemoryPlan, device_memory, plan_memory
 from .models.config import ModelConfig
@@ -35,6 +37,7 @@ from .weights import WeightSource
 
 if TYPE_CHECKING:
     from ..kernels.gpu.flashinfer_attention import FlashInfer
+    from .ranks import Ranks
 
 logger = logging.getLogger("octavo.runtime")
 _MOST_GRAPH_ROWS = 256
@@ -43,12 +46,25 @@ _MOST_GRAPH_ROWS = 256
 class ModelRunner:
     """Loads a model and computes batches. One thread at a time."""
 
-    def __init__(self, config: EngineConfig, files: ModelFiles, *, show_progress: bool = True) -> None:
-        """`config` is resolved. Raises CheckpointError, UnsupportedModel, OutOfMemoryPlan or ValueError with the remedy; KernelFault."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        files: ModelFiles,
+        *,
+        group: TensorParallelGroup | None = None,
+        ranks: Ranks | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        """`config` is resolved. Raises CheckpointError, UnsupportedModel, OutOfMemoryPlan or ValueError with the remedy; KernelFault.
+
+        `group` is the ranks that the model is cut across; the first one has `ranks`, the others, which compute what it tells them.
+        """
         self.phases = Phases()
         self._config = config
         self._graphs: DecodeGraphs | None = None
-        self.device = choose_device(config)
+        self._group = group or TensorParallelGroup()
+        self._ranks: Ranks | None = None  # while a step is measured and captured, every rank computes it by itself
+        self.device = choose_device(config, self._group.rank)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or 1)
             if ignored := _for_gpus_alone(config):
@@ -63,16 +79,9 @@ class ModelRunner:
             source = self._source(config, files, activation_dtype, show_progress=show_progress)
             formats = source.formats
             with source:
-                memory = device_memory(self.device)
                 scales_for = _kv_scales_made_for(formats) if self.kv_dtype in CODE_RANGE else None
                 reads_scales = scales_for is not None and (self.kv_dtype == torch.int8) == (scales_for == "int8")
-                try:
-                    self.model = LlamaModel(model, source, max_position=self.context_length, has_kv_scales=reads_scales)
-                except torch.OutOfMemoryError as error:
-                    raise OutOfMemoryPlan(
-                        f"the weights do not fit into {memory.name}, which had {memory.free / 2**30:.2f} GiB free before them, of "
-                        f"{memory.total / 2**30:.2f}: free some, use a smaller or a quantized model, or give --quantization fp8 or int4"
-                    ) from error
+                self.model = self._load(source, has_kv_scales=reads_scales)
             self.phases.ends("load_weights")
             _refuse_unread(source, tied=self.model.head is self.model.embedding)
             check_backend(config.linear_backend, self.model.linears)
@@ -82,9 +91,10 @@ class ModelRunner:
                 logger.info("KV cache: %s, %s", kv_dtype_name(self.kv_dtype), self._describe_kv_scales(why))
             assert config.chunked_prefill_size is not None
             self._workspace = self.model.make_workspace(config.chunked_prefill_size + config.max_running_requests)
+            self._share = self._group.heads(model.num_heads, model.num_kv_heads)
             self._shape = AttentionShape(
-                model.num_heads,
-                model.num_kv_heads,
+                self._share.heads,
+                self._share.kv_heads,
                 model.head_dim,
                 self.kv_dtype,
                 config.deterministic,
@@ -100,7 +110,18 @@ class ModelRunner:
             elif reason:
                 logger.info("Steps are not captured as CUDA graphs: %s", reason)
         self.linear_report = LinearReport.of(self.model.linears, formats.method)
+        self._ranks = ranks
         self._tell()
+
+    def _load(self, source: WeightSource, *, has_kv_scales: bool) -> LlamaModel:
+        memory = device_memory(self.device)
+        try:
+            return LlamaModel(self.model_config, source, max_position=self.context_length, group=self._group, has_kv_scales=has_kv_scales)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryPlan(
+                f"the weights do not fit into {memory.name}, which had {memory.free / 2**30:.2f} GiB free before them, of "
+                f"{memory.total / 2**30:.2f}: free some, use a smaller or a quantized model, or give --quantization fp8 or int4"
+            ) from error
 
     def _tell(self) -> None:
         """What the operator should know of the memory and the kernels."""
@@ -157,9 +178,42 @@ class ModelRunner:
         `awaited` int64 [n] are the tokens that the last step sampled, where the batch's requests await any.
         """
         arrays = lay_out(batch, self.pool.page_size)
+        if self._ranks is None:
+            return self._run(arrays, awaited)
+        self._ranks.tell(arrays, 0 if awaited is None else len(awaited))
+        try:
+            if awaited is not None:
+                self._group.broadcast(awaited)
+            return self._run(arrays, awaited)
+        except RuntimeError as error:
+            raise self._ranks.explained(error) from error
+
+    @torch.inference_mode()
+    def follow(self, arrays: StepArrays, num_awaited: int) -> None:
+        """Compute the step that the first rank has laid out."""
+        awaited = torch.empty(num_awaited, dtype=torch.int64, device=self.device) if num_awaited else None
+        if awaited is not None:
+            self._group.broadcast(awaited)
+        self._run(arrays, awaited)
+
+    def _run(self, arrays: StepArrays, awaited: torch.Tensor | None) -> torch.Tensor:
         if self._graphs is not None and self._graphs.takes(arrays):
             return self._graphs.replay(arrays, awaited)
         return self._compute(make_forward_batch(arrays, awaited, self._shape, self.pool.page_size, self.device))
+
+    @property
+    def num_ranks(self) -> int:
+        return self._group.size
+
+    def check(self) -> None:
+        """Raises EngineDead where another rank has ended."""
+        if self._ranks is not None:
+            self._ranks.check()
+
+    def close(self) -> None:
+        """End the other ranks."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     @property
     def _most_graph_rows(self) -> int:
@@ -234,7 +288,7 @@ class ModelRunner:
             num_pages=num_pages,
             page_size=self._config.page_size,
             num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
+            num_kv_heads=self._share.kv_heads,
             head_dim=model.head_dim,
             dtype=self.kv_dtype,
             device=self.device,
@@ -274,15 +328,17 @@ class ModelRunner:
     def _kv_per_token(self) -> int:
         model = self.model_config
         return kv_bytes_per_token(
-            num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=self.kv_dtype
+            num_layers=model.num_layers, num_kv_heads=self._share.kv_heads, head_dim=model.head_dim, dtype=self.kv_dtype
         )
 
     def _plan(self, config: EngineConfig, activations: int | None) -> MemoryBudget:
         model = self.model_config
         logits = 0 if activations is not None else config.max_running_requests * model.vocab_size * 4 * 2
-        return plan_memory(
+        self._group.wait_for_all()  # what they have loaded is gone from what is free
+        device = device_memory(self.device)
+        budget = plan_memory(
             config,
-            device=device_memory(self.device),
+            device=device if self.device.type == "cuda" else device.share(self._group.size),
             weights=self.model.weight_bytes + self.model.cos_sin.nbytes,
             workspace=self._workspace.nbytes + logits,
             activations=activations,
@@ -290,6 +346,7 @@ class ModelRunner:
             kv_dtype=kv_dtype_name(self.kv_dtype),
             context_length=self.context_length,
         )
+        return replace(budget, num_tokens=self._group.smallest(budget.num_tokens))
 
 
 def _for_gpus_alone(config: EngineConfig) -> list[str]:
@@ -302,12 +359,22 @@ def _for_gpus_alone(config: EngineConfig) -> list[str]:
     return [flag for flag, is_given in given.items() if is_given]
 
 
-def choose_device(config: EngineConfig) -> torch.device:
-    """The device that `--device` means here. Raises ValueError when it asks for CUDA and there is none."""
+def choose_device(config: EngineConfig, rank: int = 0) -> torch.device:
+    """The device that `--device` means here for a rank. Raises ValueError when it asks for CUDA and there is none, or too few."""
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build of torch and its driver")
-    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+    if not has_cuda or config.device == "cpu":
+        return torch.device("cpu")
+    if config.tp_size == 1:
+        return torch.device("cuda")
+    found = torch.cuda.device_count()
+    if config.tp_size > found:
+        raise ValueError(
+            f"--tp-size {config.tp_size}: torch sees {found} GPU{'s' * (found != 1)} here; give at most {found}, or --device cpu"
+        )
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
 
 def _refuse_unread(source: WeightSource, *, tied: bool) -> None:

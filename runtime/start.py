@@ -9,9 +9,15 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import EngineConfig
+from .logs import LogSettings
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 logger = logging.getLogger("octavo.runtime")
 
@@ -59,10 +65,14 @@ def _check_cache_folder() -> None:
         ) from None
 
 
-def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ignore[no-untyped-def]
-    """Load the model that `config` names and give its core, kernels compiled. Raises ValueError (and its kin) with the remedy."""
+def load_core(config: EngineConfig, *, logs: LogSettings | None = None, show_progress: bool = True):  # type: ignore[no-untyped-def]
+    """Load the model that `config` names and give its core, kernels compiled; whoever gets it closes it.
+
+    Raises ValueError (and its kin) with the remedy, EngineDead where another rank ends. `logs` are for those.
+    """
     from ..quant.checkpoint.resolve import resolve_model
     from .core import EngineCore
+    from .layers.parallel import TensorParallelGroup
     from .model_runner import ModelRunner, choose_device
 
     resolved = config.resolve(device=choose_device(config).type)  # type: ignore[arg-type]
@@ -72,12 +82,37 @@ def load_core(config: EngineConfig, *, show_progress: bool = True):  # type: ign
     if resolved.device == "cpu":
         _check_cache_folder()
     must_compile = resolved.device == "cpu" and not _has_compiled_kernels()
-    core = EngineCore(resolved, ModelRunner(resolved, files, show_progress=show_progress))
-    if must_compile:
-        logger.info("Compiling kernels, once: later starts reuse them")
-    _warm_up(core)
+    ranks = _start_ranks(resolved, logs or LogSettings()) if resolved.tp_size > 1 else None
+    try:
+        group = None if ranks is None else TensorParallelGroup(ranks.size, 0, ranks.join(choose_device(resolved)))
+        core = EngineCore(resolved, ModelRunner(resolved, files, group=group, ranks=ranks, show_progress=show_progress))
+        if ranks is not None:
+            _tell_ranks({0: core.runner.model.weight_bytes, **ranks.wait_loaded()}, resolved.device)
+        if must_compile:
+            logger.info("Compiling kernels, once: later starts reuse them")
+        _warm_up(core)
+    except BaseException as error:
+        if ranks is not None:
+            explained = ranks.explained(error) if isinstance(error, RuntimeError) else error
+            ranks.close()
+            raise explained from error
+        raise
     core.runner.phases.ends("warm_up")
     return core
+
+
+def _start_ranks(resolved: EngineConfig, logs: LogSettings) -> Ranks:
+    from .ranks import Ranks
+
+    logger.info("Starting %d ranks", resolved.tp_size)
+    return Ranks(resolved, logs)
+
+
+def _tell_ranks(weight_bytes: Mapping[int, int], device: str) -> None:
+    """What lies where."""
+    for rank, size in sorted(weight_bytes.items()):
+        where = f"cuda:{rank}" if device == "cuda" else "cpu"
+        logger.info("Rank %d of %d on %s: %.2f GiB of weights", rank, len(weight_bytes), where, size / 2**30)
 
 
 def _warm_up(core) -> None:  # type: ignore[no-untyped-def]

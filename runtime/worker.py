@@ -14,8 +14,8 @@ import traceback
 import psutil
 import zmq
 
-from .errors import RequestRefused
-from .logs import set_up_logging
+from .errors import EngineDead, RequestRefused
+from .logs import LogSettings, set_up_logging
 from .messages import (
     Abort,
     Add,
@@ -67,15 +67,15 @@ class _Worker:
         with self._send_lock:
             self._outbox.send(encoder.encode(message))
 
-    def run(self, config_text: str) -> int:
+    def run(self, config_text: str, logs: LogSettings | None = None) -> int:
         from ..quant.self_check import KernelFault  # loads torch: the environment is prepared by now
 
         imported_s = time.time() - psutil.Process().create_time()
         try:
-            core = load_core(decode_config(config_text))
-        except (ValueError, OSError, MemoryError, KernelFault) as error:
+            core = load_core(decode_config(config_text), logs=logs)
+        except (ValueError, OSError, MemoryError, KernelFault, EngineDead) as error:
             logger.debug("start failed", exc_info=True)
-            self.send(Failed(str(error) or type(error).__name__, not isinstance(error, KernelFault)))
+            self.send(Failed(str(error) or type(error).__name__, not isinstance(error, (KernelFault, EngineDead))))
             return 1
         info = {
             "device": str(core.runner.device),
@@ -106,12 +106,14 @@ class _Worker:
         finally:
             self._stopped.set()
             heart.join()
+            core.close()
         return 0
 
     def _serve(self, core) -> None:  # type: ignore[no-untyped-def]
         while not self._stopping:
             self._last_turn = time.monotonic()
             self._take_commands(core, wait=not core.has_work)
+            core.check()
             if core.has_work:
                 outputs = core.step()
                 self._tell_retractions(core)
@@ -180,9 +182,10 @@ def main(folder: str, config_text: str, logs_text: str) -> int:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # runtime/process.py asks so, when nothing else is answered
-    set_up_logging(decode_logs(logs_text), rotates=False)
+    logs = decode_logs(logs_text)
+    set_up_logging(logs, rotates=False)
     prepare_environment()
-    code = _Worker(folder).run(config_text)
+    code = _Worker(folder).run(config_text, logs)
     zmq.Context.instance().destroy(linger=2000)
     return code
 

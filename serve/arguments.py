@@ -50,7 +50,8 @@ class _OneDevice(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values != 1:
-            raise argparse.ArgumentError(self, f"{values} is not possible: this version serves on one device; leave it out or give 1")
+            told = f"{values} is not possible: this version cuts a model across the devices of one machine (--tp-size) and no further"
+            raise argparse.ArgumentError(self, f"{told}; leave it out or give 1")
 
 
 def _key_file(text: str) -> list[str]:
@@ -251,8 +252,15 @@ def _add_memory(parser: Parser) -> None:
 
 def _add_scheduling(parser: Parser) -> None:
     group = parser.add_argument_group("scheduling")
+    group.add_argument(
+        "--tp-size",
+        "--tp",
+        "--tensor-parallel-size",
+        type=whole_number,
+        metavar="N",
+        help=_engine("ranks that every layer is cut across: GPUs of this machine, or processes on the CPU", "tp_size"),
+    )
     for flags, what in (
-        (("--tp-size", "--tp", "--tensor-parallel-size"), "devices that a model is cut across"),
         (("--pp-size", "--pipeline-parallel-size"), "devices that hold a part of the layers each"),
         (("--dp-size", "--dp", "--data-parallel-size"), "copies of the model"),
         (("--nnodes", "--num-nodes"), "machines"),

@@ -12,18 +12,21 @@ from ...kernels.rms_norm import add_rms_norm, rms_norm
 from ...kernels.silu_mul import silu_mul
 from ...quant.build import BuiltKernel, Part, build_kernels
 from ...quant.checkpoint.errors import CheckpointError
-from ...quant.linear import WeightSpec, legal_cuts
+from ...quant.linear import legal_cuts
 from ...quant.schemes.base import Module, Slice, contradicted_symmetry
 from ...quant.schemes.registry import scheme_of
 from ..weights import WeightSource
 from .parallel import TensorParallelGroup
 
-Split = Literal["out", "in", "none"]
+Split = Literal["out", "in", "vocabulary", "none"]
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear as the checkpoint has it, before it is split: `sources` are module names, `parts` their output sizes."""
+    """A linear as the checkpoint has it, before it is split: `sources` are module names, `parts` their output sizes.
+
+    `copies`: on how many ranks the same slice of a part lies, where there are more ranks than it has heads.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -31,6 +34,10 @@ class LinearShape:
     parts: tuple[int, ...]
     has_bias: bool
     split: Split
+    copies: tuple[int, ...] = ()
+
+    def copies_of(self, part: int) -> int:
+        return self.copies[part] if self.copies else 1
 
 
 class ParallelLinear:
@@ -42,7 +49,7 @@ class ParallelLinear:
     def __init__(self, shape: LinearShape, source: WeightSource, group: TensorParallelGroup) -> None:
         self.shape = shape
         self._group = group
-        parts = [self._read(module, size, source) for module, size in zip(shape.sources, shape.parts, strict=True)]
+        parts = [self._read(index, source) for index in range(len(shape.parts))]
         self.kernels: tuple[BuiltKernel, ...] = build_kernels(
             shape.name,
             parts,
@@ -111,16 +118,13 @@ class ParallelLinear:
                 built.kernel(x, out=out[:, built.start : built.stop])
         return self._summed(out)
 
-    def _read(self, name: str, size: int, source: WeightSource) -> Part:
+    def _read(self, index: int, source: WeightSource) -> Part:
         """One module's slice, in canonical form."""
-        inputs = self.shape.in_features
-        stored = source.formats.of(name, in_features=inputs, out_features=size)
-        scheme = scheme_of(stored)
-        # Old GPTQ files have biases that the model's config does not speak of.
-        has_bias = self.shape.has_bias or (stored.layout != "dense" and source.has(f"{name}.bias"))
-        module = Module(stored, inputs, size, has_bias, source.weight_dtype)
+        name, size, inputs = self.shape.sources[index], self.shape.parts[index], self.shape.in_features
+        module = stored_module(self.shape, index, source)
+        stored, scheme = module.format, scheme_of(module.format)
         specs = scheme.create_weights(module)
-        part = self._slice(name, size, specs)
+        part = self._slice(index)
         tensors = {}
         for spec in specs:
             tensor = source.read_for_linear(name, spec, part, (size, inputs))
@@ -138,17 +142,38 @@ class ParallelLinear:
             form = replace(form, symmetric=False)
         return Part(weights, form, stored.describe())
 
-    def _slice(self, name: str, size: int, specs: tuple[WeightSpec, ...]) -> Slice:
-        """This rank's part of a module. Raises ValueError naming the sizes that work when it cannot be cut so."""
-        inputs, ranks, rank, split = self.shape.in_features, self._group.size, self._group.rank, self.shape.split
-        if split == "none" or ranks == 1:
+    def _slice(self, index: int) -> Slice:
+        """This rank's part of a module, which can be cut so (`check_cut`)."""
+        size, inputs, split, group = self.shape.parts[index], self.shape.in_features, self.shape.split, self._group
+        if split == "none" or group.size == 1:
             return Slice(0, size, 0, inputs)
+        if split == "vocabulary":
+            return Slice(*group.vocabulary(size), 0, inputs)
+        copies = self.shape.copies_of(index)
+        ranks, rank = group.size // copies, group.rank // copies
         total = size if split == "out" else inputs
-        legal = legal_cuts(specs, split, total)
-        if ranks not in legal:
-            raise ValueError(
-                f"the {total} {split}put features of {name} cannot be split over {ranks} ranks in the way they are stored: "
-                f"sizes that work are {', '.join(map(str, legal[:12]))}"
-            )
         start, stop = rank * (total // ranks), (rank + 1) * (total // ranks)
         return Slice(start, stop, 0, inputs) if split == "out" else Slice(0, size, start, stop)
+
+
+def stored_module(shape: LinearShape, index: int, source: WeightSource) -> Module:
+    """How one of a linear's modules is stored, whole."""
+    name, size, inputs = shape.sources[index], shape.parts[index], shape.in_features
+    stored = source.formats.of(name, in_features=inputs, out_features=size)
+    # Old GPTQ files have biases that the model's config does not speak of.
+    has_bias = shape.has_bias or (stored.layout != "dense" and source.has(f"{name}.bias"))
+    return Module(stored, inputs, size, has_bias, source.weight_dtype)
+
+
+def can_be_cut(shape: LinearShape, ranks: int, source: WeightSource) -> bool:
+    """Whether every rank of `ranks` can hold an equal part of a linear, in the way it is stored."""
+    if shape.split in ("none", "vocabulary"):
+        return True
+    for index, size in enumerate(shape.parts):
+        module = stored_module(shape, index, source)
+        specs = scheme_of(module.format).create_weights(module)
+        legal = legal_cuts(specs, "out", size) if shape.split == "out" else legal_cuts(specs, "in", shape.in_features)
+        parts = ranks // shape.copies_of(index)
+        if parts > 1 and parts not in legal:
+            return False
+    return True

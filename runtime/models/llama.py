@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +12,7 @@ from ...kernels.rms_norm import add_rms_norm
 from ...kernels.rope import rope_and_store
 from ..forward_batch import ForwardBatch
 from ..kv_pool import KVPool
-from ..layers.linear import LinearShape, ParallelLinear
+from ..layers.linear import LinearShape, ParallelLinear, Split, can_be_cut
 from ..layers.parallel import TensorParallelGroup
 from ..layers.rope import rope_table
 from ..weights import WeightSource
@@ -36,43 +37,82 @@ class Workspace:
         return sum(buffer.nbytes for buffer in vars(self).values())
 
 
+class LinearShapes(NamedTuple):
+    """The linears of a decoder block."""
+
+    qkv: LinearShape
+    output: LinearShape
+    gate_up: LinearShape
+    down: LinearShape
+
+
+def linear_shapes(config: ModelConfig, index: int, kv_copies: int) -> LinearShapes:
+    """The linears of block `index`, each key-value head of which lies on `kv_copies` ranks."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+    def shape(name: str, sources: tuple[str, ...], inputs: int, parts: tuple[int, ...], bias: bool, split: Split) -> LinearShape:
+        prefix = f"model.layers.{index}."
+        copies = (1, kv_copies, kv_copies) if len(parts) == 3 else ()
+        return LinearShape(prefix + name, tuple(prefix + module for module in sources), inputs, parts, bias, split, copies)
+
+    qkv, gate_up = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+    return LinearShapes(
+        shape("self_attn.qkv_proj", qkv, hidden, (q_size, kv_size, kv_size), config.qkv_bias, "out"),
+        shape("self_attn.o_proj", ("self_attn.o_proj",), q_size, (hidden,), config.output_bias, "in"),
+        shape("mlp.gate_up_proj", gate_up, hidden, (inner, inner), config.mlp_bias, "out"),
+        shape("mlp.down_proj", ("mlp.down_proj",), inner, (hidden,), config.mlp_bias, "in"),
+    )
+
+
+def check_cut(config: ModelConfig, source: WeightSource, ranks: int) -> None:
+    """Raises ValueError, naming the sizes that work, where the model cannot be cut over `ranks` ranks in the way it is stored."""
+
+    def works(size: int) -> bool:
+        if size == 1:
+            return True
+        try:
+            copies = TensorParallelGroup(size).heads(config.num_heads, config.num_kv_heads).copies
+        except ValueError:
+            return False
+        return all(can_be_cut(shape, size, source) for index in range(config.num_layers) for shape in linear_shapes(config, index, copies))
+
+    if not works(ranks):
+        legal = [size for size in range(1, config.num_heads + 1) if works(size)]
+        raise ValueError(
+            f"--tp-size {ranks} cannot cut this model ({config.num_heads} attention heads, {config.num_kv_heads} key-value heads, "
+            f"{config.intermediate_size} inner features, {source.formats.method or 'dense'}): sizes that work are "
+            f"{', '.join(map(str, legal))}"
+        )
+
+
 class _Layer:
     """One decoder block: attention and gated MLP, each behind an RMS norm."""
 
     def __init__(self, config: ModelConfig, index: int, source: WeightSource, group: TensorParallelGroup, *, has_kv_scales: bool) -> None:
         self._config = config
         self._window = config.sliding_windows[index]
-        self.heads = group.share("attention heads", config.num_heads)
-        self.kv_heads = group.share("key-value heads", config.num_kv_heads)
+        share = group.heads(config.num_heads, config.num_kv_heads)
+        self.heads, self.kv_heads = share.heads, share.kv_heads
         hidden, dim = config.hidden_size, config.head_dim
-        q_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
         prefix = f"model.layers.{index}"
-
-        def linear(name: str, sources: tuple[str, ...], inputs: int, parts: tuple[int, ...], bias: bool, split: str) -> ParallelLinear:
-            full = tuple(f"{prefix}.{module}" for module in sources)
-            return ParallelLinear(LinearShape(f"{prefix}.{name}", full, inputs, parts, bias, split), source, group)  # type: ignore[arg-type]
+        shapes = linear_shapes(config, index, share.copies)
 
         def norm(name: str, size: int) -> torch.Tensor:
             return source.read_norm(f"{prefix}.{name}.weight", size)
 
         self._input_norm = norm("input_layernorm", hidden)
-        self.qkv = linear(
-            "self_attn.qkv_proj",
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            hidden,
-            (q_size, kv_size, kv_size),
-            config.qkv_bias,
-            "out",
-        )
+        self.qkv = ParallelLinear(shapes.qkv, source, group)
         self._q_norm = norm("self_attn.q_norm", dim) if config.qk_norm else None
         self._k_norm = norm("self_attn.k_norm", dim) if config.qk_norm else None
         scales = read_kv_scales(source, f"{prefix}.self_attn", config.num_kv_heads) if has_kv_scales else None
-        self.kv_scales = None if scales is None else KVScales(group.slice_of(scales.k, 0), group.slice_of(scales.v, 0))
-        self.output = linear("self_attn.o_proj", ("self_attn.o_proj",), q_size, (hidden,), config.output_bias, "in")
+        self.kv_scales = None
+        if scales is not None:
+            self.kv_scales = KVScales(*(whole.narrow(0, share.first_kv_head, share.kv_heads) for whole in (scales.k, scales.v)))
+        self.output = ParallelLinear(shapes.output, source, group)
         self._mlp_norm = norm("post_attention_layernorm", hidden)
-        inner = config.intermediate_size
-        self.gate_up = linear("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), hidden, (inner, inner), config.mlp_bias, "out")
-        self.down = linear("mlp.down_proj", ("mlp.down_proj",), inner, (hidden,), config.mlp_bias, "in")
+        self.gate_up = ParallelLinear(shapes.gate_up, source, group)
+        self.down = ParallelLinear(shapes.down, source, group)
 
     @property
     def linears(self) -> tuple[ParallelLinear, ...]:
@@ -135,6 +175,7 @@ class LlamaModel:
     ) -> None:
         self.config = config
         self._group = group = group or TensorParallelGroup()
+        check_cut(config, source, group.size)
         self.device, self.activation_dtype = source.device, source.activation_dtype
         self.cos_sin = rope_table(config.rope, max_position, source.device)
         vocabulary = (config.vocab_size,)
@@ -145,7 +186,7 @@ class LlamaModel:
         self.head = self.embedding if tied else self._vocabulary_linear("lm_head", vocabulary, source)
 
     def _vocabulary_linear(self, module: str, parts: tuple[int, ...], source: WeightSource) -> ParallelLinear:
-        shape = LinearShape(module, (module,), self.config.hidden_size, parts, False, "none")
+        shape = LinearShape(module, (module,), self.config.hidden_size, parts, False, "vocabulary")
         return ParallelLinear(shape, source, self._group)
 
     @property
@@ -169,14 +210,28 @@ class LlamaModel:
         """Logits of `batch.logits_rows`, float32 [R, vocab_size], in `into` where it is given. Writes new keys and values into `pool`."""
         tokens = batch.num_tokens
         space = Workspace(*(buffer[:tokens] for buffer in vars(space).values()))
-        space.residual.copy_(self.embedding.rows(batch.input_ids))
+        space.residual.copy_(self._embedded(batch.input_ids))
         for index, layer in enumerate(self.layers):
             layer.forward(batch, space, self.cos_sin, pool.k_pages[index], pool.v_pages[index], pool.dtype, is_first=index == 0)
         add_rms_norm(space.hidden, space.residual, self._final_norm, self.config.norm_eps, out=space.normed)
         return self.logits(space.normed[batch.logits_rows], into=into)
 
     def logits(self, hidden: torch.Tensor, *, into: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 [R, vocab_size] of final hidden states [R, hidden_size]."""
-        out = torch.empty(hidden.shape[0], self.config.vocab_size, dtype=self.activation_dtype, device=self.device)
-        self.head(hidden, out=out)
-        return out.float() if into is None else into.copy_(out)
+        """float32 [R, vocab_size] of final hidden states [R, hidden_size]; on other ranks than the first their own part, of no use."""
+        size, group = self.config.vocab_size, self._group
+        start, stop = group.vocabulary(size)
+        own = torch.empty(hidden.shape[0], group.vocabulary_share(size), dtype=self.activation_dtype, device=self.device)
+        self.head(hidden, out=own[:, : stop - start])
+        out = group.gather_columns(own)[:, :size]
+        if into is None:
+            return out.float()
+        return into.copy_(out) if group.rank == 0 else into
+
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """The embedding's rows of tokens, of which this rank may hold a part."""
+        if self._group.size == 1:
+            return self.embedding.rows(ids)
+        start, stop = self._group.vocabulary(self.config.vocab_size)
+        rows = self.embedding.rows((ids - start).clamp(0, stop - start - 1))
+        is_here = (ids >= start) & (ids < stop)
+        return self._group.all_reduce(torch.where(is_here[:, None], rows, 0).contiguous())

@@ -101,7 +101,6 @@ def test_the_settings_are_flags_of_the_server(manifests: dict[str, Any]) -> None
     from octavo.serve.environment import flags_from
 
     (settings,) = [item["data"] for key, item in manifests.items() if key.startswith("ConfigMap/")]
-    settings.pop("TP_SIZE", None)  # this version refuses several devices, in a sentence
     flags = flags_from(settings, [])
     assert f"--model-path={settings['MODEL_PATH']}" in flags
     assert len(flags) == len(settings)

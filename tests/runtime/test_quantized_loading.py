@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers.decoders import ByteLevel
-from tokenizers.models import WordLevel
 from torch import Tensor
 
 import octavo
@@ -24,7 +21,7 @@ from octavo.quant.linear_format import ActivationFormat
 
 from ..quant import writers
 from ..quant.writers import FP8_GROUP, FP8_STATIC, INT8_STATIC, Written
-from .tiny_models import VOCAB, assert_close, expected_logits, llama, load, make_model, run, save_model, sequence
+from .tiny_models import assert_close, expected_logits, llama, load, make_model, run, save_model, save_tokenizer, sequence
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 SEQUENCES = (sequence(23, chunk=1), sequence(45, chunk=45))
@@ -116,10 +113,7 @@ def test_logits_are_those_of_the_dequantized_weights(tmp_path: Path, name: str) 
 @pytest.mark.parametrize("name", ["awq", "gptq-3", "gptq-act-order", "pack-asym", "float-weights-only"])
 def test_perplexity_is_that_of_the_dequantized_weights(tmp_path: Path, name: str) -> None:
     made = make(tmp_path, LAYOUTS[name].write)
-    words = {f"w{number}": number for number in range(VOCAB)}  # evaluate wants a tokenizer, though it is given tokens
-    tokenizer = tokenizers.Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.decoder = ByteLevel()
-    tokenizer.save(str(made.folder / "tokenizer.json"))
+    save_tokenizer(made.folder)
     windows = [sequence(length, chunk=1, decode=0, seed=seed).tokens for seed, length in enumerate((40, 40, 17))]
     nll, count = 0.0, 0
     for tokens in windows:

@@ -17,7 +17,7 @@ from octavo.runtime.messages import Failed, FromEngine, encode_config
 def test_a_failed_start_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, is_user_error: bool
 ) -> None:
-    def failing(config: EngineConfig) -> None:
+    def failing(config: EngineConfig, **_: object) -> None:
         raise error
 
     sent: list[FromEngine] = []

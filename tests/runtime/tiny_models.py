@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
-import transformers
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import WordLevel
 
 from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.batch import Batch, BatchRow
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.layers.parallel import TensorParallelGroup
 from octavo.runtime.model_runner import ModelRunner
 from octavo.runtime.request import Request
 from octavo.runtime.sampling_params import SamplingParams
@@ -94,6 +97,8 @@ CASES = {
 
 def tiny_llama(**changes: Any) -> Any:
     """A Llama of two layers with large weights, the same at every call."""
+    import transformers
+
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -125,6 +130,8 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
 
 def make_model(case: Case, *, seed: int = 0) -> Any:
     """A transformers model in float32 whose weights are numbers of the case's dtype."""
+    import transformers
+
     config = getattr(transformers, case.config_class)(**{**TINY, **case.options})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     randomise(model, seed)
@@ -137,18 +144,18 @@ def save_model(model: Any, folder: Path, dtype: str = "float32", **options: Any)
     return folder
 
 
-def load(folder: Path, *, page_size: int = 16, **options: Any) -> ModelRunner:
-    config = EngineConfig(
-        model_path=str(folder),
-        device="cpu",
-        page_size=page_size,
-        max_total_tokens=POOL_TOKENS,
-        max_running_requests=8,
-        chunked_prefill_size=256,
-        num_threads=2,
-        **options,
-    )
-    return ModelRunner(config.resolve(device="cpu"), resolve_model(str(folder)), show_progress=False)
+def save_tokenizer(folder: Path) -> None:
+    """One whose words are w0, w1, ...: for engines that are asked with token ids, and want a tokenizer."""
+    words = {f"w{number}": number for number in range(VOCAB)}
+    tokenizer = tokenizers.Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.decoder = ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def load(folder: Path, *, page_size: int = 16, group: TensorParallelGroup | None = None, **options: Any) -> ModelRunner:
+    usual = {"max_total_tokens": POOL_TOKENS, "max_running_requests": 8, "chunked_prefill_size": 256, "num_threads": 2}
+    config = EngineConfig(model_path=str(folder), device="cpu", page_size=page_size, **{**usual, **options})
+    return ModelRunner(config.resolve(device="cpu"), resolve_model(str(folder)), group=group, show_progress=False)
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:
@@ -209,7 +216,7 @@ def run(runner: ModelRunner, sequences: Sequence[OneSequence]) -> list[torch.Ten
             rows.append(BatchRow(request, start, count, samples))
             owners += [number] * (len(request.scored_positions(start, count)) + samples)
         out = runner.forward(Batch(tuple(rows)))
-        assert out.shape == (len(owners), VOCAB)
+        assert out.shape == (len(owners), VOCAB) or runner.num_ranks > 1
         assert out.dtype == torch.float32
         for number, row in zip(owners, out, strict=True):
             logits[number].append(row.clone())

@@ -104,7 +104,7 @@ def test_flags_are_told_where_they_differ():
         (["--schedule-policy", "random"], "--schedule-policy 'random' is not valid: give fcfs or lpm"),
         (["--seed", "x"], "--random-seed 'x' is not valid: give a whole number"),
         (["--mem-fraction-static", "half"], "--mem-fraction-static 'half' is not valid: give a number"),
-        (["--tp", "2"], "--tp-size 2 is not possible: this version serves on one device"),
+        (["--tp", "0"], "--tp-size 0 is not valid: give a whole number of at least 1"),
         (["--num-nodes", "2"], "--nnodes 2 is not possible"),
         (["--tp", "two"], "--tp-size 'two' is not valid: give a whole number"),
         (["--log-format", "xml"], "--log-format 'xml' is not valid: give text or json"),

@@ -54,7 +54,7 @@ def test_what_kubernetes_says_of_a_service_called_octavo() -> None:
         ({"OCTAVO_LOG_REQUESTS": "perhaps"}, "the variable OCTAVO_LOG_REQUESTS is 'perhaps': give true or false"),
         ({"PORT": "1", "OCTAVO_PORT": "2"}, "the variables OCTAVO_PORT and PORT contradict each other: unset one"),
         ({"PORT": "abc"}, "in the variable PORT: --port 'abc' is not valid: give a whole number"),
-        ({"TP_SIZE": "4"}, "in the variable TP_SIZE: --tp-size 4 is not possible"),
+        ({"TP_SIZE": "four"}, "in the variable TP_SIZE: --tp-size 'four' is not valid"),
     ],
 )
 def test_what_cannot_be(environment: dict[str, str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,71 @@
+"""What the ranks of an engine do together, over torch.distributed: NCCL between GPUs, Gloo between CPUs. Knows no model and no plan.
+
+The process group is no default one: a program may have several engines, and its own uses of torch.distributed.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+LOOPBACK = "127.0.0.1"
+
+
+def make_store(host: str, num_ranks: int, timeout_s: float) -> TCPStore:
+    """Where ranks find each other, on a free port of `host`, which must be this machine's."""
+    return TCPStore(host, 0, num_ranks, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def join_store(host: str, port: int, num_ranks: int, timeout_s: float) -> TCPStore:
+    """The store that another rank made."""
+    return TCPStore(host, port, num_ranks, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+class ProcessGroup:
+    """Collectives (see runtime/layers/parallel.py) of `size` ranks. Raises RuntimeError where one does not come, or is gone."""
+
+    def __init__(self, store: TCPStore, *, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+        self._rank, self._size, self._device = rank, size, device
+        timeout = timedelta(seconds=timeout_s)
+        self._group: Any  # torch's stubs do not know what it can do
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+        else:
+            if store.host == LOOPBACK:  # Gloo would look up the machine's own name, which may not be known
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum over the ranks, in place."""
+        self._group.allreduce([tensor]).wait()
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's tensor on the first one, in order; None on the others."""
+        parts = [torch.empty_like(tensor) for _ in range(self._size)] if self._rank == 0 else None
+        self._group.gather([] if parts is None else [parts], [tensor], _to_first()).wait()
+        return parts
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """The first rank's tensor, in place."""
+        self._group.broadcast([tensor]).wait()
+
+    def smallest(self, number: int) -> int:
+        """The least of the ranks' numbers."""
+        held = torch.tensor([number], device=self._device)
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
+        self._group.allreduce([held], options).wait()
+        return int(held.item())
+
+
+def _to_first() -> dist.GatherOptions:
+    options = dist.GatherOptions()
+    options.rootRank = 0
+    return options

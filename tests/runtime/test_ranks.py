@@ -1,0 +1,175 @@
+"""An engine of several ranks answers as one of one rank does, and ends, loudly and whole, when a rank does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import octavo
+from octavo.quant.checkpoint.resolve import resolve_model
+from octavo.runtime.core import EngineCore
+from octavo.runtime.errors import EngineDead
+from octavo.runtime.forward_batch import StepArrays
+from octavo.runtime.plan import PlanMismatch, make_plan, read_plan
+from octavo.runtime.process import EngineProcess
+from octavo.runtime.sampling_params import SamplingParams
+from octavo.runtime.start import load_core
+
+from .test_quantized_loading import LAYOUTS, make
+from .tiny_models import save_tokenizer
+
+OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "num_threads": 1,
+    "max_total_tokens": 160,
+    "page_size": 4,
+    "max_running_requests": 6,
+    "chunked_prefill_size": 16,
+    "skip_kernel_check": True,
+}
+PROMPTS = [[(7 * number + place) % 131 for place in range(20 + 5 * number)] for number in range(6)]
+END_S = 20.0  # within which an engine is to notice what happened to a rank
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make(tmp_path_factory.mktemp("ranks"), LAYOUTS["gptq-act-order"].write).folder
+    save_tokenizer(folder)
+    return folder
+
+
+def answers(core: EngineCore) -> list[list[int]]:
+    """Greedy tokens of all prompts, asked for at once, in a pool that does not hold them; and then of the last two again."""
+    found: list[list[int]] = []
+    for prompts in (PROMPTS, PROMPTS[-2:]):
+        tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+        for number, prompt in enumerate(prompts):
+            core.add(str(number), prompt, SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True))
+        core.add("aborted", PROMPTS[3], SamplingParams(max_tokens=50, temperature=0.0))
+        for step in range(1000):
+            if step == 5:
+                core.abort("aborted", octavo.runtime.outputs.FinishReason("abort"))
+            if not core.has_work:
+                break
+            for output in core.step():
+                tokens.get(output.request_id, []).extend(output.token_ids)
+        found += tokens.values()
+    return found
+
+
+def core_of(folder: Path, size: int, *, overlap: bool = False) -> EngineCore:
+    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=size, **OPTIONS)
+    core: EngineCore = load_core(config, show_progress=False)
+    return EngineCore(core.config, core.runner, overlap=True) if overlap else core
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlap"])
+def test_answers_are_those_of_one_rank(folder: Path, overlap: bool) -> None:
+    alone, two = core_of(folder, 1), core_of(folder, 2, overlap=overlap)
+    try:
+        assert answers(two) == answers(alone)
+        assert two.scheduler.counters.retractions > 0
+        assert two.scheduler.counters.cached_tokens > 0
+    finally:
+        two.close()
+    assert children() == []
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "rank_worker" in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[octavo.Engine]:
+    with octavo.Engine(str(folder), tp_size=2, **OPTIONS | {"max_total_tokens": 4096}, show_progress=False) as engine:
+        yield engine
+
+
+def disagree(engine: octavo.Engine, _: psutil.Process) -> None:
+    engine._core.runner._ranks._number += 1
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda _, rank: rank.kill(), "rank 1 of 2 .* was ended by signal 9"),
+        (lambda _, rank: rank.suspend(), "rank 1 of 2 .* has given no sign of life for 10 s"),
+        (disagree, r"rank 1 of 2: was told step \d+ where step \d+ comes next"),
+    ],
+    ids=["killed", "stopped", "of another step"],
+)
+def test_an_engine_ends_with_a_rank(engine: octavo.Engine, harm: Callable[..., None], told: str) -> None:
+    (rank,) = children()
+    stream = engine.generate(input_ids=PROMPTS[0], sampling_params={"max_new_tokens": 400, "ignore_eos": True}, stream=True)
+    next(stream)
+    began = time.monotonic()
+    harm(engine, rank)
+    with pytest.raises(EngineDead, match=told):
+        list(stream)
+    assert time.monotonic() - began < END_S
+    with pytest.raises(EngineDead):
+        engine.generate(input_ids=PROMPTS[1])
+    rank.wait(END_S)
+
+
+def test_a_server_notices_though_nothing_is_asked(folder: Path) -> None:
+    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS)
+    process = EngineProcess(config, resolve_model(str(folder)))
+    try:
+        process._ready.result(120)
+        (rank,) = children()
+        rank.kill()
+        assert process._dead.wait(END_S)
+        assert "rank 1 of 2" in process._cause
+    finally:
+        process.close()
+
+
+def test_ranks_end_with_a_first_one_that_is_killed(folder: Path) -> None:
+    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS)
+    process = EngineProcess(config, resolve_model(str(folder)))
+    try:
+        process._ready.result(120)
+        (rank,) = children()
+        os.kill(process.pid, signal.SIGKILL)
+        rank.wait(END_S)
+    finally:
+        process.close()
+
+
+def test_what_cannot_be_cut_is_told_at_the_start(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"--tp-size 3 cannot cut this model .*: sizes that work are 1, 2, 4"):
+        octavo.Engine(str(folder), tp_size=3, **OPTIONS, show_progress=False)
+    assert children() == []
+
+
+def arrays() -> StepArrays:
+    long, short = (np.arange(3, dtype=kind) for kind in (np.int64, np.int32))
+    return StepArrays(long, long + 1, long + 2, long[:1], short, short[:2] + 5, np.arange(6, dtype=np.int32).reshape(2, 3))
+
+
+def test_a_plan_arrives_as_it_was_sent() -> None:
+    found = read_plan(make_plan(7, arrays(), 2), 7)
+    for name, array in vars(arrays()).items():
+        assert np.array_equal(getattr(found, name), array), name
+        assert getattr(found, name).dtype == array.dtype
+
+
+def test_a_plan_of_another_step_or_another_content_is_refused() -> None:
+    plan = make_plan(7, arrays(), 0)
+    with pytest.raises(PlanMismatch, match="was told step 7 where step 8 comes next"):
+        read_plan(plan, 8)
+    changed = type(plan)(7, (plan.arrays[0][:-1] + b"\1", *plan.arrays[1:]), plan.digest, 0)
+    with pytest.raises(PlanMismatch, match="whose digest is"):
+        read_plan(changed, 7)
+    with pytest.raises(PlanMismatch, match="whose digest is"):
+        read_plan(type(plan)(7, plan.arrays, plan.digest, 1), 7)
