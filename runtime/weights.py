@@ -71,9 +71,9 @@ class WeightSource:
             raise CheckpointError(f"tensor {name!r} holds {tensor.dtype}, where the model has floating point")
         return tensor.to(dtype or self.weight_dtype)
 
-    def read_norm(self, name: str, size: int) -> torch.Tensor:
-        """A norm's weights [size] in the activation dtype, on the device. CheckpointError also for a NaN or an infinity."""
-        tensor = self.read(name, (size,), self.activation_dtype)
+    def read_norm(self, name: str, size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A norm's weights [size] in `dtype` or the activations', on the device. CheckpointError also for a NaN or an infinity."""
+        tensor = self.read(name, (size,), dtype or self.activation_dtype)
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"tensor {name!r} in {self._infos[name].file} holds NaN or infinity: the file is damaged, download it again"

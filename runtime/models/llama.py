@@ -98,13 +98,13 @@ class _Layer:
         prefix = f"model.layers.{index}"
         shapes = linear_shapes(config, index, share.copies)
 
-        def norm(name: str, size: int) -> torch.Tensor:
-            return source.read_norm(f"{prefix}.{name}.weight", size)
+        def norm(name: str, size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return source.read_norm(f"{prefix}.{name}.weight", size, dtype)
 
         self._input_norm = norm("input_layernorm", hidden)
         self.qkv = ParallelLinear(shapes.qkv, source, group)
-        self._q_norm = norm("self_attn.q_norm", dim) if config.qk_norm else None
-        self._k_norm = norm("self_attn.k_norm", dim) if config.qk_norm else None
+        self._q_norm = norm("self_attn.q_norm", dim, torch.float32) if config.qk_norm else None
+        self._k_norm = norm("self_attn.k_norm", dim, torch.float32) if config.qk_norm else None
         scales = read_kv_scales(source, f"{prefix}.self_attn", config.num_kv_heads) if has_kv_scales else None
         self.kv_scales = None
         if scales is not None:

@@ -20,7 +20,7 @@ from octavo.runtime.model_runner import ModelRunner
 from octavo.runtime.sampling_params import SamplingParams
 
 from ..kernels.gpu.interpreter import mend, products_rounded_once
-from .tiny_models import tiny_llama
+from .tiny_models import Case, make_model, save_model, tiny_llama
 
 mend()
 H100 = Device(90, 4, DEVICES[90].shared_bytes)
@@ -85,6 +85,16 @@ def test_greedy_answers_are_the_cpus(folder: Path, device: Device, options: dict
         found, kernels = generate(folder, **options)
     assert kernels[kernel] >= 8
     assert_alike(found, wanted, tolerance)
+
+
+def test_norms_of_queries_and_keys(tmp_path: Path) -> None:
+    """Qwen3's: their weights are float32 whatever the activations are."""
+    model = make_model(Case("Qwen3Config", {"head_dim": 16, "intermediate_size": 96}))
+    save_model(model, tmp_path, "float16")
+    wanted, _ = generate(tmp_path)
+    with pretend(H100):
+        found, _ = generate(tmp_path)
+    assert_alike(found, wanted, 0.05)
 
 
 @pytest.mark.long
