@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .request import Request
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for each request and step, and that would cost three times as much
 class BatchRow:
     """`count` tokens of one request from position `start`. `samples` is True when they reach the end of what is known or awaited.
 

@@ -117,23 +117,28 @@ class AttentionShape:
 def lay_out(batch: Batch, page_size: int) -> StepArrays:
     """A batch as arrays."""
     rows = batch.rows
+    requests = [row.request for row in rows]
     counts = np.array([row.count for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
     ends = np.cumsum(counts)
     total = int(ends[-1])
-    ids = np.fromiter((token for row in rows for token in _tokens_of(row)), dtype=np.int64, count=total)
+    tokens: list[int] = []
+    for row in rows:
+        tokens += _tokens_of(row)
+    ids = np.array(tokens, dtype=np.int64)
     owner = np.repeat(np.arange(len(rows)), counts)
     positions = np.arange(total, dtype=np.int64) - (ends - counts)[owner] + starts[owner]
-    table = np.zeros((len(rows), max(len(row.request.pages) for row in rows)), dtype=np.int32)
-    for index, row in enumerate(rows):
-        table[index, : len(row.request.pages)] = np.frombuffer(row.request.pages, dtype=np.int32)
+    lengths = np.array([len(request.pages) for request in requests])
+    table = np.zeros((len(rows), lengths.max()), dtype=np.int32)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = np.frombuffer(b"".join([request.pages for request in requests]), dtype=np.int32)
     slots = table[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
     query_start = np.zeros(len(rows) + 1, dtype=np.int32)
     query_start[1:] = ends
     wanted: list[int] = []
     for row, end in zip(rows, ends.tolist(), strict=True):
-        offset = end - row.count - row.start
-        wanted.extend(position + offset for position in row.request.scored_positions(row.start, row.count))
+        if row.request.wants_prompt_logprobs:
+            offset = end - row.count - row.start
+            wanted.extend(position + offset for position in row.request.scored_positions(row.start, row.count))
         if row.samples:
             wanted.append(end - 1)
     contexts = (starts + counts).astype(np.int32)

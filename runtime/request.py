@@ -69,7 +69,8 @@ class Request:
     @property
     def has_next(self) -> bool:
         """Whether another step is wanted, whatever the awaited tokens are."""
-        return self.num_pending > 0 and (self.num_awaited == 0 or self.num_sampled < self.max_tokens)
+        awaited = self.num_awaited
+        return len(self.tokens) + awaited > self.num_launched and (awaited == 0 or self.num_sampled < self.max_tokens)
 
     @property
     def is_prefilling(self) -> bool:

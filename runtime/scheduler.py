@@ -129,8 +129,12 @@ class Scheduler:
         for request in self.running:
             if request.has_next:
                 (prefilling if request.is_prefilling else decoding).append(request)
+        page_size = self.cache.page_size
         for request in decoding:
-            self._grant(rows, request, 1)
+            if request.num_launched < len(request.pages) * page_size:  # most of the time: nothing is to be found for it
+                rows.append(BatchRow(request, request.num_launched, 1, True, request.num_retractions))
+            else:
+                self._grant(rows, request, 1)
         budget = self.limits.prompt_tokens(decoding=len(rows), prompts=len(prefilling) + len(self.waiting), paced=self.paced_tokens)
         self._compute_prompts(rows, prefilling, min(budget, self._most_prompt_tokens), retractions)
         rows = [row for row in rows if row.request.is_running]  # a later row may have taken an earlier one's pages
