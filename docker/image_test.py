@@ -194,7 +194,9 @@ def serve(name: str, root: Path, model: Path) -> None:
             events += [line] if line else []
             if len(events) == 4:
                 server.send_signal(signal.SIGTERM)
-    check(events[-1] == "data: [DONE]" and '"length"' in events[-2], f"a stream ends whole after SIGTERM: {len(events)} events")
+    check(
+        events[-1] == "data: [DONE]" and '"length"' in events[-2], f"a stream ends whole after SIGTERM: {len(events)} events, {events[-2]}"
+    )
     code = process.wait(DRAIN_S + 10)
     reader.join(5)
     check(code == 0, f"exit code {code} after SIGTERM in the middle of a stream")
@@ -291,9 +293,10 @@ def main() -> None:
         refused(name, "no model", "set MODEL_PATH")
         refused(name, "an unreadable model folder", "/nowhere", env={"MODEL_PATH": "/nowhere"})
         refused(name, "an unknown variable", "OCTAVO_PORT", env={"OCTAVO_PRT": "1", "MODEL_PATH": "/models"})
-        refused(name, "more devices than there are", "tp", env={"TP_SIZE": "4", "MODEL_PATH": "/models"})
         of_model = {"MODEL_PATH": "/models/model.gguf"}
         mounted = f"{model}:/models/model.gguf:ro"
+        refused(name, "ranks that the model cannot be cut for", "--tp-size 4", env={**of_model, "TP_SIZE": "4"}, volumes=(mounted,))
+        refused(name, "GPUs that are not there", "--device cuda", env={**of_model, "OCTAVO_DEVICE": "cuda"}, volumes=(mounted,))
         closed = given.work / "closed"
         closed.mkdir(mode=0o755, exist_ok=True)
         refused(name, "a cache folder that is read-only", "/cache", env=of_model, volumes=(mounted, f"{closed}:/cache:ro"))

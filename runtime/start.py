@@ -17,6 +17,7 @@ from .config import EngineConfig
 from .logs import LogSettings
 
 if TYPE_CHECKING:
+    from ..quant.checkpoint.resolve import ModelFiles
     from .ranks import Ranks
 
 logger = logging.getLogger("octavo.runtime")
@@ -82,7 +83,7 @@ def load_core(config: EngineConfig, *, logs: LogSettings | None = None, show_pro
     if resolved.device == "cpu":
         _check_cache_folder()
     must_compile = resolved.device == "cpu" and not _has_compiled_kernels()
-    ranks = _start_ranks(resolved, logs or LogSettings()) if resolved.tp_size > 1 else None
+    ranks = _start_ranks(resolved, files, logs or LogSettings()) if resolved.tp_size > 1 else None
     try:
         group = None if ranks is None else TensorParallelGroup(ranks.size, 0, ranks.join(choose_device(resolved)))
         core = EngineCore(resolved, ModelRunner(resolved, files, group=group, ranks=ranks, show_progress=show_progress))
@@ -101,10 +102,14 @@ def load_core(config: EngineConfig, *, logs: LogSettings | None = None, show_pro
     return core
 
 
-def _start_ranks(resolved: EngineConfig, logs: LogSettings) -> Ranks:
+def _start_ranks(resolved: EngineConfig, files: ModelFiles, logs: LogSettings) -> Ranks:
+    from .rank_plan import plan_ranks
     from .ranks import Ranks
 
-    logger.info("Starting %d ranks", resolved.tp_size)
+    logger.info("%s", plan_ranks(resolved, files))
+    cores = len(os.sched_getaffinity(0))
+    if resolved.device == "cpu" and resolved.tp_size > cores:
+        logger.warning("%d ranks share %d cores: fewer ranks are faster here", resolved.tp_size, cores)
     return Ranks(resolved, logs)
 
 

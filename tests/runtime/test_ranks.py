@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -18,8 +19,10 @@ from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.core import EngineCore
 from octavo.runtime.errors import EngineDead
 from octavo.runtime.forward_batch import StepArrays
+from octavo.runtime.models.config import ModelConfig
 from octavo.runtime.plan import PlanMismatch, make_plan, read_plan
 from octavo.runtime.process import EngineProcess
+from octavo.runtime.rank_plan import _weight_bytes, plan_ranks
 from octavo.runtime.sampling_params import SamplingParams
 from octavo.runtime.start import load_core
 
@@ -37,6 +40,7 @@ OPTIONS: dict[str, Any] = {
     "skip_kernel_check": True,
 }
 PROMPTS = [[(7 * number + place) % 131 for place in range(20 + 5 * number)] for number in range(6)]
+FAMILY = Path(__file__).resolve().parents[2] / "docker" / "families" / "llama-3-8b"
 END_S = 20.0  # within which an engine is to notice what happened to a rank
 
 
@@ -144,6 +148,38 @@ def test_ranks_end_with_a_first_one_that_is_killed(folder: Path) -> None:
         rank.wait(END_S)
     finally:
         process.close()
+
+
+def test_the_plan_is_told_before_anything_starts(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        core = core_of(folder, 2)
+    core.close()
+    plan = next(index for index, text in enumerate(caplog.messages) if "2 ranks (processes of 1 thread), every layer cut" in text)
+    held = next(index for index, text in enumerate(caplog.messages) if "Rank 1 of 2 on cpu" in text)
+    assert plan < held
+    assert (
+        "2 attention and 1 key-value heads each, about 0.00 GiB of the files' weights, 0.5 KiB of keys and values" in caplog.messages[plan]
+    )
+
+
+def test_the_planned_weights_are_those_of_the_files() -> None:
+    model = ModelConfig.from_hf(json.loads((FAMILY / "config.json").read_text()))
+    name = "model.layers.0.self_attn."
+    sizes = {
+        f"{name}q_proj.qweight": 800,
+        f"{name}k_proj.qweight": 80,
+        "model.norm.weight": 7,
+        "lm_head.weight": 1600,
+        f"{name}q_proj.g": 16,
+    }
+    assert _weight_bytes(model, sizes, 4) == 200 + 20 + 7 + 400 + 4
+    assert _weight_bytes(model, sizes, 16) == 50 + 10 + 7 + 100 + 1  # key-value heads are but eight
+
+
+def test_dummy_weights_are_held_against_the_ranks_too() -> None:
+    config = octavo.runtime.config.EngineConfig(model_path=str(FAMILY), load_format="dummy", tp_size=3).resolve(device="cpu")
+    with pytest.raises(ValueError, match=r"--tp-size 3 cannot cut this model .*: sizes that work are 1, 2, 4, 8, 16, 32"):
+        plan_ranks(config, resolve_model(str(FAMILY), needs_weights=False))
 
 
 def test_what_cannot_be_cut_is_told_at_the_start(folder: Path) -> None:
