@@ -9,7 +9,7 @@ import torch
 from ..quant.build import KernelOptions
 from ..quant.checkpoint.hf_config import read_config
 from ..quant.checkpoint.open_reader import open_reader
-from ..quant.checkpoint.resolve import ModelFiles
+from ..quant.checkpoint.resolve import ModelFiles, resolve_model
 from ..quant.module_formats import ModuleFormats
 from .config import EngineConfig
 from .dummy_weights import DummySource
@@ -52,6 +52,14 @@ def plan_ranks(config: EngineConfig, files: ModelFiles) -> str:
         f"{size} ranks ({where}), every layer cut across them: {share.heads} attention and {share.kv_heads} key-value heads each"
         f"{weights}, {kv / 1024:.1f} KiB of keys and values a token"
     )
+
+
+def check_model(config: EngineConfig) -> None:
+    """Raises ValueError for what an engine of `config` would fail to start with, as far as the model's files and config tell."""
+    files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights)
+    ModelConfig.from_hf(read_config(files))
+    if config.tp_size > 1:
+        plan_ranks(config.resolve(device="cpu"), files)
 
 
 def _weight_bytes(model: ModelConfig, sizes: dict[str, int], ranks: int) -> float:

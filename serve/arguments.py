@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -197,6 +197,14 @@ def _add_server(parser: Parser) -> None:
         "environment too (default: with --api-key, nobody may do that)",
     )
     group.add_argument(
+        "--admin-api-key-file",
+        action="extend",
+        type=_key_file,
+        dest="admin_api_keys",
+        metavar="FILE",
+        help="more such keys, as in --api-key-file",
+    )
+    group.add_argument(
         "--cors-origin",
         action="append",
         dest="cors_origins",
@@ -260,9 +268,17 @@ def _add_scheduling(parser: Parser) -> None:
         metavar="N",
         help=_engine("ranks that every layer is cut across: GPUs of this machine, or processes on the CPU", "tp_size"),
     )
+    group.add_argument(
+        "--dp-size",
+        "--dp",
+        "--data-parallel-size",
+        type=whole_number,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="engines behind one address, on Ray Serve, found by the prefixes that they hold (default: 1; more want octavo[ray])",
+    )
     for flags, what in (
         (("--pp-size", "--pipeline-parallel-size"), "devices that hold a part of the layers each"),
-        (("--dp-size", "--dp", "--data-parallel-size"), "copies of the model"),
         (("--nnodes", "--num-nodes"), "machines"),
     ):
         group.add_argument(*flags, action=_OneDevice, type=whole_number, metavar="N", help=f"{what}: 1 in this version")
@@ -344,6 +360,17 @@ def _bounded(config: EngineConfig) -> EngineConfig:
     return dataclasses.replace(config, max_queued_requests=_QUEUED_PER_RUNNING * config.max_running_requests)
 
 
+def mapping_of(words: Sequence[str]) -> dict[str, Any]:
+    """What `flags_of` gives as a mapping, as a config file has it: a flag that stands alone is true, one that is given again a list."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            values = found.setdefault(word.removeprefix("--").replace("-", "_"), [])
+        else:
+            values.append(word)
+    return {name: values if len(values) > 1 else values[0] if values else True for name, values in found.items()}
+
+
 def flags_of(config: EngineConfig, options: ServerOptions) -> list[str]:
     """The flags, but for the model, that make two option objects what they are: words for people, which tell no API key."""
     given = {**vars(config), **vars(options)}
@@ -357,7 +384,7 @@ def flags_of(config: EngineConfig, options: ServerOptions) -> list[str]:
             continue
         flag = action.option_strings[0]
         if action.dest in ("api_keys", "admin_api_keys"):
-            words += [flag, "..."] * len(value or ()) if flag != "--api-key-file" else []
+            words += [flag, "..."] * len(value or ()) if not flag.endswith("-file") else []
         elif isinstance(value, tuple):
             words += [word for one in value for word in (flag, str(one))]
         elif isinstance(value, bool):

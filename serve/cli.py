@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shlex
@@ -13,7 +14,7 @@ from .. import __version__
 from ..runtime.config import EngineConfig
 from ..runtime.logs import set_up_logging
 from ..runtime.start import prepare_environment
-from .arguments import flags_of, options_of, serve_parser
+from .arguments import flags_of, mapping_of, options_of, serve_parser
 from .options import ServerOptions
 from .served_model import ServedModel
 from .server import RunningEngine, listening_socket, serve_until_stopped
@@ -35,8 +36,11 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
     except SystemExit as end:  # --help, or an error that was told already
         return int(end.code or 0)
     explanation = vars(namespace).pop("explain_quant", None)
+    copies = vars(namespace).pop("dp_size", 1)
     prepare_environment()
     try:
+        if copies < 1:
+            raise ValueError(f"--dp-size {copies} is not valid: give a whole number of at least 1")
         config, options = options_of(namespace)
         _check_backend(config)
         _set_up_logging(options)
@@ -44,6 +48,11 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
         return _fail(prog, error, _BAD_USAGE)
     if explanation is not None:
         return _explain(prog, config, every_refusal=explanation == "all")
+    return _serve(prog, config, options) if copies == 1 else _serve_replicas(prog, config, options, copies)
+
+
+def _serve(prog: str, config: EngineConfig, options: ServerOptions) -> int:
+    """One engine, in a process of its own behind this one."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads, it ends us as Ctrl-C does
     interrupted = 0
     try:
@@ -68,6 +77,22 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
         return _fail(prog, error, _FAILED, options)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _serve_replicas(prog: str, config: EngineConfig, options: ServerOptions, copies: int) -> int:
+    if importlib.util.find_spec("ray") is None:
+        told = f"--dp-size {copies} stands on Ray Serve, which is not installed here: pip install 'octavo[ray]', or start {copies} servers"
+        return _fail(prog, ValueError(f"{told} behind NGINX (docs/deploy.md)"), _BAD_USAGE)
+    from .ray_replicas import CannotServe, serve_replicas  # loads Ray
+
+    logger.info("%s", _first_line(config, options))
+    try:
+        return serve_replicas(config, options, mapping_of(flags_of(config, options)), copies)
+    except ValueError as error:
+        return _fail(prog, error, _BAD_USAGE)
+    except (CannotServe, OSError) as error:
+        logger.debug("the start failed", exc_info=error)
+        return _fail(prog, error, _FAILED, options)
 
 
 def _check_backend(config: EngineConfig) -> None:

@@ -55,6 +55,7 @@ _NOT_HERE = {
     "port": "http_options of Ray Serve",
     "api_key": "api_key_file, since Ray shows arguments to everybody",
     "admin_api_key": "admin_api_key_file, since Ray shows arguments to everybody",
+    "dp_size": "replicas",
     "log_file": "Ray's own logs of replicas",
     "help": "`octavo serve --help`",
     "explain_quant": "`octavo serve --explain-quant`",
