@@ -32,8 +32,8 @@ from .plan import Alive, Begun, FromRank, Hello, Loaded, RankFailed, Stop, from_
 logger = logging.getLogger("octavo.engine")
 
 START_S = 120.0  # until a rank's process is there: it loads torch, perhaps from a slow disk
-COLLECTIVE_S = 300.0  # a step's longest wait for another rank, were nothing else to notice that it is gone
-SILENT_S = 10.0  # without a sign of life
+COLLECTIVE_S = 1800.0  # the longest wait for another rank, which may read its weights from a slow disk; one that is gone is noticed sooner
+SILENT_S = 10.0  # without a sign of life, once it has loaded: what reads a file may hold up the thread that gives them
 _POLL_MS = 200
 _LOOK_EVERY_S = 0.2
 _END_S = 5.0
@@ -187,7 +187,7 @@ class Ranks:
             if (code := process.poll()) is not None:
                 how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
                 self._end(f"rank {rank} of {self.size} (process {process.pid}) {how}")
-            elif rank in self._hello and time.monotonic() - self._seen[rank] > SILENT_S:
+            elif rank in self._loaded and time.monotonic() - self._seen[rank] > SILENT_S:
                 self._end(f"rank {rank} of {self.size} (process {process.pid}) has given no sign of life for {SILENT_S:.0f} s")
 
     def _end(self, cause: str) -> None:
