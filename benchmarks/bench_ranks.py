@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..runtime.collectives import LOOPBACK, ProcessGroup, join_store, make_store
+from ..runtime.collectives import ProcessGroup, open_store
 from ..runtime.config import EngineConfig
 from ..runtime.core import EngineCore
 from ..runtime.sampling_params import SamplingParams
@@ -32,11 +32,10 @@ VOCABULARY, PROMPT = 32_000, 32
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20)  # bytes
 
 
-def reduce_all(rank: int, size: int, port: int, report: Connection | None) -> None:
+def reduce_all(rank: int, size: int, folder: Path, report: Connection | None) -> None:
     """Median seconds of an all-reduce, by bytes."""
     torch.set_num_threads(1)
-    store = join_store(LOOPBACK, port, size, 60)
-    group = ProcessGroup(store, rank=rank, size=size, device=torch.device("cpu"), timeout_s=60)
+    group = ProcessGroup(open_store(folder, size), rank=rank, size=size, device=torch.device("cpu"), timeout_s=60)
     found = []
     for nbytes in SIZES:
         tensor = torch.zeros(nbytes // 4)
@@ -52,15 +51,16 @@ def reduce_all(rank: int, size: int, port: int, report: Connection | None) -> No
 
 def alpha_beta(size: int) -> tuple[float, float]:
     """Seconds of a message, and of a byte, between `size` processes."""
-    store = make_store(LOOPBACK, size + 1, 60)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    workers = [context.Process(target=reduce_all, args=(rank, size, store.port, there if rank == 0 else None)) for rank in range(size)]
-    for worker in workers:
-        worker.start()
-    found = here.recv()
-    for worker in workers:
-        worker.join()
+    with tempfile.TemporaryDirectory() as place:
+        reports = [there if rank == 0 else None for rank in range(size)]
+        workers = [context.Process(target=reduce_all, args=(rank, size, Path(place), reports[rank])) for rank in range(size)]
+        for worker in workers:
+            worker.start()
+        found = here.recv()
+        for worker in workers:
+            worker.join()
     for nbytes, seconds in zip(SIZES, found, strict=True):
         print(f"  all-reduce of {nbytes:>9,} bytes: {seconds * 1e6:8.0f} us")
     beta, alpha = np.polyfit(SIZES, found, 1, w=1 / np.array(found))

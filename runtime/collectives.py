@@ -7,39 +7,35 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-LOOPBACK = "127.0.0.1"
-
-
-def make_store(host: str, num_ranks: int, timeout_s: float) -> TCPStore:
-    """Where ranks find each other, on a free port of `host`, which must be this machine's."""
-    return TCPStore(host, 0, num_ranks, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+_LOOPBACK = "lo"  # where ranks of one machine meet: nobody else is to reach them, and a machine's own name may not be known to it
 
 
-def join_store(host: str, port: int, num_ranks: int, timeout_s: float) -> TCPStore:
-    """The store that another rank made."""
-    return TCPStore(host, port, num_ranks, is_master=False, timeout=timedelta(seconds=timeout_s))
+def open_store(folder: Path, num_ranks: int) -> FileStore:
+    """Where the ranks of one machine find each other: a file in `folder`, which they alone can enter. Raises RuntimeError."""
+    return FileStore(str(folder / "store"), num_ranks)
 
 
 class ProcessGroup:
     """Collectives (see runtime/layers/parallel.py) of `size` ranks. Raises RuntimeError where one does not come, or is gone."""
 
-    def __init__(self, store: TCPStore, *, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, store: FileStore, *, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
         self._rank, self._size, self._device = rank, size, device
         timeout = timedelta(seconds=timeout_s)
         self._group: Any  # torch's stubs do not know what it can do
         if device.type == "cuda":
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK)
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
         else:
-            if store.host == LOOPBACK:  # Gloo would look up the machine's own name, which may not be known
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
             self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:

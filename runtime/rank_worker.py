@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -27,7 +28,7 @@ _ALIVE_S = 0.5
 
 class _Rank:
     def __init__(self, rank: int, folder: str) -> None:
-        self.number = rank
+        self.number, self._folder = rank, Path(folder)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._inbox = context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
@@ -44,30 +45,29 @@ class _Rank:
         with self._lock:
             self._outbox.send(plan_encoder.encode(message))
 
-    def run(self, config: EngineConfig, port: int) -> int:
+    def run(self, config: EngineConfig) -> int:
         from .plan import Hello, RankFailed
 
         self.send(Hello(self.number, __version__, os.getpid()))
         threading.Thread(target=self._beat, daemon=True, name="alive").start()
         try:
-            self._compute(config, port)
+            self._compute(config)
         except Exception as error:
             logger.debug("rank %d failed", self.number, exc_info=True)
             self.send(RankFailed(self.number, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__))
             return 1
         return 0
 
-    def _compute(self, config: EngineConfig, port: int) -> None:
+    def _compute(self, config: EngineConfig) -> None:
         from ..quant.checkpoint.resolve import resolve_model
-        from .collectives import LOOPBACK, ProcessGroup, join_store
+        from .collectives import ProcessGroup, open_store
         from .layers.parallel import TensorParallelGroup
         from .model_runner import ModelRunner, choose_device
         from .plan import Begun, Loaded, Stop, read_plan, to_rank_decoder
-        from .ranks import COLLECTIVE_S, START_S
+        from .ranks import COLLECTIVE_S
 
         device, size = choose_device(config, self.number), config.tp_size
-        store = join_store(LOOPBACK, port, size, START_S)
-        group = ProcessGroup(store, rank=self.number, size=size, device=device, timeout_s=COLLECTIVE_S)
+        group = ProcessGroup(open_store(self._folder, size), rank=self.number, size=size, device=device, timeout_s=COLLECTIVE_S)
         files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights)
         runner = ModelRunner(config, files, group=TensorParallelGroup(size, self.number, group), show_progress=False)
         self.send(Loaded(self.number, runner.model.weight_bytes))
@@ -90,8 +90,8 @@ class _Rank:
         os._exit(1)
 
 
-def main(rank: str, folder: str, port: str, config_text: str, logs_text: str) -> int:
-    """Entry of the process: its number, the sockets' folder, the store's port, the EngineConfig and the LogSettings as JSON."""
+def main(rank: str, folder: str, config_text: str, logs_text: str) -> int:
+    """Entry of the process: its number, the folder of sockets and store, the EngineConfig and the LogSettings as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the first rank decides when the others stop
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -101,7 +101,7 @@ def main(rank: str, folder: str, port: str, config_text: str, logs_text: str) ->
     if logger.getEffectiveLevel() > logging.DEBUG:
         logging.getLogger("octavo").setLevel(logging.ERROR)  # what there is to say, the first rank says
     prepare_environment()
-    return _Rank(int(rank), folder).run(decode_config(config_text), int(port))
+    return _Rank(int(rank), folder).run(decode_config(config_text))
 
 
 if __name__ == "__main__":

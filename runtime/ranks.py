@@ -15,13 +15,14 @@ import tempfile
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 import zmq
 
 from .. import __version__
-from .collectives import LOOPBACK, ProcessGroup, make_store
+from .collectives import ProcessGroup, open_store
 from .config import EngineConfig
 from .errors import EngineDead
 from .forward_batch import StepArrays
@@ -35,6 +36,7 @@ START_S = 120.0  # until a rank's process is there: it loads torch, perhaps from
 COLLECTIVE_S = 1800.0  # the longest wait for another rank, which may read its weights from a slow disk; one that is gone is noticed sooner
 SILENT_S = 10.0  # without a sign of life, once it has loaded: what reads a file may hold up the thread that gives them
 _POLL_MS = 200
+_MEET_S = 0.01
 _LOOK_EVERY_S = 0.2
 _END_S = 5.0
 _EXPLAIN_S = 3.0  # a rank's end shows in the sockets first
@@ -59,7 +61,6 @@ class Ranks:
             outbox.setsockopt(zmq.LINGER, 1000)
             outbox.bind(f"ipc://{self._folder}/to_rank_{rank}")
             self._outboxes.append(outbox)
-        self._store = make_store(LOOPBACK, self.size, START_S)
         self._number = 0
         self._sent: dict[int, deque[tuple[int, int]]] = {rank: deque(maxlen=_MOST_OPEN) for rank in range(1, self.size)}
         self._seen = dict.fromkeys(self._sent, time.monotonic())
@@ -68,7 +69,7 @@ class Ranks:
         self._cause: str | None = None
         self._changed = threading.Condition()
         self._closing = False
-        arguments = [str(self._folder), str(self._store.port), encode_config(config), encode_logs(logs)]
+        arguments = [str(self._folder), encode_config(config), encode_logs(logs)]
         self._processes = {
             rank: subprocess.Popen([sys.executable, "-m", "octavo.runtime.rank_worker", str(rank), *arguments], stdin=subprocess.DEVNULL)
             for rank in range(1, self.size)
@@ -81,7 +82,21 @@ class Ranks:
     def join(self, device: torch.device) -> ProcessGroup:
         """Wait for the others and give what all do together. Raises EngineDead where one does not come."""
         self._wait_for(self._hello, START_S, "come up")
-        return ProcessGroup(self._store, rank=0, size=self.size, device=device, timeout_s=COLLECTIVE_S)
+        group: Future[ProcessGroup] = Future()
+
+        def meet() -> None:
+            try:
+                group.set_result(
+                    ProcessGroup(open_store(self._folder, self.size), rank=0, size=self.size, device=device, timeout_s=COLLECTIVE_S)
+                )
+            except Exception as error:
+                group.set_exception(error)
+
+        threading.Thread(target=meet, daemon=True, name="rank-meeting").start()  # which waits for one that ends meanwhile, too
+        while not group.done():
+            self.check()
+            time.sleep(_MEET_S)
+        return group.result()
 
     def wait_loaded(self) -> dict[int, int]:
         """Bytes of weights by rank, once all have theirs."""

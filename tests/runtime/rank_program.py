@@ -2,20 +2,19 @@
 
     python -m octavo.tests.runtime.rank_program RANK SIZE JOBS
 
-JOBS is a JSON file: a list of {folder, options, out}. The first rank makes a store and leaves its port beside the file, and saves what came
-out of every job: a list of logits, or the text of an error.
+JOBS is a JSON file: a list of {folder, options, out}. Each rank saves what came out of every job: logits and bytes of weights, or the
+text of an error.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from octavo.runtime.collectives import LOOPBACK, ProcessGroup, join_store, make_store
+from octavo.runtime.collectives import ProcessGroup, open_store
 from octavo.runtime.layers.parallel import TensorParallelGroup
 
 from .tiny_models import load, run, sequence
@@ -24,15 +23,9 @@ SEQUENCES = (sequence(7, chunk=1, decode=2), sequence(45, chunk=45, decode=3), s
 
 
 def main(rank: int, size: int, jobs: Path) -> None:
-    port = jobs.with_suffix(".port")
-    if rank == 0:
-        store = make_store(LOOPBACK, size, 60)
-        port.with_suffix(".new").write_text(str(store.port))
-        port.with_suffix(".new").rename(port)
-    else:
-        while not port.exists():
-            time.sleep(0.1)
-        store = join_store(LOOPBACK, int(port.read_text()), size, 60)
+    place = jobs.with_suffix(".store")
+    place.mkdir(exist_ok=True)
+    store = open_store(place, size)
     group = ProcessGroup(store, rank=rank, size=size, device=torch.device("cpu"), timeout_s=120)
     for job in json.loads(jobs.read_text()):
         found: object

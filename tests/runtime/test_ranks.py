@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 import octavo
 from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.core import EngineCore
 from octavo.runtime.errors import EngineDead
 from octavo.runtime.forward_batch import StepArrays
+from octavo.runtime.logs import LogSettings
 from octavo.runtime.models.config import ModelConfig
 from octavo.runtime.plan import PlanMismatch, make_plan, read_plan
 from octavo.runtime.process import EngineProcess
 from octavo.runtime.rank_plan import _weight_bytes, plan_ranks
+from octavo.runtime.ranks import Ranks
 from octavo.runtime.sampling_params import SamplingParams
 from octavo.runtime.start import load_core
 
@@ -136,6 +139,20 @@ def test_a_server_notices_though_nothing_is_asked(folder: Path) -> None:
         assert "rank 1 of 2" in process._cause
     finally:
         process.close()
+
+
+def test_a_rank_that_ends_before_all_have_met(folder: Path) -> None:
+    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS).resolve(device="cpu")
+    ranks = Ranks(config, LogSettings())
+    try:
+        ranks._wait_for(ranks._hello, 120, "come up")
+        children()[0].kill()
+        with pytest.raises(EngineDead, match=r"rank 1 of 2 .* was ended by signal 9"):
+            ranks.join(torch.device("cpu"))
+    finally:
+        ranks.close()
+        ranks.close()  # which does nothing
+    assert children() == []
 
 
 def test_ranks_end_with_a_first_one_that_is_killed(folder: Path) -> None:
