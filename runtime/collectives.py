@@ -5,7 +5,6 @@ The process group is no default one: a program may have several engines, and its
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,18 @@ class ProcessGroup:
     def __init__(self, store: FileStore, *, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
         self._rank, self._size, self._device = rank, size, device
         timeout = timedelta(seconds=timeout_s)
+        store.set_timeout(timeout)
         self._group: Any  # torch's stubs do not know what it can do
         if device.type == "cuda":
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK)
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+            self.smallest(0)  # which makes NCCL meet now, as Gloo does by itself
         else:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
-            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._timeout = timeout
+            options._devices = [dist.ProcessGroupGloo.create_device(interface=_LOOPBACK)]
+            self._group = dist.ProcessGroupGloo(store, rank, size, options)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum over the ranks, in place."""
@@ -51,6 +53,11 @@ class ProcessGroup:
     def broadcast(self, tensor: torch.Tensor) -> None:
         """The first rank's tensor, in place."""
         self._group.broadcast([tensor]).wait()
+
+    def abort(self) -> None:
+        """End what this rank waits for on a GPU, whose result is then worth nothing; on the CPU, a socket that closes ends it."""
+        if self._device.type == "cuda":
+            self._group.abort()
 
     def smallest(self, number: int) -> int:
         """The least of the ranks' numbers."""

@@ -226,6 +226,7 @@ class EngineCore:
                 by_position = self._prompt_logprobs.setdefault(request.request_id, {})
                 by_position.update((position + 1, logprob) for position, logprob in zip(positions, pending.wait(), strict=True))
         result = flight.sample.wait() if flight.sample is not None else SampleResult([], [])
+        self.runner.check()  # a step that another rank has left computed nothing
         landed = [
             (request, token, logprob)
             for request, token, logprob in zip(flight.rows, result.token_ids, result.logprobs, strict=True)

@@ -180,7 +180,7 @@ class ModelRunner:
         arrays = lay_out(batch, self.pool.page_size)
         if self._ranks is None:
             return self._run(arrays, awaited)
-        self._ranks.tell(arrays, 0 if awaited is None else len(awaited))
+        self._ranks.tell(arrays, 0 if awaited is None else len(awaited), self.pool.page_size)
         try:
             if awaited is not None:
                 self._group.broadcast(awaited)

@@ -15,12 +15,16 @@ _DTYPES: tuple[np.dtype[Any], ...] = (_INT64, _INT64, _INT64, _INT64, _INT32, _I
 
 
 class Plan(msgspec.Struct, tag=True, frozen=True):
-    """Step `number`: the bytes of its StepArrays, in order, a digest of both, and how many tokens of the last step it awaits."""
+    """Step `number`: the bytes of its StepArrays, in order, a digest of it all, and how many tokens of the last step it awaits.
+
+    Of each row of the table only the pages that its context fills are sent; `width` is the table's.
+    """
 
     number: int
     arrays: tuple[bytes, ...]
     digest: int
     num_awaited: int
+    width: int
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -75,29 +79,38 @@ class PlanMismatch(RuntimeError):
     """A rank was told another step than the one that it has to compute."""
 
 
-def make_plan(number: int, arrays: StepArrays, num_awaited: int) -> Plan:
-    packed = tuple(array.tobytes() for array in _parts(arrays))
-    return Plan(number, packed, _digest(number, packed, num_awaited), num_awaited)
+def make_plan(number: int, arrays: StepArrays, num_awaited: int, page_size: int) -> Plan:
+    width = arrays.table.shape[1]
+    pages = arrays.table[_filled(arrays.contexts, width, page_size)]
+    packed = tuple(array.tobytes() for array in (*_parts(arrays), pages))
+    return Plan(number, packed, _digest(number, packed, num_awaited, width), num_awaited, width)
 
 
-def read_plan(plan: Plan, number: int) -> StepArrays:
+def read_plan(plan: Plan, number: int, page_size: int) -> StepArrays:
     """The arrays of step `number`. Raises PlanMismatch for another step's, and for arrays that changed on their way."""
     if plan.number != number:
         raise PlanMismatch(f"was told step {plan.number} where step {number} comes next")
-    if (found := _digest(plan.number, plan.arrays, plan.num_awaited)) != plan.digest:
+    if (found := _digest(plan.number, plan.arrays, plan.num_awaited, plan.width)) != plan.digest:
         raise PlanMismatch(f"was told a step {number} whose digest is {found:08x}, where rank 0 has {plan.digest:08x}")
-    ids, positions, slots, wanted, query_start, contexts, table = (
+    ids, positions, slots, wanted, query_start, contexts, pages = (
         np.frombuffer(part, dtype) for part, dtype in zip(plan.arrays, _DTYPES, strict=True)
     )
-    return StepArrays(ids, positions, slots, wanted, query_start, contexts, table.reshape(len(contexts), -1))
+    table = np.zeros((len(contexts), plan.width), dtype=np.int32)
+    table[_filled(contexts, plan.width, page_size)] = pages
+    return StepArrays(ids, positions, slots, wanted, query_start, contexts, table)
+
+
+def _filled(contexts: np.ndarray, width: int, page_size: int) -> np.ndarray:
+    """Which places of the table hold pages of each row's context."""
+    return np.arange(width) < -(-contexts // page_size)[:, None]
 
 
 def _parts(arrays: StepArrays) -> tuple[np.ndarray, ...]:
-    return arrays.ids, arrays.positions, arrays.slots, arrays.wanted, arrays.query_start, arrays.contexts, arrays.table
+    return arrays.ids, arrays.positions, arrays.slots, arrays.wanted, arrays.query_start, arrays.contexts
 
 
-def _digest(number: int, parts: tuple[bytes, ...], num_awaited: int) -> int:
-    digest = zlib.crc32(f"{number} {num_awaited} {[len(part) for part in parts]}".encode())
+def _digest(number: int, parts: tuple[bytes, ...], num_awaited: int, width: int) -> int:
+    digest = zlib.crc32(f"{number} {num_awaited} {width} {[len(part) for part in parts]}".encode())
     for part in parts:
         digest = zlib.crc32(part, digest)
     return digest

@@ -20,6 +20,10 @@ from .models.config import ModelConfig
 from .models.llama import check_cut, linear_shapes
 from .weights import HeaderSource
 
+_SCATTERED = (
+    "Act-order: a rank's inputs of o_proj and down_proj belong to all groups, so these are held with a scale for each weight, "
+    "at several times their size"
+)
 _ENDS = ("model.embed_tokens.", "lm_head.")
 
 
@@ -29,12 +33,13 @@ def plan_ranks(config: EngineConfig, files: ModelFiles) -> str:
     model, size = ModelConfig.from_hf(described), config.tp_size
     dtype = weight_dtype(config, files, model)
     options: dict[str, Any] = {"weight_dtype": dtype, "activation_dtype": dtype, "device": torch.device("meta")}
-    weights = ""
+    weights, scattered = "", False
     if config.needs_weights:
         reader = open_reader(files)
         formats = ModuleFormats(files, described, reader.tensors(), quantization=config.quantization)
         with HeaderSource(reader, formats, show_progress=False, **options) as source:
             check_cut(model, source, size)
+            scattered = _has_act_order(model, formats)
             sizes = {name: info.nbytes for name, info in reader.tensors().items()}
         weights = f", about {_weight_bytes(model, sizes, size) / 2**30:.2f} GiB of the files' weights"
     else:
@@ -50,8 +55,13 @@ def plan_ranks(config: EngineConfig, files: ModelFiles) -> str:
     )
     return (
         f"{size} ranks ({where}), every layer cut across them: {share.heads} attention and {share.kv_heads} key-value heads each"
-        f"{weights}, {kv / 1024:.1f} KiB of keys and values a token"
+        f"{weights}, {kv / 1024:.1f} KiB of keys and values a token" + (f". {_SCATTERED}" if scattered else "")
     )
+
+
+def _has_act_order(model: ModelConfig, formats: ModuleFormats) -> bool:
+    (down,) = linear_shapes(model, 0, 1).down.sources
+    return formats.of(down, in_features=model.intermediate_size, out_features=model.hidden_size).act_order
 
 
 def check_model(config: EngineConfig) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -46,15 +47,17 @@ class _Rank:
             self._outbox.send(plan_encoder.encode(message))
 
     def run(self, config: EngineConfig) -> int:
-        from .plan import Hello, RankFailed
+        from .plan import Hello, PlanMismatch, RankFailed
 
         self.send(Hello(self.number, __version__, os.getpid()))
         threading.Thread(target=self._beat, daemon=True, name="alive").start()
         try:
             self._compute(config)
         except Exception as error:
-            logger.debug("rank %d failed", self.number, exc_info=True)
-            self.send(RankFailed(self.number, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__))
+            is_told = isinstance(error, (ValueError, OSError, PlanMismatch))  # which say what to do
+            logger.log(logging.DEBUG if is_told else logging.ERROR, "rank %d failed", self.number, exc_info=True)
+            first = str(error).strip().partition("\n")[0]
+            self.send(RankFailed(self.number, first if is_told and first else f"{type(error).__name__}: {first}"))
             return 1
         return 0
 
@@ -73,25 +76,33 @@ class _Rank:
         self.send(Loaded(self.number, runner.model.weight_bytes))
         number = 0
         while not isinstance(plan := to_rank_decoder.decode(self._inbox.recv()), Stop):
-            arrays = read_plan(plan, number)
+            arrays = read_plan(plan, number, config.page_size)
             self.send(Begun(self.number, number, plan.digest))
             runner.follow(arrays, plan.num_awaited)
             number += 1
 
     def _beat(self) -> None:
-        """A thread: give signs of life, and end with the first rank."""
+        """A thread: give signs of life."""
         from .plan import Alive
 
-        parent = os.getppid()
-        while os.getppid() == parent and not self._inbox.closed:
+        while not self._inbox.closed:
             with contextlib.suppress(zmq.ZMQError):  # it has ended meanwhile
                 self.send(Alive(self.number))
             time.sleep(_ALIVE_S)
-        os._exit(1)
 
 
-def main(rank: str, folder: str, config_text: str, logs_text: str) -> int:
-    """Entry of the process: its number, the folder of sockets and store, the EngineConfig and the LogSettings as JSON."""
+def _end_with(first: int, folder: str) -> None:
+    """A thread: end when the first rank does."""
+    while os.getppid() == first:
+        time.sleep(_ALIVE_S)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def main(rank: str, first: str, folder: str, config_text: str, logs_text: str) -> int:
+    """Entry: the number, the first one's process id, the folder of sockets and store, EngineConfig and LogSettings as JSON."""
+    threading.Thread(target=_end_with, args=(int(first), folder), daemon=True, name="first-rank").start()
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the first rank decides when the others stop
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

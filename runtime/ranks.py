@@ -6,7 +6,9 @@ with them then fails, with the reason at hand.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -38,6 +41,7 @@ SILENT_S = 10.0  # without a sign of life, once it has loaded: what reads a file
 _POLL_MS = 200
 _MEET_S = 0.01
 _LOOK_EVERY_S = 0.2
+_STOPPED_S = 2.0
 _END_S = 5.0
 _EXPLAIN_S = 3.0  # a rank's end shows in the sockets first
 _MOST_OPEN = 4096  # steps that may not have been confirmed
@@ -46,8 +50,8 @@ _MOST_OPEN = 4096  # steps that may not have been confirmed
 class Ranks:
     """Ranks 1 to `config.tp_size` - 1, in processes of their own. Call `close` at the end, whatever happened."""
 
-    def __init__(self, config: EngineConfig, logs: LogSettings) -> None:
-        """`config` is resolved. Raises EngineDead, with what is known, where one does not come up."""
+    def __init__(self, config: EngineConfig, logs: LogSettings, *, on_end: Callable[[str], None] | None = None) -> None:
+        """`config` is resolved; `on_end` is told, on a thread of its own, why all ranks end."""
         self.size = config.tp_size
         self._folder = Path(tempfile.mkdtemp(prefix="octavo-ranks-"))  # only this user can enter it
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -69,7 +73,9 @@ class Ranks:
         self._cause: str | None = None
         self._changed = threading.Condition()
         self._closing = False
-        arguments = [str(self._folder), encode_config(config), encode_logs(logs)]
+        self._on_end = on_end
+        self._group: ProcessGroup | None = None
+        arguments = [str(os.getpid()), str(self._folder), encode_config(config), encode_logs(logs)]
         self._processes = {
             rank: subprocess.Popen([sys.executable, "-m", "octavo.runtime.rank_worker", str(rank), *arguments], stdin=subprocess.DEVNULL)
             for rank in range(1, self.size)
@@ -96,7 +102,8 @@ class Ranks:
         while not group.done():
             self.check()
             time.sleep(_MEET_S)
-        return group.result()
+        self._group = group.result()
+        return self._group
 
     def wait_loaded(self) -> dict[int, int]:
         """Bytes of weights by rank, once all have theirs."""
@@ -117,9 +124,10 @@ class Ranks:
         if self._closing:
             return
         self._closing = True
-        if self._cause is None:
+        if self._cause is None and len(self._loaded) == self.size - 1:  # one that loads does not listen yet
             for outbox in self._outboxes:
-                outbox.send(plan_encoder.encode(Stop()))
+                with contextlib.suppress(zmq.Again):  # it has just ended
+                    outbox.send(plan_encoder.encode(Stop()), zmq.NOBLOCK)
             until = time.monotonic() + _END_S
             for process in self._processes.values():
                 try:
@@ -141,15 +149,18 @@ class Ranks:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def tell(self, arrays: StepArrays, num_awaited: int) -> None:
+    def tell(self, arrays: StepArrays, num_awaited: int, page_size: int) -> None:
         """Have the others compute a step, as this rank does next. Raises EngineDead where one of them is gone."""
         self.check()
-        plan = make_plan(self._number, arrays, num_awaited)
+        plan = make_plan(self._number, arrays, num_awaited, page_size)
         self._number += 1
         packed = plan_encoder.encode(plan)
         for rank, outbox in enumerate(self._outboxes, 1):
             self._sent[rank].append((plan.number, plan.digest))
-            outbox.send(packed)
+            try:
+                outbox.send(packed, zmq.NOBLOCK)
+            except zmq.Again:
+                raise self.explained(EngineDead(f"rank {rank} of {self.size} takes no steps any more")) from None
 
     def check(self) -> None:
         """Raises EngineDead where a rank has ended."""
@@ -169,8 +180,11 @@ class Ranks:
         looked = time.monotonic()
         while not self._closing and self._cause is None:
             if self._inbox.poll(_POLL_MS):
-                self._hear(from_rank_decoder.decode(self._inbox.recv()))
+                while self._inbox.poll(0):
+                    self._hear(from_rank_decoder.decode(self._inbox.recv()))
             if (now := time.monotonic()) - looked >= _LOOK_EVERY_S:
+                if now - looked > _STOPPED_S:  # this process was stopped itself, perhaps with all others
+                    self._seen = dict.fromkeys(self._seen, now)
                 looked = now
                 self._look()
         self._inbox.close(linger=0)
@@ -195,6 +209,7 @@ class Ranks:
             case Alive():
                 pass
             case RankFailed(rank=rank):
+                self._look()  # it may have failed for another one that is gone
                 self._end(f"rank {rank} of {self.size}: {message.message}")
 
     def _look(self) -> None:
@@ -214,3 +229,7 @@ class Ranks:
                 logger.critical("%s: all ranks end", cause)
             self._changed.notify_all()
         self._kill()
+        if self._group is not None:
+            self._group.abort()
+        if self._on_end is not None:
+            self._on_end(cause)

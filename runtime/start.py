@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,10 +66,13 @@ def _check_cache_folder() -> None:
         ) from None
 
 
-def load_core(config: EngineConfig, *, logs: LogSettings | None = None, show_progress: bool = True):  # type: ignore[no-untyped-def]
+def load_core(  # type: ignore[no-untyped-def]
+    config: EngineConfig, *, logs: LogSettings | None = None, on_rank_end: Callable[[str], None] | None = None, show_progress: bool = True
+):
     """Load the model that `config` names and give its core, kernels compiled; whoever gets it closes it.
 
-    Raises ValueError (and its kin) with the remedy, EngineDead where another rank ends. `logs` are for those.
+    Raises ValueError (and its kin) with the remedy, EngineDead where another rank ends. `logs` are for those, and `on_rank_end`
+    is told why, on a thread of its own.
     """
     from ..quant.checkpoint.resolve import resolve_model
     from .core import EngineCore
@@ -83,7 +86,7 @@ def load_core(config: EngineConfig, *, logs: LogSettings | None = None, show_pro
     if resolved.device == "cpu":
         _check_cache_folder()
     must_compile = resolved.device == "cpu" and not _has_compiled_kernels()
-    ranks = _start_ranks(resolved, files, logs or LogSettings()) if resolved.tp_size > 1 else None
+    ranks = _start_ranks(resolved, files, logs or LogSettings(), on_rank_end) if resolved.tp_size > 1 else None
     try:
         group = None if ranks is None else TensorParallelGroup(ranks.size, 0, ranks.join(choose_device(resolved)))
         core = EngineCore(resolved, ModelRunner(resolved, files, group=group, ranks=ranks, show_progress=show_progress))
@@ -102,7 +105,7 @@ def load_core(config: EngineConfig, *, logs: LogSettings | None = None, show_pro
     return core
 
 
-def _start_ranks(resolved: EngineConfig, files: ModelFiles, logs: LogSettings) -> Ranks:
+def _start_ranks(resolved: EngineConfig, files: ModelFiles, logs: LogSettings, on_end: Callable[[str], None] | None) -> Ranks:
     from .rank_plan import plan_ranks
     from .ranks import Ranks
 
@@ -110,7 +113,7 @@ def _start_ranks(resolved: EngineConfig, files: ModelFiles, logs: LogSettings) -
     cores = len(os.sched_getaffinity(0))
     if resolved.device == "cpu" and resolved.tp_size > cores:
         logger.warning("%d ranks share %d cores: fewer ranks are faster here", resolved.tp_size, cores)
-    return Ranks(resolved, logs)
+    return Ranks(resolved, logs, on_end=on_end)
 
 
 def _tell_ranks(weight_bytes: Mapping[int, int], device: str) -> None:

@@ -43,6 +43,8 @@ logger = logging.getLogger("octavo.engine")
 HEARTBEAT_S = 0.5
 IDLE_POLL_MS = 250
 _TELL_EVERY_S = 10.0
+_WAKE_S = 10.0
+_SENT_S = 0.5
 
 
 class _Worker:
@@ -72,7 +74,7 @@ class _Worker:
 
         imported_s = time.time() - psutil.Process().create_time()
         try:
-            core = load_core(decode_config(config_text), logs=logs)
+            core = load_core(decode_config(config_text), logs=logs, on_rank_end=self._end_soon)
         except (ValueError, OSError, MemoryError, KernelFault, EngineDead) as error:
             logger.debug("start failed", exc_info=True)
             self.send(Failed(str(error) or type(error).__name__, not isinstance(error, (KernelFault, EngineDead))))
@@ -108,6 +110,13 @@ class _Worker:
             heart.join()
             core.close()
         return 0
+
+    def _end_soon(self, cause: str) -> None:
+        """What a rank's end comes to where this one cannot wake from waiting for it."""
+        if not self._stopped.wait(_WAKE_S):
+            self.send(Failed(cause, False))
+            time.sleep(_SENT_S)
+            os._exit(1)
 
     def _serve(self, core) -> None:  # type: ignore[no-untyped-def]
         while not self._stopping:
@@ -185,6 +194,7 @@ def main(folder: str, config_text: str, logs_text: str) -> int:
     logs = decode_logs(logs_text)
     set_up_logging(logs, rotates=False)
     prepare_environment()
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # ranks of one machine meet where nobody else reaches them
     code = _Worker(folder).run(config_text, logs)
     zmq.Context.instance().destroy(linger=2000)
     return code

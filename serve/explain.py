@@ -17,4 +17,7 @@ def explain_quantization(config: EngineConfig, *, every_refusal: bool) -> str:
     """
     small = replace(config, max_total_tokens=max(_TOKENS, config.page_size), mem_fraction_static=None, max_running_requests=1)
     core = load_core(small)
-    return str(core.runner.linear_report.table(every_refusal=every_refusal))
+    try:
+        return str(core.runner.linear_report.table(every_refusal=every_refusal))
+    finally:
+        core.close()

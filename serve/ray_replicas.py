@@ -12,6 +12,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from ..runtime.config import EngineConfig, default_memory_fraction
 from ..runtime.rank_plan import check_model
@@ -32,6 +34,8 @@ _APPLICATION = "octavo"
 _NOT_OF_REPLICAS = ("host", "port", "api_key", "admin_api_key")
 _GATEWAY_CPUS = 1
 _ASK_S = 10.0
+_LOOK_EVERY_S = 0.2
+_DELETE_S = 20.0  # for Ray to end replicas that have drained
 
 
 class CannotServe(RuntimeError):
@@ -44,54 +48,69 @@ def serve_replicas(config: EngineConfig, options: ServerOptions, flags: Mapping[
     Raises OSError for an address that cannot be had, ValueError for flags that are not for replicas, CannotServe.
     """
     check_model(config)
-    on_gpu = _has_gpus(config)
-    with tempfile.TemporaryDirectory(prefix="octavo-keys-") as folder:  # only this user can enter it
-        own = _of_replicas(config, flags, copies, on_gpu=on_gpu) | _key_files(options, Path(folder))
-        return _serve(config, options, build({**own, "replicas": copies, **_wants(config, on_gpu=on_gpu)}), copies, on_gpu=on_gpu)
-
-
-def _serve(config: EngineConfig, options: ServerOptions, application: serve.Application, copies: int, *, on_gpu: bool) -> int:
-    with listening_socket(options) as sock:  # Ray's proxy tells less of a port that is taken
-        port = sock.getsockname()[1]
-    stopped = threading.Event()
+    _on_signals(signal.default_int_handler)  # until replicas are ready, all of them end us as Ctrl-C does
     try:
-        joined = _join(config, copies, on_gpu=on_gpu)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has its own; while replicas load, it ends us as Ctrl-C does
-        serve.start(http_options={"host": options.host, "port": port})
-        logger.info("Starting %d replicas on Ray %s, %s", copies, ray.__version__, joined)
-        try:
-            serve.run(application, name=_APPLICATION)
-        except RuntimeError as error:
-            raise CannotServe(f"the replicas did not start: {_first_reason(error)}") from error
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
-        _announce(options, port, copies)
-        stopped.wait()
-        logger.info("stopping: requests in flight may go on for %g s", options.shutdown_timeout_s)
-        serve.delete(_APPLICATION)
+        with listening_socket(options) as sock:  # Ray's proxy tells less of a port that is taken
+            port = sock.getsockname()[1]
+        with tempfile.TemporaryDirectory(prefix="octavo-keys-") as folder:  # only this user can enter it
+            files = _key_files(options, Path(folder))
+            try:
+                return _serve(config, options, {**flags, **files}, copies, port)
+            finally:
+                if ray.is_initialized() and not _is_shared():  # in a cluster of others, so are the applications
+                    serve.shutdown()
+                ray.shutdown()
     except KeyboardInterrupt:
         logger.info("stopped before the replicas were ready")
         return 128 + signal.SIGINT
+
+
+def _serve(config: EngineConfig, options: ServerOptions, flags: Mapping[str, Any], copies: int, port: int) -> int:
+    address = os.environ.get("RAY_ADDRESS")
+    on_gpu = _has_gpus(config) if address is None else config.device == "cuda"
+    if address is None:  # ranks and replicas are processes that share cores: Ray's count of these is not what bounds them
+        cores = max(copies * config.tp_size + _GATEWAY_CPUS, os.cpu_count() or 1)
+        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    else:
+        ray.init(address=address, logging_level=logging.WARNING)
+        on_gpu = on_gpu or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    _on_signals(signal.default_int_handler)  # Ray has its own
+    wants = {"num_gpus": config.tp_size, "num_cpus": 1} if on_gpu else {"num_cpus": config.tp_size}
+    _check_resources(wants, copies)
+    application = build({**_of_replicas(config, flags, copies, on_gpu=on_gpu), "replicas": copies, **wants})
+    serve.start(http_options={"host": options.host, "port": port})
+    where = "a cluster of its own" if address is None else f"the cluster at {address}"
+    logger.info("Starting %d replicas on Ray %s, in %s", copies, ray.__version__, where)
+    stopped = threading.Event()
+    try:
+        try:
+            serve.run(application, name=_APPLICATION)
+        except (RuntimeError, RayServeException) as error:
+            raise CannotServe(f"the replicas did not start: {_first_reason(error)}") from error
+        _on_signals(lambda *_: stopped.set())
+        _announce(options, port, copies)
+        stopped.wait()
+        logger.info("stopping: requests in flight may go on for %g s", options.shutdown_timeout_s)
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        _delete(options.shutdown_timeout_s + _DELETE_S)
     return 0
 
 
-def _key_files(options: ServerOptions, folder: Path) -> dict[str, str]:
-    """Keys as files that replicas read: Ray shows arguments to everybody. Raises ValueError where replicas may be on other machines."""
-    files = {}
-    for name, keys in (("api_key_file", options.api_keys), ("admin_api_key_file", options.admin_api_keys)):
-        if keys:
-            file = folder / name
-            file.write_text("\n".join(keys) + "\n")
-            files[name] = str(file)
-    if files and "RAY_ADDRESS" in os.environ:
-        raise ValueError(
-            "--dp-size with API keys is for one machine: in a cluster, put them into OCTAVO_API_KEY of every node's "
-            "environment and use `serve run octavo.serve.ray_app:build`"
-        )
-    return files
+def _on_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def _is_shared() -> bool:
+    return "RAY_ADDRESS" in os.environ
+
+
+def _delete(timeout_s: float) -> None:
+    """End the application, and wait until it is gone."""
+    serve.delete(_APPLICATION, _blocking=False)
+    until = time.monotonic() + timeout_s
+    while _APPLICATION in serve.status().applications and time.monotonic() < until:
+        time.sleep(_LOOK_EVERY_S)
 
 
 def _has_gpus(config: EngineConfig) -> bool:
@@ -102,12 +121,28 @@ def _has_gpus(config: EngineConfig) -> bool:
     return torch.cuda.is_available()
 
 
+def _key_files(options: ServerOptions, folder: Path) -> dict[str, str]:
+    """Keys as files that replicas read: Ray shows arguments to everybody. Raises ValueError where replicas may be on other machines."""
+    files = {}
+    for name, keys in (("api_key_file", options.api_keys), ("admin_api_key_file", options.admin_api_keys)):
+        if keys:
+            file = folder / name
+            file.write_text("\n".join(keys) + "\n")
+            files[name] = str(file)
+    if files and _is_shared():
+        raise ValueError(
+            "--dp-size with API keys is for one machine: in a cluster, put them into OCTAVO_API_KEY of every node's "
+            "environment and use `serve run octavo.serve.ray_app:build`"
+        )
+    return files
+
+
 def _of_replicas(config: EngineConfig, flags: Mapping[str, Any], copies: int, *, on_gpu: bool) -> dict[str, Any]:
     """The flags of each replica. On the CPU they share cores and memory, where the flags do not say how."""
     own = {name: value for name, value in flags.items() if name not in _NOT_OF_REPLICAS}
     if config.model_path is not None:
         own["model_path"] = config.model_path
-    if not on_gpu:
+    if not on_gpu and not _is_shared():
         if config.num_threads is None:
             own["num_threads"] = max(1, len(os.sched_getaffinity(0)) // (copies * config.tp_size))
         if config.mem_fraction_static is None and config.max_total_tokens is None:
@@ -115,30 +150,18 @@ def _of_replicas(config: EngineConfig, flags: Mapping[str, Any], copies: int, *,
     return own
 
 
-def _wants(config: EngineConfig, *, on_gpu: bool) -> dict[str, float]:
-    """What Ray sets aside for each replica."""
-    return {"num_gpus": config.tp_size, "num_cpus": 1} if on_gpu else {"num_cpus": config.tp_size}
-
-
-def _join(config: EngineConfig, copies: int, *, on_gpu: bool) -> str:
-    """Start Ray here, or join the cluster that RAY_ADDRESS names; says which. Raises CannotServe where that one has too little."""
-    wanted = {name.removeprefix("num_").rstrip("s").upper(): copies * count for name, count in _wants(config, on_gpu=on_gpu).items()}
+def _check_resources(wants: Mapping[str, int], copies: int) -> None:
+    """Raises CannotServe where the cluster has too little for `copies` of replicas that want so much each."""
+    wanted = {name.removeprefix("num_").rstrip("s").upper(): copies * count for name, count in wants.items()}
     wanted["CPU"] += _GATEWAY_CPUS
-    address = os.environ.get("RAY_ADDRESS")
-    if address is None:  # ranks and replicas are processes that share cores: Ray's count of these is not what bounds them
-        cores = max(int(wanted["CPU"]), os.cpu_count() or 1)
-        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
-    else:
-        ray.init(address=address, logging_level=logging.WARNING)
     there = ray.cluster_resources()
-    short = [f"{count:g} {name} where it has {there.get(name, 0):g}" for name, count in wanted.items() if there.get(name, 0) < count]
+    short = [f"{count} {name} where it has {there.get(name, 0):g}" for name, count in wanted.items() if there.get(name, 0) < count]
     if short:
-        where = f"the Ray cluster at {address}" if address is not None else "this machine"
+        where = f"the Ray cluster at {os.environ['RAY_ADDRESS']}" if _is_shared() else "this machine"
         raise CannotServe(f"--dp-size {copies} asks {where} for {' and '.join(short)}: give fewer replicas, or add machines")
-    return "in a cluster of its own" if address is None else f"in the cluster at {address}"
 
 
-def _first_reason(error: RuntimeError) -> str:
+def _first_reason(error: Exception) -> str:
     """What a replica's start failed with, out of Ray's traces."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "Error: " in line and not line.startswith(("ray.", "File"))]
@@ -151,8 +174,14 @@ def _announce(options: ServerOptions, port: int, copies: int) -> None:
     request = urllib.request.Request(
         f"{url}/models", headers={"Authorization": f"Bearer {options.api_keys[0]}"} if options.api_keys else {}
     )
-    with urllib.request.urlopen(request, timeout=_ASK_S) as answer:
-        (model,) = json.loads(answer.read())["data"]
+    try:
+        with urllib.request.urlopen(request, timeout=_ASK_S) as answer:
+            (model,) = json.loads(answer.read())["data"]
+    except OSError as error:  # this machine of a cluster may have no proxy
+        logger.warning(
+            "%d replicas are ready; nothing answers at %s (%s): ask a machine of the cluster that has a proxy", copies, url, error
+        )
+        return
     key = ' -H "Authorization: Bearer $API_KEY"' if options.api_keys else ""
     body = json.dumps({"model": "default", "max_tokens": 64, "messages": [{"role": "user", "content": "Hello! Who are you?"}]})
     lines = [

@@ -207,22 +207,38 @@ def test_what_cannot_be_cut_is_told_at_the_start(folder: Path) -> None:
 
 def arrays() -> StepArrays:
     long, short = (np.arange(3, dtype=kind) for kind in (np.int64, np.int32))
-    return StepArrays(long, long + 1, long + 2, long[:1], short, short[:2] + 5, np.arange(6, dtype=np.int32).reshape(2, 3))
+    return StepArrays(
+        long, long + 1, long + 2, long[:1], short, np.array([5, 9], dtype=np.int32), np.array([[1, 2, 0], [3, 4, 5]], dtype=np.int32)
+    )
 
 
 def test_a_plan_arrives_as_it_was_sent() -> None:
-    found = read_plan(make_plan(7, arrays(), 2), 7)
+    found = read_plan(make_plan(7, arrays(), 2, 4), 7, 4)
     for name, array in vars(arrays()).items():
         assert np.array_equal(getattr(found, name), array), name
         assert getattr(found, name).dtype == array.dtype
 
 
+def test_only_pages_of_contexts_are_sent() -> None:
+    """One long request among many short ones does not make the plan large."""
+    rows, width = 256, 8192
+    long = np.zeros(rows, dtype=np.int64)
+    contexts = np.full(rows, 40, dtype=np.int32)
+    contexts[7] = 16 * width
+    table = np.zeros((rows, width), dtype=np.int32)
+    table[:, :3] = 1 + np.arange(3 * rows, dtype=np.int32).reshape(rows, 3)
+    table[7] = np.arange(width)
+    plan = make_plan(0, StepArrays(long, long, long, long, np.arange(rows + 1, dtype=np.int32), contexts, table), 0, 16)
+    assert sum(map(len, plan.arrays)) < 60_000
+    assert np.array_equal(read_plan(plan, 0, 16).table, table)
+
+
 def test_a_plan_of_another_step_or_another_content_is_refused() -> None:
-    plan = make_plan(7, arrays(), 0)
+    plan = make_plan(7, arrays(), 0, 4)
     with pytest.raises(PlanMismatch, match="was told step 7 where step 8 comes next"):
-        read_plan(plan, 8)
-    changed = type(plan)(7, (plan.arrays[0][:-1] + b"\1", *plan.arrays[1:]), plan.digest, 0)
+        read_plan(plan, 8, 4)
+    changed = type(plan)(7, (plan.arrays[0][:-1] + b"\1", *plan.arrays[1:]), plan.digest, 0, plan.width)
     with pytest.raises(PlanMismatch, match="whose digest is"):
-        read_plan(changed, 7)
+        read_plan(changed, 7, 4)
     with pytest.raises(PlanMismatch, match="whose digest is"):
-        read_plan(type(plan)(7, plan.arrays, plan.digest, 1), 7)
+        read_plan(type(plan)(7, plan.arrays, plan.digest, 1, plan.width), 7, 4)
