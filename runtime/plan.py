@@ -61,10 +61,11 @@ class Alive(msgspec.Struct, tag=True, frozen=True):
 
 
 class RankFailed(msgspec.Struct, tag=True, frozen=True):
-    """A rank ends, for this reason."""
+    """A rank ends, for this reason; `trace` where that is nothing that a user could mend."""
 
     rank: int
     message: str
+    trace: str
 
 
 ToRank = Plan | Stop

@@ -93,9 +93,9 @@ def default_sampling(files: ModelFiles) -> dict[str, float | int]:
     return {name: config[name] for name in _SAMPLING_DEFAULTS if isinstance(config.get(name), (int, float))}
 
 
-def _start_deaf_to_ctrl_c(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Ctrl-C reaches a terminal's whole group: the engine, which ignores it once it runs, must not be interrupted while Python starts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _start_deaf_to_signals(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Ctrl-C reaches a terminal's whole group, and SIGTERM a service's: the server alone decides when the engine stops."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL)
     finally:
@@ -128,7 +128,7 @@ class EngineProcess:
             encode_config(config),
             encode_logs(logs or LogSettings()),
         ]
-        self._process = _start_deaf_to_ctrl_c(command)
+        self._process = _start_deaf_to_signals(command)
         self._ready: Future[Ready] = Future()
         self._dead = threading.Event()
         self._cause = ""
@@ -173,9 +173,6 @@ class EngineProcess:
             if self._ready.done() and not self._dead.is_set():
                 self._send_if_there(Shutdown())
                 self._wait_process(5.0)
-            if self._process.poll() is None:
-                self._process.terminate()
-                self._wait_process(3.0)
             if self._process.poll() is None:
                 self._process.kill()
                 self._process.wait()

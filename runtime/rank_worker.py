@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ class _Rank:
             self._compute(config)
         except Exception as error:
             is_told = isinstance(error, (ValueError, OSError, PlanMismatch))  # which say what to do
-            logger.log(logging.DEBUG if is_told else logging.ERROR, "rank %d failed", self.number, exc_info=True)
             first = str(error).strip().partition("\n")[0]
-            self.send(RankFailed(self.number, first if is_told and first else f"{type(error).__name__}: {first}"))
+            told = first if is_told and first else f"{type(error).__name__}: {first}"
+            self.send(RankFailed(self.number, told, "" if is_told else traceback.format_exc()))
             return 1
         return 0
 
@@ -103,7 +104,7 @@ def main(rank: str, first: str, folder: str, config_text: str, logs_text: str) -
     """Entry: the number, the first one's process id, the folder of sockets and store, EngineConfig and LogSettings as JSON."""
     threading.Thread(target=_end_with, args=(int(first), folder), daemon=True, name="first-rank").start()
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the first rank decides when the others stop
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # the first rank decides when the others stop
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     faulthandler.enable()

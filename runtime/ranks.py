@@ -210,6 +210,8 @@ class Ranks:
                 pass
             case RankFailed(rank=rank):
                 self._look()  # it may have failed for another one that is gone
+                if message.trace and self._cause is None:
+                    logger.error("rank %d failed:\n%s", rank, message.trace.rstrip())
                 self._end(f"rank {rank} of {self.size}: {message.message}")
 
     def _look(self) -> None:

@@ -26,7 +26,7 @@ logger = logging.getLogger("octavo.runtime")
 def die_with_parent() -> None:
     """Have the kernel end this process when its parent does, so that a killed parent leaves none behind (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # engines are deaf to other signals
 
 
 def prepare_environment() -> None:

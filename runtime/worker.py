@@ -99,6 +99,10 @@ class _Worker:
         heart.start()
         try:
             self._serve(core)
+        except EngineDead as error:  # with another rank, which has been told
+            self.send(Outputs(core.abort_all(FinishReason("abort", message=str(error), status_code=500))))
+            self.send(Failed(str(error), False))
+            return 1
         except Exception:
             logger.exception("the engine failed; requests in flight end with an error")
             last = traceback.format_exc().strip().splitlines()[-1]
@@ -186,7 +190,6 @@ class _Worker:
 def main(folder: str, config_text: str, logs_text: str) -> int:
     """Entry of the engine process: the sockets' folder, the EngineConfig and the LogSettings as JSON."""
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the server decides when the engine stops
     if sys.platform == "linux":  # it computes without end: the server, which answers in between, is to have its share of a core at once
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     faulthandler.enable()

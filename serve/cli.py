@@ -42,6 +42,8 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
         if copies < 1:
             raise ValueError(f"--dp-size {copies} is not valid: give a whole number of at least 1")
         config, options = options_of(namespace)
+        if copies > 1 and options.log_file is not None:
+            raise ValueError(f"--log-file {options.log_file} is not for --dp-size: Ray keeps the logs of replicas; leave it out")
         _check_backend(config)
         _set_up_logging(options)
     except (ValueError, TypeError) as error:
@@ -85,7 +87,7 @@ def _serve_replicas(prog: str, config: EngineConfig, options: ServerOptions, cop
         return _fail(prog, ValueError(f"{told} behind NGINX (docs/deploy.md)"), _BAD_USAGE)
     from .ray_replicas import CannotServe, serve_replicas  # loads Ray
 
-    logger.info("%s", _first_line(config, options))
+    logger.info("%s --dp-size %d", _first_line(config, options), copies)
     try:
         return serve_replicas(config, options, mapping_of(flags_of(config, options)), copies)
     except ValueError as error:

@@ -19,6 +19,7 @@ PLAIN = (
     "TOKENIZER_PATH",
     "SERVED_MODEL_NAME",
     "TP_SIZE",
+    "DP_SIZE",
     "PORT",
     "QUANTIZATION",
     "KV_CACHE_DTYPE",

@@ -324,7 +324,13 @@ def build(args: dict[str, Any]) -> serve.Application:
         request_router_config=router if routing == "prefix" else RequestRouterConfig(),
         **scaling,
     )
-    gateway = serve.deployment(Gateway, name="gateway", num_replicas=gateways, max_ongoing_requests=2 * room * most // gateways + 64)
+    gateway = serve.deployment(
+        Gateway,
+        name="gateway",
+        num_replicas=gateways,
+        max_ongoing_requests=2 * room * most // gateways + 64,
+        ray_actor_options={"num_cpus": 0},  # it waits more than it computes, and must find room where replicas have taken every core
+    )
     return gateway.bind(replica.bind(given, (len(options.api_keys), len(options.admin_api_keys))), options.max_body_mib << 20)
 
 

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -32,7 +33,6 @@ logger = logging.getLogger("octavo.serve")
 
 _APPLICATION = "octavo"
 _NOT_OF_REPLICAS = ("host", "port", "api_key", "admin_api_key")
-_GATEWAY_CPUS = 1
 _ASK_S = 10.0
 _LOOK_EVERY_S = 0.2
 _DELETE_S = 20.0  # for Ray to end replicas that have drained
@@ -69,9 +69,10 @@ def _serve(config: EngineConfig, options: ServerOptions, flags: Mapping[str, Any
     address = os.environ.get("RAY_ADDRESS")
     on_gpu = _has_gpus(config) if address is None else config.device == "cuda"
     if address is None:  # ranks and replicas are processes that share cores: Ray's count of these is not what bounds them
-        cores = max(copies * config.tp_size + _GATEWAY_CPUS, os.cpu_count() or 1)
+        cores = max(copies * config.tp_size, os.cpu_count() or 1)
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
     else:
+        _check_address(address)
         ray.init(address=address, logging_level=logging.WARNING)
         on_gpu = on_gpu or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
     _on_signals(signal.default_int_handler)  # Ray has its own
@@ -94,6 +95,17 @@ def _serve(config: EngineConfig, options: ServerOptions, flags: Mapping[str, Any
     finally:
         _delete(options.shutdown_timeout_s + _DELETE_S)
     return 0
+
+
+def _check_address(address: str) -> None:
+    """Raises CannotServe where nothing listens at host:port: Ray would try for long, deaf to signals. Other forms are Ray's to judge."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ASK_S).close()
+    except OSError as error:
+        raise CannotServe(f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}): start one, or unset it") from error
 
 
 def _on_signals(handler: Any) -> None:
@@ -153,7 +165,6 @@ def _of_replicas(config: EngineConfig, flags: Mapping[str, Any], copies: int, *,
 def _check_resources(wants: Mapping[str, int], copies: int) -> None:
     """Raises CannotServe where the cluster has too little for `copies` of replicas that want so much each."""
     wanted = {name.removeprefix("num_").rstrip("s").upper(): copies * count for name, count in wants.items()}
-    wanted["CPU"] += _GATEWAY_CPUS
     there = ray.cluster_resources()
     short = [f"{count} {name} where it has {there.get(name, 0):g}" for name, count in wanted.items() if there.get(name, 0) < count]
     if short:

@@ -128,6 +128,22 @@ def test_an_engine_ends_with_a_rank(engine: octavo.Engine, harm: Callable[..., N
     rank.wait(END_S)
 
 
+def test_only_the_server_ends_its_engine(folder: Path) -> None:
+    """Service managers send SIGTERM to a whole group, terminals Ctrl-C: the engine goes on until the server has drained."""
+    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS)
+    process = EngineProcess(config, resolve_model(str(folder)))
+    try:
+        process._ready.result(120)
+        family = [psutil.Process(process.pid), *children()]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for one in family:
+                one.send_signal(number)
+        assert not process._dead.wait(2)
+    finally:
+        process.close()
+    assert psutil.wait_procs(family, timeout=END_S)[1] == []
+
+
 def test_a_server_notices_though_nothing_is_asked(folder: Path) -> None:
     config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS)
     process = EngineProcess(config, resolve_model(str(folder)))

@@ -117,7 +117,7 @@ def test_two_engines_behind_one_address_end_with_a_signal(tmp_path: Path) -> Non
     ("words", "told"),
     [
         (["--model-path", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--log-file", "x.log"], "use Ray's own logs"),
+        (["--log-file", "x.log"], "Ray keeps the logs of replicas"),
         (["--tp", "2"], "--tp-size 2 cannot cut this model"),
     ],
 )
