@@ -6,6 +6,7 @@ platform's ordered list of kernels and takes the first that does not refuse. N s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -61,7 +62,10 @@ def legal_cuts(weights: tuple[WeightSpec, ...], role: AxisRole, total: int) -> l
     """Into how many equal parts a module's tensors can be cut along "out" or "in", of `total` features."""
     roles = (role, "group") if role == "in" else (role,)
     axes = [axis for weight in weights for axis in weight.axes if axis.role in roles and not axis.straddles]
-    return [count for count in range(1, total + 1) if total % count == 0 and all((total // count) % axis.values == 0 for axis in axes)]
+    small = [count for count in range(1, math.isqrt(total) + 1) if total % count == 0]
+    return [
+        count for count in sorted({*small, *(total // count for count in small)}) if all(total // count % axis.values == 0 for axis in axes)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
