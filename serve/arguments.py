@@ -273,7 +273,6 @@ def _add_scheduling(parser: Parser) -> None:
         "--dp",
         "--data-parallel-size",
         type=whole_number,
-        default=argparse.SUPPRESS,
         metavar="N",
         help="engines behind one address, on Ray Serve, found by the prefixes that they hold (default: 1; more want octavo[ray])",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import shlex
 import signal
@@ -14,6 +13,7 @@ from .. import __version__
 from ..runtime.config import EngineConfig
 from ..runtime.logs import set_up_logging
 from ..runtime.start import prepare_environment
+from .announcement import announce, url_of
 from .arguments import flags_of, mapping_of, options_of, serve_parser
 from .options import ServerOptions
 from .served_model import ServedModel
@@ -159,18 +159,8 @@ def _announce(client: RunningEngine, options: ServerOptions, sock: socket.socket
     """One block when the server listens: what, where, and a command to paste."""
     info = client.model_info
     name = ServedModel(info, options).name
-    host, port = sock.getsockname()[:2]
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    url = f"http://{reachable}:{port}/v1"
-    lines = [
-        "",
-        "Octavo is ready.",
-        f"  model    {name} (context {info.context_length} tokens)",
-        f"  URL      {url}" + ("" if not options.api_keys else "  (API key required)"),
-        "  try it   " + _curl(url, has_template=client.tokenizer.has_chat_template, has_key=bool(options.api_keys)),
-        "",
-    ]
-    print("\n".join(lines), flush=True)
+    url = url_of(*sock.getsockname()[:2])
+    announce(url, f"{name} (context {info.context_length} tokens)", options, has_template=client.tokenizer.has_chat_template)
     logger.info("ready at %s: model %s, context %d tokens, room for %d", url, name, info.context_length, info.max_total_tokens)
     if info.max_total_tokens < info.context_length:
         logger.warning(
@@ -179,15 +169,3 @@ def _announce(client: RunningEngine, options: ServerOptions, sock: socket.socket
             info.max_total_tokens,
             info.context_length,
         )
-    if not options.api_keys and options.host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning("everybody who reaches %s may ask, flush the cache and abort requests: --api-key closes it", options.host)
-
-
-def _curl(url: str, *, has_template: bool, has_key: bool) -> str:
-    body: dict[str, object] = {"model": "default", "max_tokens": 64}
-    if has_template:
-        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello! Who are you?"}]
-    else:
-        path, body["prompt"] = "completions", "The capital of France is"
-    key = ' -H "Authorization: Bearer $API_KEY"' if has_key else ""
-    return f"curl {url}/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"

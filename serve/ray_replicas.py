@@ -25,6 +25,7 @@ from ray.serve.exceptions import RayServeException
 
 from ..runtime.config import EngineConfig, default_memory_fraction
 from ..runtime.rank_plan import check_model
+from .announcement import announce, url_of
 from .options import ServerOptions
 from .ray_app import build
 from .server import listening_socket
@@ -62,7 +63,7 @@ def serve_replicas(config: EngineConfig, options: ServerOptions, flags: Mapping[
                 ray.shutdown()
     except KeyboardInterrupt:
         logger.info("stopped before the replicas were ready")
-        return 128 + signal.SIGINT
+        return 0
 
 
 def _serve(config: EngineConfig, options: ServerOptions, flags: Mapping[str, Any], copies: int, port: int) -> int:
@@ -180,8 +181,7 @@ def _first_reason(error: Exception) -> str:
 
 
 def _announce(options: ServerOptions, port: int, copies: int) -> None:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, f"[{options.host}]" if ":" in options.host else options.host)
-    url = f"http://{host}:{port}/v1"
+    url = url_of(options.host, port)
     request = urllib.request.Request(
         f"{url}/models", headers={"Authorization": f"Bearer {options.api_keys[0]}"} if options.api_keys else {}
     )
@@ -193,15 +193,6 @@ def _announce(options: ServerOptions, port: int, copies: int) -> None:
             "%d replicas are ready; nothing answers at %s (%s): ask a machine of the cluster that has a proxy", copies, url, error
         )
         return
-    key = ' -H "Authorization: Bearer $API_KEY"' if options.api_keys else ""
-    body = json.dumps({"model": "default", "max_tokens": 64, "messages": [{"role": "user", "content": "Hello! Who are you?"}]})
-    lines = [
-        "",
-        "Octavo is ready.",
-        f"  model    {model['id']} (context {model['max_model_len']} tokens), {copies} replicas",
-        f"  URL      {url}" + ("" if not options.api_keys else "  (API key required)"),
-        f"  try it   curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
-        "",
-    ]
-    print("\n".join(lines), flush=True)
+    about = f"{model['id']} (context {model['max_model_len']} tokens), {copies} replicas"
+    announce(url, about, options, has_template=False)  # which is for the replicas to know: a prompt is always taken
     logger.info("ready at %s: model %s, %d replicas", url, model["id"], copies)

@@ -131,6 +131,21 @@ def test_what_cannot_be_is_told_in_a_line(words: list[str], told: str, tmp_path:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("_ray")
+def test_a_stop_before_replicas_are_ready_ends_with_zero() -> None:
+    command = [sys.executable, "-m", "octavo", "serve", "--dp", "2", "--port", str(free_port()), *ARGS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Starting 2 replicas" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 0
+    assert "stopped before the replicas were ready" in rest
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("_ray")
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, suppress(subprocess.TimeoutExpired):
         port = taken.getsockname()[1]
