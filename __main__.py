@@ -83,10 +83,8 @@ def container() -> int:
 
 def _contained(arguments: list[str], environ: Mapping[str, str]) -> int:
     word = arguments[0] if arguments else ""
-    mistyped = (
-        word not in _COMMANDS and difflib.get_close_matches(word, _COMMANDS, n=1) and not os.path.exists(word)
-    )  # else a model's folder
-    if (word in _COMMANDS and word != "serve") or word in ("-V", "--version") or mistyped:
+    is_mistyped = bool(difflib.get_close_matches(word, _COMMANDS, n=1)) and not os.path.exists(word)  # what exists is a model's folder
+    if word != "serve" and (word in _COMMANDS or word in ("-V", "--version") or is_mistyped):
         return _run(arguments)
     from .serve.environment import flags_from
 
