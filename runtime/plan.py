@@ -36,7 +36,6 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
     rank: int
     version: str
-    pid: int
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True):
@@ -81,6 +80,7 @@ class PlanMismatch(RuntimeError):
 
 
 def make_plan(number: int, arrays: StepArrays, num_awaited: int, page_size: int) -> Plan:
+    """Step `number` to be sent; `read_plan` gives its arrays back, but for pages that no context fills."""
     width = arrays.table.shape[1]
     pages = arrays.table[_filled(arrays.contexts, width, page_size)]
     packed = tuple(array.tobytes() for array in (*_parts(arrays), pages))

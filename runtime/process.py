@@ -49,6 +49,7 @@ from .messages import (
 )
 from .outputs import TextOutput, TokenOutput
 from .sampling_params import SamplingParams
+from .start import start_deaf_to_signals
 from .tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("octavo.engine")
@@ -93,15 +94,6 @@ def default_sampling(files: ModelFiles) -> dict[str, float | int]:
     return {name: config[name] for name in _SAMPLING_DEFAULTS if isinstance(config.get(name), (int, float))}
 
 
-def _start_deaf_to_signals(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Ctrl-C reaches a terminal's whole group, and SIGTERM a service's: the server alone decides when the engine stops."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class EngineProcess:
     """An EngineClient over a child process. Requests belong to one event loop; a thread of its own reads what the engine sends."""
 
@@ -128,7 +120,7 @@ class EngineProcess:
             encode_config(config),
             encode_logs(logs or LogSettings()),
         ]
-        self._process = _start_deaf_to_signals(command)
+        self._process = start_deaf_to_signals(command)
         self._ready: Future[Ready] = Future()
         self._dead = threading.Event()
         self._cause = ""

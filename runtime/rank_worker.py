@@ -50,7 +50,7 @@ class _Rank:
     def run(self, config: EngineConfig) -> int:
         from .plan import Hello, PlanMismatch, RankFailed
 
-        self.send(Hello(self.number, __version__, os.getpid()))
+        self.send(Hello(self.number, __version__))
         threading.Thread(target=self._beat, daemon=True, name="alive").start()
         try:
             self._compute(config)
@@ -104,7 +104,6 @@ def main(rank: str, first: str, folder: str, config_text: str, logs_text: str) -
     """Entry: the number, the first one's process id, the folder of sockets and store, EngineConfig and LogSettings as JSON."""
     threading.Thread(target=_end_with, args=(int(first), folder), daemon=True, name="first-rank").start()
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # the first rank decides when the others stop
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     faulthandler.enable()

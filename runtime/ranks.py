@@ -32,6 +32,7 @@ from .forward_batch import StepArrays
 from .logs import LogSettings
 from .messages import encode_config, encode_logs
 from .plan import Alive, Begun, FromRank, Hello, Loaded, RankFailed, Stop, from_rank_decoder, make_plan, plan_encoder
+from .start import start_deaf_to_signals
 
 logger = logging.getLogger("octavo.engine")
 
@@ -77,7 +78,7 @@ class Ranks:
         self._group: ProcessGroup | None = None
         arguments = [str(os.getpid()), str(self._folder), encode_config(config), encode_logs(logs)]
         self._processes = {
-            rank: subprocess.Popen([sys.executable, "-m", "octavo.runtime.rank_worker", str(rank), *arguments], stdin=subprocess.DEVNULL)
+            rank: start_deaf_to_signals([sys.executable, "-m", "octavo.runtime.rank_worker", str(rank), *arguments])
             for rank in range(1, self.size)
         }
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="rank-watcher")
@@ -177,6 +178,14 @@ class Ranks:
 
     def _watch(self) -> None:
         """A thread: read what ranks say, notice what they do not."""
+        try:
+            self._read()
+        except Exception as error:  # without this thread no rank's end is noticed: better none than unwatched
+            logger.exception("the ranks cannot be watched any more")
+            self._end(f"the ranks cannot be watched: {error}")
+        self._inbox.close(linger=0)
+
+    def _read(self) -> None:
         looked = time.monotonic()
         while not self._closing and self._cause is None:
             if self._inbox.poll(_POLL_MS):
@@ -187,7 +196,6 @@ class Ranks:
                     self._seen = dict.fromkeys(self._seen, now)
                 looked = now
                 self._look()
-        self._inbox.close(linger=0)
 
     def _hear(self, message: FromRank) -> None:
         self._seen[message.rank] = time.monotonic()
@@ -223,12 +231,11 @@ class Ranks:
                 self._end(f"rank {rank} of {self.size} (process {process.pid}) has given no sign of life for {SILENT_S:.0f} s")
 
     def _end(self, cause: str) -> None:
-        if self._closing:
+        if self._closing or self._cause is not None:
             return
+        logger.critical("%s: all ranks end", cause)
         with self._changed:
-            if self._cause is None:
-                self._cause = cause
-                logger.critical("%s: all ranks end", cause)
+            self._cause = cause
             self._changed.notify_all()
         self._kill()
         if self._group is not None:

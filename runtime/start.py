@@ -7,9 +7,10 @@ import hashlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,15 @@ def die_with_parent() -> None:
     """Have the kernel end this process when its parent does, so that a killed parent leaves none behind (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # engines are deaf to other signals
+
+
+def start_deaf_to_signals(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Ctrl-C reaches a terminal's whole group, and SIGTERM a service's: whoever starts a process so decides alone when it ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def prepare_environment() -> None:

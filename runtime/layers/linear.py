@@ -18,7 +18,7 @@ from ...quant.schemes.registry import scheme_of
 from ..weights import WeightSource
 from .parallel import TensorParallelGroup
 
-Split = Literal["out", "in", "vocabulary", "none"]
+Split = Literal["out", "in", "vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class ParallelLinear:
     def _slice(self, index: int) -> Slice:
         """This rank's part of a module, which can be cut so (`check_cut`)."""
         size, inputs, split, group = self.shape.parts[index], self.shape.in_features, self.shape.split, self._group
-        if split == "none" or group.size == 1:
+        if group.size == 1:
             return Slice(0, size, 0, inputs)
         if split == "vocabulary":
             return Slice(*group.vocabulary(size), 0, inputs)
@@ -167,7 +167,7 @@ def stored_module(shape: LinearShape, index: int, source: WeightSource) -> Modul
 
 def can_be_cut(shape: LinearShape, ranks: int, source: WeightSource) -> bool:
     """Whether every rank of `ranks` can hold an equal part of a linear, in the way it is stored."""
-    if shape.split in ("none", "vocabulary"):
+    if shape.split == "vocabulary":
         return True
     for index, size in enumerate(shape.parts):
         module = stored_module(shape, index, source)

@@ -21,6 +21,7 @@ from octavo.runtime.core import EngineCore
 from octavo.runtime.errors import EngineDead
 from octavo.runtime.forward_batch import StepArrays
 from octavo.runtime.logs import LogSettings
+from octavo.runtime.model_runner import choose_device
 from octavo.runtime.models.config import ModelConfig
 from octavo.runtime.plan import PlanMismatch, make_plan, read_plan
 from octavo.runtime.process import EngineProcess
@@ -101,6 +102,18 @@ def engine(folder: Path) -> Iterator[octavo.Engine]:
         yield engine
 
 
+@pytest.fixture
+def process(folder: Path) -> Iterator[EngineProcess]:
+    """An engine of two ranks as a server has it, ready."""
+    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS)
+    process = EngineProcess(config, resolve_model(str(folder)))
+    try:
+        process._ready.result(120)
+        yield process
+    finally:
+        process.close()
+
+
 def disagree(engine: octavo.Engine, _: psutil.Process) -> None:
     engine._core.runner._ranks._number += 1
 
@@ -128,33 +141,22 @@ def test_an_engine_ends_with_a_rank(engine: octavo.Engine, harm: Callable[..., N
     rank.wait(END_S)
 
 
-def test_only_the_server_ends_its_engine(folder: Path) -> None:
+def test_only_the_server_ends_its_engine(process: EngineProcess) -> None:
     """Service managers send SIGTERM to a whole group, terminals Ctrl-C: the engine goes on until the server has drained."""
-    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS)
-    process = EngineProcess(config, resolve_model(str(folder)))
-    try:
-        process._ready.result(120)
-        family = [psutil.Process(process.pid), *children()]
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            for one in family:
-                one.send_signal(number)
-        assert not process._dead.wait(2)
-    finally:
-        process.close()
+    family = [psutil.Process(process.pid), *children()]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for one in family:
+            one.send_signal(number)
+    assert not process._dead.wait(2)
+    process.close()
     assert psutil.wait_procs(family, timeout=END_S)[1] == []
 
 
-def test_a_server_notices_though_nothing_is_asked(folder: Path) -> None:
-    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS)
-    process = EngineProcess(config, resolve_model(str(folder)))
-    try:
-        process._ready.result(120)
-        (rank,) = children()
-        rank.kill()
-        assert process._dead.wait(END_S)
-        assert "rank 1 of 2" in process._cause
-    finally:
-        process.close()
+def test_a_server_notices_though_nothing_is_asked(process: EngineProcess) -> None:
+    (rank,) = children()
+    rank.kill()
+    assert process._dead.wait(END_S)
+    assert "rank 1 of 2" in process._cause
 
 
 def test_a_rank_that_ends_before_all_have_met(folder: Path) -> None:
@@ -171,16 +173,10 @@ def test_a_rank_that_ends_before_all_have_met(folder: Path) -> None:
     assert children() == []
 
 
-def test_ranks_end_with_a_first_one_that_is_killed(folder: Path) -> None:
-    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS)
-    process = EngineProcess(config, resolve_model(str(folder)))
-    try:
-        process._ready.result(120)
-        (rank,) = children()
-        os.kill(process.pid, signal.SIGKILL)
-        rank.wait(END_S)
-    finally:
-        process.close()
+def test_ranks_end_with_a_first_one_that_is_killed(process: EngineProcess) -> None:
+    (rank,) = children()
+    os.kill(process.pid, signal.SIGKILL)
+    rank.wait(END_S)
 
 
 def test_the_plan_is_told_before_anything_starts(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -190,9 +186,9 @@ def test_the_plan_is_told_before_anything_starts(folder: Path, caplog: pytest.Lo
     plan = next(index for index, text in enumerate(caplog.messages) if "2 ranks (processes of 1 thread), every layer cut" in text)
     held = next(index for index, text in enumerate(caplog.messages) if "Rank 1 of 2 on cpu" in text)
     assert plan < held
-    assert (
-        "2 attention and 1 key-value heads each, about 0.00 GiB of the files' weights, 0.5 KiB of keys and values" in caplog.messages[plan]
-    )
+    told = caplog.messages[plan]
+    assert "2 attention and 1 key-value heads each, about 0.00 GiB of the files' weights, 0.5 KiB of keys and values" in told
+    assert "Act-order: a rank's inputs of o_proj and down_proj belong to all groups" in told
 
 
 def test_the_planned_weights_are_those_of_the_files() -> None:
@@ -207,6 +203,17 @@ def test_the_planned_weights_are_those_of_the_files() -> None:
     }
     assert _weight_bytes(model, sizes, 4) == 200 + 20 + 7 + 400 + 4
     assert _weight_bytes(model, sizes, 16) == 50 + 10 + 7 + 100 + 1  # key-value heads are but eight
+
+
+def test_more_ranks_than_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    four, two = (octavo.runtime.config.EngineConfig(tp_size=size) for size in (4, 2))
+    with pytest.raises(ValueError, match="--tp-size 4: torch sees 2 GPUs here; give at most 2, or --device cpu"):
+        choose_device(four)
+    assert (choose_device(two, 1), chosen) == (torch.device("cuda", 1), [1])
 
 
 def test_dummy_weights_are_held_against_the_ranks_too() -> None:
