@@ -35,7 +35,7 @@ SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20)  # bytes
 def reduce_all(rank: int, size: int, folder: Path, report: Connection | None) -> None:
     """Median seconds of an all-reduce, by bytes."""
     torch.set_num_threads(1)
-    group = ProcessGroup(open_store(folder, size), rank=rank, size=size, device=torch.device("cpu"), timeout_s=60)
+    group = ProcessGroup(open_store(folder, size)[0], rank=rank, size=size, device=torch.device("cpu"), timeout_s=60)
     found = []
     for nbytes in SIZES:
         tensor = torch.zeros(nbytes // 4)

@@ -1,30 +1,82 @@
-"""What the ranks of an engine do together, over torch.distributed: NCCL between GPUs, Gloo between CPUs. Knows no model and no plan.
+"""What ranks do together, over torch.distributed: NCCL between GPUs, Gloo between CPUs. Knows no model and no plan.
 
 The process group is no default one: a program may have several engines, and its own uses of torch.distributed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from .layers.parallel import TensorParallelGroup
+from .pipeline import Pipeline, Place, Sending
 
 _LOOPBACK = "lo"  # where ranks of one machine meet: nobody else is to reach them, and a machine's own name may not be known to it
 
 
-def open_store(folder: Path, num_ranks: int) -> FileStore:
-    """Where the ranks of one machine find each other: a file in `folder`, which they alone can enter. Raises RuntimeError."""
-    return FileStore(str(folder / "store"), num_ranks)
+_CONNECT_S = 60.0
+
+
+def open_store(folder: Path, num_ranks: int, *, address: str | None = None) -> tuple[Store, str]:
+    """Where ranks find each other, and what names it. Raises RuntimeError.
+
+    A file in `folder`, which they alone can enter, or a port of this machine's `address`.
+    """
+    if address is None:
+        return FileStore(str(folder / "store"), num_ranks), str(folder / "store")
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    return store, f"{address}:{store.port}"
+
+
+def find_store(name: str, num_ranks: int) -> Store:
+    """What the first rank has opened. Raises RuntimeError where it cannot be reached."""
+    if name.startswith("/"):
+        return FileStore(name, num_ranks)
+    host, _, port = name.rpartition(":")
+    return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_CONNECT_S))
+
+
+@dataclass(frozen=True)
+class Together:
+    """What one rank has of the others: those that share its layers, and all."""
+
+    group: TensorParallelGroup
+    pipeline: Pipeline
+    process_groups: tuple[ProcessGroup, ...]
+
+    def abort(self) -> None:
+        for group in self.process_groups:
+            group.abort()
+
+
+def meet(store: Store, place: Place, *, device: torch.device, timeout_s: float, address: str | None = None) -> Together:
+    """Find the other ranks by a store that all of them have. `address` is where those of other machines reach this one.
+
+    Raises RuntimeError where one does not come.
+    """
+    size = place.tp_size * place.pp_size
+    about: dict[str, Any] = {"device": device, "timeout_s": timeout_s, "address": address}
+    everyone = ProcessGroup(PrefixStore("all", store), rank=place.rank, size=size, **about)
+    if place.pp_size == 1 or place.tp_size == 1:
+        sharing = everyone if place.pp_size == 1 else None
+    else:
+        own = PrefixStore(f"stage {place.stage}", store)
+        sharing = ProcessGroup(own, rank=place.tp_rank, size=place.tp_size, **about)
+    group = TensorParallelGroup(place.tp_size, place.tp_rank, sharing)
+    both = (everyone,) if sharing in (None, everyone) else (everyone, sharing)
+    return Together(group, Pipeline(place, everyone), both)
 
 
 class ProcessGroup:
-    """Collectives (see runtime/layers/parallel.py) of `size` ranks. Raises RuntimeError where one does not come, or is gone."""
+    """`size` ranks, as layers/parallel.py and pipeline.py want them. Raises RuntimeError where one does not come, or is gone."""
 
-    def __init__(self, store: FileStore, *, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, store: Store, *, rank: int, size: int, device: torch.device, timeout_s: float, address: str | None = None) -> None:
         self._rank, self._size, self._device = rank, size, device
         timeout = timedelta(seconds=timeout_s)
         store.set_timeout(timeout)
@@ -37,7 +89,8 @@ class ProcessGroup:
         else:
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._timeout = timeout
-            options._devices = [dist.ProcessGroupGloo.create_device(interface=_LOOPBACK)]
+            where = {"interface": _LOOPBACK} if address is None else {"hostname": address}
+            options._devices = [dist.ProcessGroupGloo.create_device(**where)]
             self._group = dist.ProcessGroupGloo(store, rank, size, options)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -53,6 +106,14 @@ class ProcessGroup:
     def broadcast(self, tensor: torch.Tensor) -> None:
         """The first rank's tensor, in place."""
         self._group.broadcast([tensor]).wait()
+
+    def send(self, tensor: torch.Tensor, to: int) -> Sending:
+        """Begin to send a contiguous tensor to a rank."""
+        return self._group.send([tensor], to, 0)  # type: ignore[no-any-return]
+
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        """What a rank sends next, in place."""
+        self._group.recv([tensor], source, 0).wait()
 
     def abort(self) -> None:
         """End what this rank waits for on a GPU, whose result is then worth nothing; on the CPU, a socket that closes ends it."""

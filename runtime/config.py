@@ -35,6 +35,8 @@ _AT_LEAST_ONE = (
     "cuda_graph_max_bs",
     "num_threads",
     "tp_size",
+    "pp_size",
+    "nnodes",
 )
 
 
@@ -75,6 +77,10 @@ class EngineConfig:
     deterministic: bool = False  # a request's tokens do not depend on the batch, the cache or the chunking, to the bit
     num_threads: int | None = None  # compute threads of a rank on the CPU; None: the cores this process may use, shared by the ranks
     tp_size: int = 1  # ranks that every layer is cut across: GPUs, or processes on the CPU
+    pp_size: int | None = None  # stages of tp_size ranks that the layers are divided into; None: 1, or one a node where tp_size fits it
+    nnodes: int = 1  # machines, with as many ranks each: those of a Ray cluster, or those that meet at dist_init_addr
+    dist_init_addr: str | None = None  # HOST:PORT of the first machine
+    node_rank: int | None = None  # which of the machines this one is, with dist_init_addr
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -101,22 +107,66 @@ class EngineConfig:
             raise ValueError(f"--max-radix-cache-len {cached!r} is not valid: give 0 or more tokens")
         if cached and self.disable_radix_cache:
             raise ValueError(f"--max-radix-cache-len {cached} and --disable-radix-cache contradict each other: leave one out")
+        self._check_nodes()
         if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
             raise ValueError(
                 f"--max-total-tokens {self.max_total_tokens} is not valid: give at least one page (--page-size {self.page_size}), "
                 "or a smaller page"
             )
 
-    def resolve(self, *, device: Literal["cpu", "cuda"]) -> EngineConfig:
-        """The same options with what depends on the device filled in."""
+    def _check_nodes(self) -> None:
+        number, address = self.node_rank, self.dist_init_addr
+        if self.nnodes == 1:
+            for name in ("dist_init_addr", "node_rank"):
+                if getattr(self, name) not in (None, 0):
+                    raise ValueError(f"{_flag(name)} {getattr(self, name)} is for several machines: give --nnodes too, or leave it out")
+        elif address is None and number is not None:
+            raise ValueError(f"--node-rank {number} needs --dist-init-addr HOST:PORT, where the machines meet; with Ray leave both out")
+        elif address is not None:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ValueError(f"--dist-init-addr {address!r} is not valid: give HOST:PORT of the first machine, such as 10.0.0.1:5000")
+            if not isinstance(number, int) or not 0 <= number < self.nnodes:
+                told = "is missing" if number is None else f"{number!r} is not valid"
+                raise ValueError(
+                    f"--node-rank {told}: with --dist-init-addr give 0 on the first machine, up to {self.nnodes - 1} on the last"
+                )
+        if self.pp_size is not None and self.tp_size * self.pp_size % self.nnodes:
+            raise ValueError(
+                f"--tp-size {self.tp_size} times --pp-size {self.pp_size} ranks cannot be shared equally by --nnodes {self.nnodes}: "
+                "give sizes whose product it divides"
+            )
+
+    def resolve(self, *, device: Literal["cpu", "cuda"], num_devices: int = 1) -> EngineConfig:
+        """The same options with what depends on the device filled in. `num_devices`: the GPUs of this machine, where it has some.
+
+        Several machines are a stage each, where the ranks that share a layer fit one of them. Raises ValueError where they are not shared
+        equally.
+        """
         on_cpu = device == "cpu"
+        if self.pp_size is None:
+            stages = self.nnodes if on_cpu or self.tp_size <= num_devices else 1
+            return replace(self, pp_size=stages).resolve(device=device, num_devices=num_devices)
         return replace(
             self,
             device=device,
             kv_cache_dtype="fp8_e4m3" if self.kv_cache_dtype == "fp8" else self.kv_cache_dtype,
             chunked_prefill_size=self.chunked_prefill_size or (256 if on_cpu else 2048),
-            num_threads=self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.tp_size),
+            num_threads=self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.ranks_per_node),
         )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in all. Of what is not resolved: with one stage, where none are asked for."""
+        return self.tp_size * (self.pp_size or 1)
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp_size or 1
+
+    @property
+    def ranks_per_node(self) -> int:
+        return max(1, self.num_ranks // self.nnodes)
 
     @property
     def needs_weights(self) -> bool:

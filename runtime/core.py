@@ -20,6 +20,7 @@ from .admission import EngineLimits, admit
 from .batch import Batch
 from .config import EngineConfig
 from .errors import RequestRefused
+from .forward_batch import StepArrays
 from .model_runner import ModelRunner
 from .outputs import FinishReason, TokenLogprob, TokenOutput
 from .pacer import ChunkPacer
@@ -49,22 +50,44 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A step that is launched: the requests that get a token, and what will tell which."""
+    """A step that is launched: the requests that get a token, those of them that still wanted one, and what will tell which."""
 
     batch: Batch
     rows: list[Request]
+    sampled: list[Request]
     sample: PendingSample | None
     prompt_logprobs: list[tuple[Request, range, PendingPromptLogprobs]]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step that the other ranks compute, and this one when it lands: `steps` are how many tokens its requests had been sampled for."""
+
+    batch: Batch
+    arrays: StepArrays
+    steps: list[int]
 
 
 class EngineCore:
     """A scheduler, a model runner and a sampler, and the step that joins them. Used by one thread."""
 
-    def __init__(self, config: EngineConfig, runner: ModelRunner, *, fetch: Fetch = HostCopy, overlap: bool | None = None) -> None:
-        """`fetch` brings tensors to the host; `overlap` launches steps ahead, None: on CUDA unless the options forbid it."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        *,
+        fetch: Fetch = HostCopy,
+        overlap: bool | None = None,
+        num_batches: int | None = None,
+    ) -> None:
+        """`fetch` brings tensors to the host; `overlap` launches steps ahead, None: on CUDA unless the options forbid it.
+
+        With stages, `num_batches` are under way instead, each with requests of its own; None: as many as there are stages.
+        """
         assert config.chunked_prefill_size is not None
         self.config = config
         self.runner = runner
+        num_batches = runner.num_stages if num_batches is None else num_batches
         self.limits = EngineLimits(runner.context_length, runner.pool.num_tokens, runner.model_config.vocab_size)
         allocator = PageAllocator(runner.pool.num_pages)
         cache = RadixCache(
@@ -76,14 +99,21 @@ class EngineCore:
             chunk_tokens=config.chunked_prefill_size,
             mixed_chunk_tokens=_MIXED_CHUNK[runner.device.type],
             policy=config.schedule_policy,
+            num_batches=num_batches,
         )
         self.scheduler = Scheduler(allocator, cache, limits)
         self.sampler = Sampler(device=runner.device, random_seed=config.random_seed, fetch=fetch, draw=runner.draw)
         self._fetch = fetch
-        self._overlap = runner.device.type == "cuda" and not config.disable_overlap_schedule if overlap is None else overlap
-        self._flight: _Flight | None = None
-        is_cpu = runner.device.type == "cpu"  # a GPU's steps overlap, and what they take is not known here
-        self._pacer = ChunkPacer(_FIRST_PACE, config.chunked_prefill_size) if is_cpu and not self._overlap else None
+        is_cpu = runner.device.type == "cpu"
+        overlap = not is_cpu and not config.disable_overlap_schedule if overlap is None else overlap
+        self._ahead = (
+            num_batches - 1 if runner.num_stages > 1 else int(overlap)
+        )  # steps that are still under way when another one has landed
+        self._flights: deque[_Flight | _Begun] = deque()
+        # A CPU computes when it is told: a step that waits for another stage would keep the next from being told.
+        self._computes_late = is_cpu and runner.num_stages > 1
+        # A GPU's steps overlap, and what they take is not known here.
+        self._pacer = ChunkPacer(_FIRST_PACE, config.chunked_prefill_size) if is_cpu and not self._ahead else None
         self.num_steps = 0
         self._prompt_logprobs: dict[str, dict[int, TokenLogprob]] = {}
         self._logits_sinks: dict[str, LogitsSink] = {}
@@ -144,11 +174,11 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._flight is not None
+        return self.scheduler.has_work or bool(self._flights)
 
     @torch.inference_mode()  # the sampler edits the runner's logits in place, which torch allows in this mode alone
     def step(self) -> list[TokenOutput]:
-        """Launch one batch and give what has landed: this very batch, or with `overlap` the one before. Empty when there is nothing."""
+        """Launch one batch and give what has landed: this very batch, or one launched before it. Empty when there is nothing."""
         expired = self._expire()
         return expired + self._step()
 
@@ -168,10 +198,9 @@ class EngineCore:
         for row in batch.rows:
             if row.request.started_s is None:
                 row.request.started_s = now
-        outputs = self._land()
-        self._flight = flight
-        if self._overlap:
-            return outputs
+        self._flights.append(flight)
+        if len(self._flights) <= self._ahead:
+            return []
         outputs = self._land()
         if self._pacer is not None:
             decoding = [row for row in batch.rows if row.samples and row.count == 1]
@@ -201,26 +230,38 @@ class EngineCore:
             outputs.append(self.abort(request.request_id, finish))
         return [output for output in outputs if output is not None]
 
-    def _launch(self, batch: Batch) -> _Flight:
-        """Have the device compute and sample a batch. What the host knows stays as it was."""
-        before = self._flight.sample if self._flight is not None else None
-        awaits = any(row.request.num_awaited for row in batch.rows)
-        logits = self.runner.forward(batch, before.tokens if awaits and before is not None else None)
-        sampled_rows, scored = self._launch_prompt_logprobs(batch, logits)
+    def _launch(self, batch: Batch) -> _Flight | _Begun:
+        """Have the device compute and sample a batch, or only the other ranks. What the host knows stays as it was."""
+        steps = [row.request.num_sampled for row in batch.rows if row.samples]
+        if self._computes_late:
+            return _Begun(batch, self.runner.begin(batch), steps)
+        awaited = None
+        if self._flights and any(row.request.num_awaited for row in batch.rows):
+            before = self._flights[-1]
+            assert isinstance(before, _Flight)
+            awaited = before.sample.tokens if before.sample is not None else None
+        return self._sampled(batch, self.runner.forward(batch, awaited), steps)
+
+    def _sampled(self, batch: Batch, logits: torch.Tensor, steps: Sequence[int]) -> _Flight:
+        """Have tokens sampled from a batch's logits, for the requests that have not ended meanwhile."""
+        places, scored = self._launch_prompt_logprobs(batch, logits)
         rows = [row.request for row in batch.rows if row.samples]
-        if not rows:
-            return _Flight(batch, rows, None, scored)
-        wanted = logits
-        if len(sampled_rows) < logits.shape[0]:
-            wanted = logits.index_select(0, *to_device([np.array(sampled_rows, dtype=np.int64)], logits.device))
-        sample = self.sampler.launch(wanted, [SampleRow(request.request_id, request.num_sampled) for request in rows])
-        return _Flight(batch, rows, sample, scored)
+        wanted = [entry for entry in zip(rows, places, steps, strict=True) if entry[0].finish is None]
+        sampled = [request for request, _, _ in wanted]
+        if not wanted:
+            return _Flight(batch, rows, sampled, None, scored)
+        if len(wanted) < logits.shape[0]:
+            logits = logits.index_select(0, *to_device([np.array([place for _, place, _ in wanted], dtype=np.int64)], logits.device))
+        sample = self.sampler.launch(logits, [SampleRow(request.request_id, step) for request, _, step in wanted])
+        return _Flight(batch, rows, sampled, sample, scored)
 
     def _land(self) -> list[TokenOutput]:
-        """Wait for the step in flight, if there is one, and take it in. What was aborted meanwhile has no part in it."""
-        flight, self._flight = self._flight, None
-        if flight is None:
+        """Wait for the first step in flight, if there is one, and take it in. What was aborted meanwhile has no part in it."""
+        if not self._flights:
             return []
+        flight = self._flights.popleft()
+        if isinstance(flight, _Begun):
+            flight = self._sampled(flight.batch, self.runner.finish(flight.arrays), flight.steps)
         for request, positions, pending in flight.prompt_logprobs:
             if request.finish is None:
                 by_position = self._prompt_logprobs.setdefault(request.request_id, {})
@@ -229,10 +270,14 @@ class EngineCore:
         self.runner.check()  # a step that another rank has left computed nothing
         landed = [
             (request, token, logprob)
-            for request, token, logprob in zip(flight.rows, result.token_ids, result.logprobs, strict=True)
+            for request, token, logprob in zip(flight.sampled, result.token_ids, result.logprobs, strict=True)
             if request.finish is None
         ]
-        self.scheduler.commit(flight.batch, result.token_ids)
+        tokens = result.token_ids
+        if len(flight.sampled) < len(flight.rows):
+            found = dict(zip(map(id, flight.sampled), tokens, strict=True))
+            tokens = [found.get(id(request), 0) for request in flight.rows]
+        self.scheduler.commit(flight.batch, tokens)
         self.num_steps += 1
         outputs = [self._output(request, token, logprob) for request, token, logprob in landed]
         self._note_rate(len(landed))
@@ -269,7 +314,8 @@ class EngineCore:
         """Drop every cached prefix; False, and nothing dropped, while requests are here."""
         if self.scheduler.has_work:
             return False
-        self._land()  # of requests that have ended
+        while self._flights:
+            self._land()  # of requests that have ended
         self.scheduler.cache.flush()
         return True
 

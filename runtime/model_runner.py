@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from .models.config import ModelConfig
 from .models.kv_scales import is_kv_scale
 from .models.llama import LlamaModel
 from .phases import Phases
+from .pipeline import Pipeline
 from .profile_step import compute_step, largest_step, measured_bytes
 from .sampler import Draw
 from .weights import WeightSource
@@ -52,19 +54,23 @@ class ModelRunner:
         files: ModelFiles,
         *,
         group: TensorParallelGroup | None = None,
+        pipeline: Pipeline | None = None,
         ranks: Ranks | None = None,
+        device: torch.device | None = None,
         show_progress: bool = True,
     ) -> None:
         """`config` is resolved. Raises CheckpointError, UnsupportedModel, OutOfMemoryPlan or ValueError with the remedy; KernelFault.
 
-        `group` is the ranks that the model is cut across; the first one has `ranks`, the others, which compute what it tells them.
+        `group` is the ranks that each layer is cut across, `pipeline` those that layers are divided among; the first rank of all has
+        `ranks`, the others, which compute what it tells them.
         """
         self.phases = Phases()
         self._config = config
         self._graphs: DecodeGraphs | None = None
         self._group = group or TensorParallelGroup()
+        self._pipeline = pipeline or Pipeline()
         self._ranks: Ranks | None = None  # while a step is measured and captured, every rank computes it by itself
-        self.device = choose_device(config, self._group.rank)
+        self.device = device or choose_device(config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or 1)
             if ignored := _for_gpus_alone(config):
@@ -83,7 +89,7 @@ class ModelRunner:
                 reads_scales = scales_for is not None and (self.kv_dtype == torch.int8) == (scales_for == "int8")
                 self.model = self._load(source, has_kv_scales=reads_scales)
             self.phases.ends("load_weights")
-            _refuse_unread(source, tied=self.model.head is self.model.embedding)
+            _refuse_unread(source, tied=self.model.is_tied, is_elsewhere=self._is_elsewhere)
             check_backend(config.linear_backend, self.model.linears)
             if self.kv_dtype in CODE_RANGE:
                 left = any(is_kv_scale(name) for name in source.unread)
@@ -116,7 +122,14 @@ class ModelRunner:
     def _load(self, source: WeightSource, *, has_kv_scales: bool) -> LlamaModel:
         memory = device_memory(self.device)
         try:
-            return LlamaModel(self.model_config, source, max_position=self.context_length, group=self._group, has_kv_scales=has_kv_scales)
+            return LlamaModel(
+                self.model_config,
+                source,
+                max_position=self.context_length,
+                group=self._group,
+                pipeline=self._pipeline,
+                has_kv_scales=has_kv_scales,
+            )
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryPlan(
                 f"the weights do not fit into {memory.name}, which had {memory.free / 2**30:.2f} GiB free before them, of "
@@ -171,16 +184,38 @@ class ModelRunner:
             show_progress=show_progress,
         )
 
-    @torch.inference_mode()
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether a tensor is another stage's."""
+        parts = name.split(".")
+        if name.startswith("model.layers.") and parts[2].isdecimal():
+            number, num_layers = int(parts[2]), self.model_config.num_layers
+            return number < num_layers and number not in self._pipeline.place.layers(num_layers)
+        ends = (
+            ("model.embed_tokens.", self._pipeline.is_first),
+            ("model.norm.", self._pipeline.is_last),
+            ("lm_head.", self._pipeline.is_last),
+        )
+        return any(name.startswith(start) and not is_here for start, is_here in ends)
+
     def forward(self, batch: Batch, awaited: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of a batch, float32 [R, vocab_size], in the order that ForwardBatch.logits_rows describes.
 
         `awaited` int64 [n] are the tokens that the last step sampled, where the batch's requests await any.
         """
+        return self.finish(self.begin(batch, awaited), awaited)
+
+    def begin(self, batch: Batch, awaited: torch.Tensor | None = None) -> StepArrays:
+        """Lay a batch out and have the other ranks compute it. Every step that was begun is to be finished, in order."""
         arrays = lay_out(batch, self.pool.page_size)
+        if self._ranks is not None:
+            self._ranks.tell(arrays, 0 if awaited is None else len(awaited), self.pool.page_size)
+        return arrays
+
+    @torch.inference_mode()
+    def finish(self, arrays: StepArrays, awaited: torch.Tensor | None = None) -> torch.Tensor:
+        """This rank's part of a step that was begun, with the logits that `forward` gives."""
         if self._ranks is None:
             return self._run(arrays, awaited)
-        self._ranks.tell(arrays, 0 if awaited is None else len(awaited), self.pool.page_size)
         try:
             if awaited is not None:
                 self._group.broadcast(awaited)
@@ -197,13 +232,22 @@ class ModelRunner:
         self._run(arrays, awaited)
 
     def _run(self, arrays: StepArrays, awaited: torch.Tensor | None) -> torch.Tensor:
+        hidden = self._workspace.residual[: arrays.num_tokens]  # between stages: graphs find it there as well
+        self._pipeline.receive(hidden)
         if self._graphs is not None and self._graphs.takes(arrays):
-            return self._graphs.replay(arrays, awaited)
-        return self._compute(make_forward_batch(arrays, awaited, self._shape, self.pool.page_size, self.device))
+            logits = self._graphs.replay(arrays, awaited)
+        else:
+            logits = self._compute(make_forward_batch(arrays, awaited, self._shape, self.pool.page_size, self.device))
+        self._pipeline.hand_on(hidden)
+        return logits
 
     @property
     def num_ranks(self) -> int:
-        return self._group.size
+        return self._group.size * self._pipeline.size
+
+    @property
+    def num_stages(self) -> int:
+        return self._pipeline.size
 
     def check(self) -> None:
         """Raises EngineDead where another rank has ended."""
@@ -287,7 +331,7 @@ class ModelRunner:
         return KVPool(
             num_pages=num_pages,
             page_size=self._config.page_size,
-            num_layers=model.num_layers,
+            num_layers=len(self.model.layers),
             num_kv_heads=self._share.kv_heads,
             head_dim=model.head_dim,
             dtype=self.kv_dtype,
@@ -307,7 +351,7 @@ class ModelRunner:
             page_size=config.page_size,
         )
         self.pool = self._make_pool(max(len(row.request.pages) for row in batch.rows))
-        compute_step(batch, self.forward, self.device)
+        compute_step(batch, self.forward, self.device, samples=self._pipeline.is_last)
         del self.pool
 
     def _measure_step(self) -> int:
@@ -328,17 +372,17 @@ class ModelRunner:
     def _kv_per_token(self) -> int:
         model = self.model_config
         return kv_bytes_per_token(
-            num_layers=model.num_layers, num_kv_heads=self._share.kv_heads, head_dim=model.head_dim, dtype=self.kv_dtype
+            num_layers=len(self.model.layers), num_kv_heads=self._share.kv_heads, head_dim=model.head_dim, dtype=self.kv_dtype
         )
 
     def _plan(self, config: EngineConfig, activations: int | None) -> MemoryBudget:
         model = self.model_config
         logits = 0 if activations is not None else config.max_running_requests * model.vocab_size * 4 * 2
-        self._group.wait_for_all()  # what they have loaded is gone from what is free
+        self._pipeline.wait_for_all()  # what they have loaded is gone from what is free
         device = device_memory(self.device)
         budget = plan_memory(
             config,
-            device=device if self.device.type == "cuda" else device.share(self._group.size),
+            device=device if self.device.type == "cuda" else device.share(config.ranks_per_node),
             weights=self.model.weight_bytes + self.model.cos_sin.nbytes,
             workspace=self._workspace.nbytes + logits,
             activations=activations,
@@ -346,7 +390,7 @@ class ModelRunner:
             kv_dtype=kv_dtype_name(self.kv_dtype),
             context_length=self.context_length,
         )
-        return replace(budget, num_tokens=self._group.smallest(budget.num_tokens))
+        return replace(budget, num_tokens=self._pipeline.smallest(budget.num_tokens))
 
 
 def _for_gpus_alone(config: EngineConfig) -> list[str]:
@@ -359,27 +403,33 @@ def _for_gpus_alone(config: EngineConfig) -> list[str]:
     return [flag for flag, is_given in given.items() if is_given]
 
 
-def choose_device(config: EngineConfig, rank: int = 0) -> torch.device:
-    """The device that `--device` means here for a rank. Raises ValueError when it asks for CUDA and there is none, or too few."""
+def choose_device(config: EngineConfig, index: int = 0) -> torch.device:
+    """The device that `--device` means here, for a rank that has number `index` of this machine's.
+
+    Raises ValueError when it asks for CUDA and there is none, or too few.
+    """
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build of torch and its driver")
     if not has_cuda or config.device == "cpu":
         return torch.device("cpu")
-    if config.tp_size == 1:
+    if config.num_ranks == 1:
         return torch.device("cuda")
-    found = torch.cuda.device_count()
-    if config.tp_size > found:
+    found, wanted = torch.cuda.device_count(), config.ranks_per_node if config.nnodes == 1 else index + 1
+    if wanted > found:
+        asked = f"--tp-size {config.tp_size}" + (f" --pp-size {config.pp_size}" if config.num_stages > 1 else "")
         raise ValueError(
-            f"--tp-size {config.tp_size}: torch sees {found} GPU{'s' * (found != 1)} here; give at most {found}, or --device cpu"
+            f"{asked}: torch sees {found} GPU{'s' * (found != 1)} here; give at most {found}{' in all' * (config.num_stages > 1)}, "
+            "or --device cpu"
         )
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
-def _refuse_unread(source: WeightSource, *, tied: bool) -> None:
+def _refuse_unread(source: WeightSource, *, tied: bool, is_elsewhere: Callable[[str], bool]) -> None:
     """Raises CheckpointError when tensors are left that the model has no place for: they would have changed the answer."""
-    unread = [name for name in source.unread if not is_kv_scale(name) and not (tied and name.startswith("lm_head."))]
+    left = [name for name in source.unread if not is_kv_scale(name) and not (tied and name.startswith("lm_head."))]
+    unread = [name for name in left if not is_elsewhere(name)]
     if unread:
         shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else "")
         raise CheckpointError(

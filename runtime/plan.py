@@ -10,6 +10,7 @@ import numpy as np
 
 from .forward_batch import StepArrays
 
+ALIVE_S = 0.5  # between signs of life
 _INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
 _DTYPES: tuple[np.dtype[Any], ...] = (_INT64, _INT64, _INT64, _INT64, _INT32, _INT32, _INT32)
 
@@ -67,7 +68,7 @@ class RankFailed(msgspec.Struct, tag=True, frozen=True):
     trace: str
 
 
-ToRank = Plan | Stop
+ToRank = Plan | Stop | Alive
 FromRank = Hello | Loaded | Begun | Alive | RankFailed
 
 plan_encoder = msgspec.msgpack.Encoder()

@@ -36,12 +36,14 @@ def largest_step(*, prompt_tokens: int, max_running_requests: int, context_lengt
     return Batch(tuple(rows))
 
 
-def compute_step(batch: Batch, forward: Callable[[Batch], torch.Tensor], device: torch.device) -> None:
-    """Compute and sample a batch, and throw away what it gives."""
+def compute_step(batch: Batch, forward: Callable[[Batch], torch.Tensor], device: torch.device, *, samples: bool = True) -> None:
+    """Compute and, where this rank does, sample a batch, and throw away what it gives."""
     sampler = Sampler(device=device, random_seed=0)
     for row in batch.rows:
         sampler.add(row.request.request_id, row.request.params, row.request.tokens, ())
     logits = forward(batch)
+    if not samples:
+        return
     ends, at = [], -1
     for row in batch.rows:
         at += len(row.request.scored_positions(row.start, row.count)) + 1

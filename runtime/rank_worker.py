@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import queue
 import shutil
 import signal
 import sys
@@ -13,33 +14,42 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import msgspec
 import zmq
 
 from .. import __version__
 from .config import EngineConfig
+from .hosts import Summons, interface_of
 from .logs import set_up_logging
 from .messages import decode_config, decode_logs
 from .start import prepare_environment
 
+if TYPE_CHECKING:
+    from .plan import ToRank
+
 logger = logging.getLogger("octavo.engine")
 
-_ALIVE_S = 0.5
+_SILENT_S = 20.0  # of rank 0, longer than it waits for another: it is to be the one who tells why
+_LOOK_EVERY_S = 0.5
+_STOPPED_S = 5.0
 
 
 class _Rank:
-    def __init__(self, rank: int, folder: str) -> None:
-        self.number, self._folder = rank, Path(folder)
+    def __init__(self, summons: Summons) -> None:
+        self.number, self._summons = summons.rank, summons
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._inbox = context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
-        self._inbox.connect(f"ipc://{folder}/to_rank_{rank}")
+        self._inbox.connect(summons.inbox)
         self._outbox = context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         self._outbox.setsockopt(zmq.LINGER, 1000)
-        self._outbox.connect(f"ipc://{folder}/from_ranks")
+        self._outbox.connect(summons.outbox)
         self._lock = threading.Lock()
+        self._heard = time.monotonic()  # from the first rank
+        self._steps: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
 
     def send(self, message: Any) -> None:
         from .plan import plan_encoder
@@ -51,6 +61,8 @@ class _Rank:
         from .plan import Hello, PlanMismatch, RankFailed
 
         self.send(Hello(self.number, __version__))
+        if self._summons.address is not None:
+            threading.Thread(target=self._listen, daemon=True, name="listen").start()
         threading.Thread(target=self._beat, daemon=True, name="alive").start()
         try:
             self._compute(config)
@@ -64,59 +76,93 @@ class _Rank:
 
     def _compute(self, config: EngineConfig) -> None:
         from ..quant.checkpoint.resolve import resolve_model
-        from .collectives import ProcessGroup, open_store
-        from .layers.parallel import TensorParallelGroup
+        from .collectives import find_store, meet
         from .model_runner import ModelRunner, choose_device
-        from .plan import Begun, Loaded, Stop, read_plan, to_rank_decoder
+        from .pipeline import Place
+        from .plan import Begun, Loaded, Plan, read_plan
         from .ranks import COLLECTIVE_S
 
-        device, size = choose_device(config, self.number), config.tp_size
-        group = ProcessGroup(open_store(self._folder, size), rank=self.number, size=size, device=device, timeout_s=COLLECTIVE_S)
+        device = choose_device(config, self._summons.device)
+        place = Place(self.number, config.tp_size, config.num_stages)
+        store = find_store(self._summons.store, config.num_ranks)
+        together = meet(store, place, device=device, timeout_s=COLLECTIVE_S, address=self._summons.address)
         files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights)
-        runner = ModelRunner(config, files, group=TensorParallelGroup(size, self.number, group), show_progress=False)
+        runner = ModelRunner(config, files, group=together.group, pipeline=together.pipeline, device=device, show_progress=False)
         self.send(Loaded(self.number, runner.model.weight_bytes))
         number = 0
-        while not isinstance(plan := to_rank_decoder.decode(self._inbox.recv()), Stop):
+        while isinstance(plan := self._next(), Plan):
             arrays = read_plan(plan, number, config.page_size)
             self.send(Begun(self.number, number, plan.digest))
             runner.follow(arrays, plan.num_awaited)
             number += 1
 
-    def _beat(self) -> None:
-        """A thread: give signs of life."""
-        from .plan import Alive
+    def _next(self) -> ToRank:
+        from .plan import to_rank_decoder
 
-        while not self._inbox.closed:
+        return to_rank_decoder.decode(self._inbox.recv()) if self._summons.address is None else self._steps.get()
+
+    def _listen(self) -> None:
+        """A thread: hear the first rank, on another machine, which may fall silent while this one computes."""
+        from .plan import Alive, Stop, to_rank_decoder
+
+        message: ToRank = Alive(0)
+        while not isinstance(message, Stop):
+            message = to_rank_decoder.decode(self._inbox.recv())
+            self._heard = time.monotonic()
+            if not isinstance(message, Alive):
+                self._steps.put(message)
+
+    def _beat(self) -> None:
+        """A thread: give signs of life, and end when the first rank, on another machine, gives none."""
+        from .plan import ALIVE_S, Alive
+
+        turned = time.monotonic()
+        while not self._outbox.closed:
             with contextlib.suppress(zmq.ZMQError):  # it has ended meanwhile
                 self.send(Alive(self.number))
-            time.sleep(_ALIVE_S)
+            time.sleep(ALIVE_S)
+            now = time.monotonic()
+            if now - turned > _STOPPED_S:  # this process was stopped itself
+                self._heard = now
+            turned = now
+            if self._summons.address is not None and now - self._heard > _SILENT_S:
+                logger.error("rank 0 has given no sign of life for %.0f s: rank %d ends", _SILENT_S, self.number)
+                os._exit(1)
 
 
-def _end_with(first: int, folder: str) -> None:
-    """A thread: end when the first rank does."""
-    while os.getppid() == first:
-        time.sleep(_ALIVE_S)
-    shutil.rmtree(folder, ignore_errors=True)
+def _end_with(parent: int, store: str) -> None:
+    """A thread: end when whoever started this process does."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY_S)
+    if store.startswith("/"):
+        shutil.rmtree(Path(store).parent, ignore_errors=True)
     os._exit(1)
 
 
-def main(rank: str, first: str, folder: str, config_text: str, logs_text: str) -> int:
-    """Entry: the number, the first one's process id, the folder of sockets and store, EngineConfig and LogSettings as JSON."""
-    threading.Thread(target=_end_with, args=(int(first), folder), daemon=True, name="first-rank").start()
+def main(parent: str, summons_text: str) -> int:
+    """Entry: the process id of whoever starts it, and the Summons as JSON."""
+    summons = msgspec.json.decode(summons_text, type=Summons)
+    threading.Thread(target=_end_with, args=(int(parent), summons.store), daemon=True, name="parent").start()
+    if summons.address is not None:
+        os.environ["NCCL_SOCKET_IFNAME"] = interface_of(summons.address) or ""
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
-    set_up_logging(decode_logs(logs_text), rotates=False)
+    set_up_logging(decode_logs(summons.logs), rotates=False)
     if logger.getEffectiveLevel() > logging.DEBUG:
         logging.getLogger("octavo").setLevel(logging.ERROR)  # what there is to say, the first rank says
     prepare_environment()
-    return _Rank(int(rank), folder).run(decode_config(config_text))
+    return _Rank(summons).run(decode_config(summons.config))
+
+
+def end_with(code: int) -> NoReturn:
+    """End the process at once, but for what is still to be sent."""
+    zmq.Context.instance().destroy(linger=1000)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    exit_code = main(*sys.argv[1:])
-    zmq.Context.instance().destroy(linger=1000)
-    sys.stderr.flush()
-    os._exit(exit_code)
+    end_with(main(*sys.argv[1:]))

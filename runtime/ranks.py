@@ -1,7 +1,7 @@
-"""Ranks: the other ranks of an engine, as the first one sees them: started, told each step, watched, ended. Knows no model.
+"""Ranks: the other ranks of an engine, as the first one sees them: called, told each step, watched, ended. Knows no model.
 
-They are processes of this machine. A rank that ends, falls silent or disagrees on a step ends all of them: what this one waits for together
-with them then fails, with the reason at hand.
+A rank that ends, falls silent or disagrees on a step ends all of them: what this one waits for together with them then fails, with the
+reason at hand. Where they run is the Hosts' to know.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,14 +22,16 @@ import torch
 import zmq
 
 from .. import __version__
-from .collectives import ProcessGroup, open_store
+from .collectives import Together, meet, open_store
 from .config import EngineConfig
 from .errors import EngineDead
 from .forward_batch import StepArrays
+from .hosts import Hosts, Summons, interface_of
 from .logs import LogSettings
 from .messages import encode_config, encode_logs
-from .plan import Alive, Begun, FromRank, Hello, Loaded, RankFailed, Stop, from_rank_decoder, make_plan, plan_encoder
-from .start import start_deaf_to_signals
+from .pipeline import Place
+from .plan import ALIVE_S, Alive, Begun, FromRank, Hello, Loaded, RankFailed, Stop, ToRank, from_rank_decoder, make_plan, plan_encoder
+from .rank_plan import places
 
 logger = logging.getLogger("octavo.engine")
 
@@ -49,23 +48,30 @@ _MOST_OPEN = 4096  # steps that may not have been confirmed
 
 
 class Ranks:
-    """Ranks 1 to `config.tp_size` - 1, in processes of their own. Call `close` at the end, whatever happened."""
+    """Ranks 1 to `config.num_ranks` - 1, in processes of their own. Call `close` at the end, whatever happened."""
 
-    def __init__(self, config: EngineConfig, logs: LogSettings, *, on_end: Callable[[str], None] | None = None) -> None:
+    def __init__(self, config: EngineConfig, logs: LogSettings, hosts: Hosts, *, on_end: Callable[[str], None] | None = None) -> None:
         """`config` is resolved; `on_end` is told, on a thread of its own, why all ranks end."""
-        self.size = config.tp_size
+        self.size = config.num_ranks
+        self._hosts = hosts
+        self._place = Place(0, config.tp_size, config.num_stages)
         self._folder = Path(tempfile.mkdtemp(prefix="octavo-ranks-"))  # only this user can enter it
+        self._address = hosts.addresses[0]
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", network_of(self._address))
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._inbox = context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
-        self._inbox.bind(f"ipc://{self._folder}/from_ranks")
-        self._outboxes = []
+        outbox_of_ranks = self._bind(self._inbox, "from_ranks")
+        self._outboxes: list[zmq.Socket[bytes]] = []
+        inboxes = []
         for rank in range(1, self.size):
             outbox = context.socket(zmq.PUSH)
             outbox.set_hwm(0)
             outbox.setsockopt(zmq.LINGER, 1000)
-            outbox.bind(f"ipc://{self._folder}/to_rank_{rank}")
+            inboxes.append(self._bind(outbox, f"to_rank_{rank}"))
             self._outboxes.append(outbox)
+        self._sending = threading.Lock()  # steps, and signs of life
+        self._store, store = open_store(self._folder, self.size, address=self._address)
         self._number = 0
         self._sent: dict[int, deque[tuple[int, int]]] = {rank: deque(maxlen=_MOST_OPEN) for rank in range(1, self.size)}
         self._seen = dict.fromkeys(self._sent, time.monotonic())
@@ -75,41 +81,55 @@ class Ranks:
         self._changed = threading.Condition()
         self._closing = False
         self._on_end = on_end
-        self._group: ProcessGroup | None = None
-        arguments = [str(os.getpid()), str(self._folder), encode_config(config), encode_logs(logs)]
-        self._processes = {
-            rank: start_deaf_to_signals([sys.executable, "-m", "octavo.runtime.rank_worker", str(rank), *arguments])
-            for rank in range(1, self.size)
-        }
+        self._together: Together | None = None
+        self._where = places(config, hosts.machines)
+        a_node, texts = config.ranks_per_node, (encode_config(config), encode_logs(logs))
+        hosts.start(
+            [
+                Summons(rank, rank % a_node, inbox, outbox_of_ranks, store, hosts.addresses[rank // a_node], *texts)
+                for rank, inbox in enumerate(inboxes, 1)
+            ]
+        )
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="rank-watcher")
         self._watcher.start()
 
+    def _bind(self, socket: zmq.Socket[bytes], name: str) -> str:
+        """Listen, to processes of this machine or where other machines come from; gives the address."""
+        if self._address is None:
+            socket.bind(f"ipc://{self._folder}/{name}")
+            return f"ipc://{self._folder}/{name}"
+        return f"tcp://{self._address}:{socket.bind_to_random_port(f'tcp://{self._address}')}"
+
     # -- start and end -----------------------------------------------------------------------------------------------
 
-    def join(self, device: torch.device) -> ProcessGroup:
+    def join(self, device: torch.device) -> Together:
         """Wait for the others and give what all do together. Raises EngineDead where one does not come."""
         self._wait_for(self._hello, START_S, "come up")
-        group: Future[ProcessGroup] = Future()
+        found: Future[Together] = Future()
 
-        def meet() -> None:
+        def find() -> None:
             try:
-                group.set_result(
-                    ProcessGroup(open_store(self._folder, self.size), rank=0, size=self.size, device=device, timeout_s=COLLECTIVE_S)
-                )
+                found.set_result(meet(self._store, self._place, device=device, timeout_s=COLLECTIVE_S, address=self._address))
             except Exception as error:
-                group.set_exception(error)
+                found.set_exception(error)
 
-        threading.Thread(target=meet, daemon=True, name="rank-meeting").start()  # which waits for one that ends meanwhile, too
-        while not group.done():
+        threading.Thread(target=find, daemon=True, name="rank-meeting").start()  # which waits for one that ends meanwhile, too
+        while not found.done():
             self.check()
             time.sleep(_MEET_S)
-        self._group = group.result()
-        return self._group
+        self._together = found.result()
+        return self._together
 
-    def wait_loaded(self) -> dict[int, int]:
-        """Bytes of weights by rank, once all have theirs."""
+    def tell_loaded(self, weight_bytes: int) -> None:
+        """Wait until all have their weights, of which rank 0 has so many bytes, and tell the operator what lies where."""
         self._wait_for(self._loaded, COLLECTIVE_S, "load the model")
-        return dict(self._loaded)
+        for rank, size in sorted({0: weight_bytes, **self._loaded}.items()):
+            logger.info("Rank %d of %d on %s: %.2f GiB of weights", rank, self.size, self._where[rank], size / 2**30)
+
+    @property
+    def device(self) -> int:
+        """The number of this rank's device on its machine."""
+        return self._hosts.device
 
     def _wait_for(self, ranks: set[int] | dict[int, int], timeout_s: float, what: str) -> None:
         with self._changed:
@@ -125,28 +145,15 @@ class Ranks:
         if self._closing:
             return
         self._closing = True
-        if self._cause is None and len(self._loaded) == self.size - 1:  # one that loads does not listen yet
-            for outbox in self._outboxes:
-                with contextlib.suppress(zmq.Again):  # it has just ended
-                    outbox.send(plan_encoder.encode(Stop()), zmq.NOBLOCK)
-            until = time.monotonic() + _END_S
-            for process in self._processes.values():
-                try:
-                    process.wait(max(0.0, until - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    logger.debug("a rank is still there after %.0f s", _END_S)
-        self._kill()
-        for process in self._processes.values():
-            process.wait()
+        is_polite = self._cause is None and len(self._loaded) == self.size - 1  # one that loads does not listen yet
+        if is_polite:
+            with contextlib.suppress(zmq.Again):  # one has just ended
+                self._send(Stop())
+        self._hosts.close(_END_S if is_polite else 0.0)
         self._watcher.join(timeout=2.0)
         for outbox in self._outboxes:
             outbox.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _kill(self) -> None:
-        for process in self._processes.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)  # one that was stopped ends as well
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -155,13 +162,19 @@ class Ranks:
         self.check()
         plan = make_plan(self._number, arrays, num_awaited, page_size)
         self._number += 1
-        packed = plan_encoder.encode(plan)
-        for rank, outbox in enumerate(self._outboxes, 1):
-            self._sent[rank].append((plan.number, plan.digest))
-            try:
+        for sent in self._sent.values():
+            sent.append((plan.number, plan.digest))
+        try:
+            self._send(plan)
+        except zmq.Again:
+            raise self.explained(EngineDead("a rank takes no steps any more")) from None
+
+    def _send(self, message: ToRank) -> None:
+        """To all. Raises zmq.Again where one is gone."""
+        packed = plan_encoder.encode(message)
+        with self._sending:
+            for outbox in self._outboxes:
                 outbox.send(packed, zmq.NOBLOCK)
-            except zmq.Again:
-                raise self.explained(EngineDead(f"rank {rank} of {self.size} takes no steps any more")) from None
 
     def check(self) -> None:
         """Raises EngineDead where a rank has ended."""
@@ -177,7 +190,7 @@ class Ranks:
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """A thread: read what ranks say, notice what they do not."""
+        """A thread: read what ranks say, notice what they do not, and give signs of life to those that cannot see this process."""
         try:
             self._read()
         except Exception as error:  # without this thread no rank's end is noticed: better none than unwatched
@@ -186,7 +199,7 @@ class Ranks:
         self._inbox.close(linger=0)
 
     def _read(self) -> None:
-        looked = time.monotonic()
+        looked = told = time.monotonic()
         while not self._closing and self._cause is None:
             if self._inbox.poll(_POLL_MS):
                 while self._inbox.poll(0):
@@ -196,6 +209,15 @@ class Ranks:
                     self._seen = dict.fromkeys(self._seen, now)
                 looked = now
                 self._look()
+            if self._address is not None and now - told >= ALIVE_S:
+                told = now
+                self._give_sign()
+
+    def _give_sign(self) -> None:
+        packed = plan_encoder.encode(Alive(0))
+        for outbox in self._outboxes:
+            with self._sending, contextlib.suppress(zmq.ZMQError):  # a rank that is not there yet, or has ended
+                outbox.send(packed, zmq.NOBLOCK)
 
     def _hear(self, message: FromRank) -> None:
         self._seen[message.rank] = time.monotonic()
@@ -220,15 +242,17 @@ class Ranks:
                 self._look()  # it may have failed for another one that is gone
                 if message.trace and self._cause is None:
                     logger.error("rank %d failed:\n%s", rank, message.trace.rstrip())
-                self._end(f"rank {rank} of {self.size}: {message.message}")
+                self._end(f"rank {rank} of {self.size}{self._hosts.describe(rank)}: {message.message}")
 
     def _look(self) -> None:
-        for rank, process in self._processes.items():
-            if (code := process.poll()) is not None:
-                how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
-                self._end(f"rank {rank} of {self.size} (process {process.pid}) {how}")
-            elif rank in self._loaded and time.monotonic() - self._seen[rank] > SILENT_S:
-                self._end(f"rank {rank} of {self.size} (process {process.pid}) has given no sign of life for {SILENT_S:.0f} s")
+        if (ended := self._hosts.ended()) is not None:
+            rank, how = ended
+            self._end(f"rank {rank} of {self.size}{self._hosts.describe(rank)} {how}")
+            return
+        for rank in self._loaded:
+            if time.monotonic() - self._seen[rank] > SILENT_S:
+                told = f"has given no sign of life for {SILENT_S:.0f} s"
+                self._end(f"rank {rank} of {self.size}{self._hosts.describe(rank)} {told}")
 
     def _end(self, cause: str) -> None:
         if self._closing or self._cause is not None:
@@ -237,8 +261,13 @@ class Ranks:
         with self._changed:
             self._cause = cause
             self._changed.notify_all()
-        self._kill()
-        if self._group is not None:
-            self._group.abort()
+        self._hosts.close(0.0)
+        if self._together is not None:
+            self._together.abort()
         if self._on_end is not None:
             self._on_end(cause)
+
+
+def network_of(address: str | None) -> str:
+    """The interface on which a rank meets others: the loopback where they are all on this machine."""
+    return (interface_of(address) if address is not None else None) or "lo"

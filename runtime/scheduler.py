@@ -30,6 +30,9 @@ LPM_LIMIT = 128  # longest-prefix matching asks the tree about every waiting req
 class SchedulerLimits:
     """`chunk_tokens` is the most prompt tokens a step computes.
 
+    `num_batches` that are under way together, where there are more, divide the requests that decode: a step then has no more than an equal
+    share of them, and none whose last token is not known.
+
     While n requests decode it is at most `max(mixed_chunk_tokens, 2 * n)` for each prompt in line: one long prompt then stretches a step to
     about three times what it would take without it, where arithmetic bounds it, and many short ones still fill the batch soon.
     """
@@ -39,6 +42,7 @@ class SchedulerLimits:
     chunk_tokens: int
     mixed_chunk_tokens: int
     policy: SchedulePolicy = "fcfs"
+    num_batches: int = 1
 
     def prompt_tokens(self, *, decoding: int, prompts: int, paced: int | None = None) -> int:
         """Prompt tokens for a step in which `decoding` requests decode while `prompts` are being computed or wait.
@@ -129,16 +133,27 @@ class Scheduler:
         for request in self.running:
             if request.has_next:
                 (prefilling if request.is_prefilling else decoding).append(request)
+        others_decode = False
+        if self.limits.num_batches > 1:
+            others_decode = any(not request.is_prefilling for request in self.running)
+            decoding = self._share_of(decoding)
         page_size = self.cache.page_size
         for request in decoding:
             if request.num_launched < len(request.pages) * page_size:  # most of the time: nothing is to be found for it
                 rows.append(BatchRow(request, request.num_launched, 1, True, request.num_retractions))
             else:
                 self._grant(rows, request, 1)
-        budget = self.limits.prompt_tokens(decoding=len(rows), prompts=len(prefilling) + len(self.waiting), paced=self.paced_tokens)
+        num_decoding = len(rows) or int(others_decode)
+        budget = self.limits.prompt_tokens(decoding=num_decoding, prompts=len(prefilling) + len(self.waiting), paced=self.paced_tokens)
         self._compute_prompts(rows, prefilling, min(budget, self._most_prompt_tokens), retractions)
         rows = [row for row in rows if row.request.is_running]  # a later row may have taken an earlier one's pages
         return Batch(tuple(rows)) if rows else None
+
+    def _share_of(self, decoding: list[Request]) -> list[Request]:
+        """Those that this step decodes, so that as many are left for the other batches."""
+        total = sum(not request.is_prefilling for request in self.running)
+        ready = [request for request in decoding if request.num_awaited == 0]
+        return ready[: -(-total // self.limits.num_batches)]
 
     def _lift_limits(self) -> None:
         self._most_running = self.limits.max_running_requests  # both smaller while the device is short of memory: see `relieve`
@@ -264,7 +279,8 @@ class Scheduler:
         held_back: list[Request] = []
         while self.waiting and budget > 0 and len(self.running) < self._most_running:
             request = self.waiting[0]
-            if self._follows(request):
+            is_unknown = request.num_awaited > 0 and self.limits.num_batches > 1  # it was retracted, and its token is still under way
+            if is_unknown or self._follows(request):
                 held_back.append(self.waiting.popleft())
                 continue
             match = self._match(request)

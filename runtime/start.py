@@ -10,15 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import EngineConfig
 from .logs import LogSettings
 
 if TYPE_CHECKING:
     from ..quant.checkpoint.resolve import ModelFiles
+    from .hosts import Hosts
     from .ranks import Ranks
 
 logger = logging.getLogger("octavo.runtime")
@@ -86,22 +87,27 @@ def load_core(  # type: ignore[no-untyped-def]
     """
     from ..quant.checkpoint.resolve import resolve_model
     from .core import EngineCore
-    from .layers.parallel import TensorParallelGroup
     from .model_runner import ModelRunner, choose_device
 
-    resolved = config.resolve(device=choose_device(config).type)  # type: ignore[arg-type]
+    resolved = _resolved(config)
     files = resolve_model(resolved.model_path, revision=resolved.revision, needs_weights=resolved.needs_weights)
     threads = f" with {resolved.num_threads} threads" if resolved.device == "cpu" else ""
     logger.info("Loading %s on %s%s", files.name, resolved.device, threads)
     if resolved.device == "cpu":
         _check_cache_folder()
     must_compile = resolved.device == "cpu" and not _has_compiled_kernels()
-    ranks = _start_ranks(resolved, files, logs or LogSettings(), on_rank_end) if resolved.tp_size > 1 else None
+    ranks = _start_ranks(resolved, files, logs or LogSettings(), on_rank_end) if resolved.num_ranks > 1 else None
     try:
-        group = None if ranks is None else TensorParallelGroup(ranks.size, 0, ranks.join(choose_device(resolved)))
-        core = EngineCore(resolved, ModelRunner(resolved, files, group=group, ranks=ranks, show_progress=show_progress))
+        if ranks is None:
+            runner = ModelRunner(resolved, files, show_progress=show_progress)
+        else:
+            device = choose_device(resolved, ranks.device)
+            together = ranks.join(device)
+            parts: dict[str, Any] = {"group": together.group, "pipeline": together.pipeline}
+            runner = ModelRunner(resolved, files, **parts, ranks=ranks, device=device, show_progress=show_progress)
+        core = EngineCore(resolved, runner)
         if ranks is not None:
-            _tell_ranks({0: core.runner.model.weight_bytes, **ranks.wait_loaded()}, resolved.device)
+            ranks.tell_loaded(core.runner.model.weight_bytes)
         if must_compile:
             logger.info("Compiling kernels, once: later starts reuse them")
         _warm_up(core)
@@ -115,22 +121,55 @@ def load_core(  # type: ignore[no-untyped-def]
     return core
 
 
+def serve_node(config: EngineConfig) -> int:
+    """Run the ranks of a machine that is not the first, until they end. Gives an exit code; raises ValueError or EngineDead."""
+    from .nodes import serve_node
+
+    return serve_node(_resolved(config))
+
+
+def _resolved(config: EngineConfig) -> EngineConfig:
+    """The options with what depends on this machine filled in."""
+    import torch
+
+    from .model_runner import choose_device
+
+    if choose_device(config).type == "cpu":
+        return config.resolve(device="cpu")
+    return config.resolve(device="cuda", num_devices=torch.cuda.device_count())
+
+
 def _start_ranks(resolved: EngineConfig, files: ModelFiles, logs: LogSettings, on_end: Callable[[str], None] | None) -> Ranks:
-    from .rank_plan import plan_ranks
+    from .rank_plan import RankPlan
     from .ranks import Ranks
 
-    logger.info("%s", plan_ranks(resolved, files))
-    cores = len(os.sched_getaffinity(0))
-    if resolved.device == "cpu" and resolved.tp_size > cores:
-        logger.warning("%d ranks share %d cores: fewer ranks are faster here", resolved.tp_size, cores)
-    return Ranks(resolved, logs, on_end=on_end)
+    plan = RankPlan.of(resolved, files)
+    hosts = _find_hosts(resolved)
+    try:
+        logger.info("%s", plan.describe(hosts.machines))
+        cores = len(os.sched_getaffinity(0))
+        if resolved.device == "cpu" and resolved.ranks_per_node > cores:
+            logger.warning("%d ranks share %d cores: fewer ranks are faster here", resolved.ranks_per_node, cores)
+        return Ranks(resolved, logs, hosts, on_end=on_end)
+    except BaseException:
+        hosts.close(0.0)
+        raise
 
 
-def _tell_ranks(weight_bytes: Mapping[int, int], device: str) -> None:
-    """What lies where."""
-    for rank, size in sorted(weight_bytes.items()):
-        where = f"cuda:{rank}" if device == "cuda" else "cpu"
-        logger.info("Rank %d of %d on %s: %.2f GiB of weights", rank, len(weight_bytes), where, size / 2**30)
+def _find_hosts(resolved: EngineConfig) -> Hosts:
+    """Where the ranks are to run. Raises ValueError or EngineDead where machines do not come or do not fit."""
+    assert resolved.device != "auto"
+    if resolved.nnodes == 1:
+        from .hosts import ThisMachine
+
+        return ThisMachine(resolved.device)
+    if resolved.dist_init_addr is not None:
+        from .nodes import FirstNode
+
+        return FirstNode(resolved)
+    from .ray_hosts import RayHosts  # loads Ray
+
+    return RayHosts(resolved)
 
 
 def _warm_up(core) -> None:  # type: ignore[no-untyped-def]

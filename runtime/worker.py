@@ -197,7 +197,6 @@ def main(folder: str, config_text: str, logs_text: str) -> int:
     logs = decode_logs(logs_text)
     set_up_logging(logs, rotates=False)
     prepare_environment()
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # ranks of one machine meet where nobody else reaches them
     code = _Worker(folder).run(config_text, logs)
     zmq.Context.instance().destroy(linger=2000)
     return code

@@ -45,15 +45,6 @@ def _explanation(text: str) -> str:
     return text
 
 
-class _OneDevice(argparse.Action):
-    """A flag of what comes later: 1 is what there is, and more is refused."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if values != 1:
-            told = f"{values} is not possible: this version cuts a model across the devices of one machine (--tp-size) and no further"
-            raise argparse.ArgumentError(self, f"{told}; leave it out or give 1")
-
-
 def _key_file(text: str) -> list[str]:
     try:
         keys = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
@@ -266,7 +257,7 @@ def _add_scheduling(parser: Parser) -> None:
         "--tensor-parallel-size",
         type=whole_number,
         metavar="N",
-        help=_engine("ranks that every layer is cut across: GPUs of this machine, or processes on the CPU", "tp_size"),
+        help=_engine("ranks that every layer is cut across: GPUs, or processes on the CPU", "tp_size"),
     )
     group.add_argument(
         "--dp-size",
@@ -276,11 +267,27 @@ def _add_scheduling(parser: Parser) -> None:
         metavar="N",
         help="engines behind one address, on Ray Serve, found by the prefixes that they hold (default: 1; more want octavo[ray])",
     )
-    for flags, what in (
-        (("--pp-size", "--pipeline-parallel-size"), "devices that hold a part of the layers each"),
-        (("--nnodes", "--num-nodes"), "machines"),
-    ):
-        group.add_argument(*flags, action=_OneDevice, type=whole_number, metavar="N", help=f"{what}: 1 in this version")
+    group.add_argument(
+        "--pp-size",
+        "--pp",
+        "--pipeline-parallel-size",
+        type=whole_number,
+        metavar="N",
+        help="stages of --tp-size ranks that the layers are divided into (default: 1, or one a machine where --tp-size ranks fit into it)",
+    )
+    group.add_argument(
+        "--nnodes",
+        "--num-nodes",
+        type=whole_number,
+        metavar="N",
+        help=_engine("machines, as many ranks on each: of the Ray cluster that this one is in, or by --dist-init-addr", "nnodes"),
+    )
+    group.add_argument(
+        "--dist-init-addr",
+        metavar="HOST:PORT",
+        help="of the first machine, where machines meet without Ray: start the same command on each (default: Ray)",
+    )
+    group.add_argument("--node-rank", type=whole_number, metavar="N", help="which machine this is, with --dist-init-addr: 0, 1, ...")
     group.add_argument(
         "--attention-backend",
         metavar=choices_of(AttentionBackend),

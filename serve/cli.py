@@ -44,12 +44,18 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
         config, options = options_of(namespace)
         if copies > 1 and options.log_file is not None:
             raise ValueError(f"--log-file {options.log_file} is not for --dp-size: Ray keeps the logs of replicas; leave it out")
+        if copies > 1 and config.nnodes > 1:
+            raise ValueError(
+                f"--dp-size {copies} and --nnodes {config.nnodes} do not go together: an engine of several machines has them alone"
+            )
         _check_backend(config)
         _set_up_logging(options)
     except (ValueError, TypeError) as error:
         return _fail(prog, error, _BAD_USAGE)
     if explanation is not None:
         return _explain(prog, config, every_refusal=explanation == "all")
+    if config.node_rank:
+        return _serve_node(prog, config, options)
     return _serve(prog, config, options) if copies == 1 else _serve_replicas(prog, config, options, copies)
 
 
@@ -74,6 +80,24 @@ def _serve(prog: str, config: EngineConfig, options: ServerOptions) -> int:
         return interrupted
     except BrokenPipeError:  # nobody reads what is announced
         raise
+    except Exception as error:
+        logger.debug("the start failed", exc_info=error)
+        return _fail(prog, error, _FAILED, options)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _serve_node(prog: str, config: EngineConfig, options: ServerOptions) -> int:
+    """The ranks of another machine than the first, which serves."""
+    from ..runtime.start import serve_node  # not for --help
+
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        logger.info("%s", _first_line(config, options))
+        return serve_node(config)
+    except KeyboardInterrupt:
+        logger.info("stopped, with its ranks")
+        return 0
     except Exception as error:
         logger.debug("the start failed", exc_info=error)
         return _fail(prog, error, _FAILED, options)

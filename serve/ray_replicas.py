@@ -70,14 +70,14 @@ def _serve(config: EngineConfig, options: ServerOptions, flags: Mapping[str, Any
     address = os.environ.get("RAY_ADDRESS")
     on_gpu = _has_gpus(config) if address is None else config.device == "cuda"
     if address is None:  # ranks and replicas are processes that share cores: Ray's count of these is not what bounds them
-        cores = max(copies * config.tp_size, os.cpu_count() or 1)
+        cores = max(copies * config.num_ranks, os.cpu_count() or 1)
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
     else:
         _check_address(address)
         ray.init(address=address, logging_level=logging.WARNING)
         on_gpu = on_gpu or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
     _on_signals(signal.default_int_handler)  # Ray has its own
-    wants = {"num_gpus": config.tp_size, "num_cpus": 1} if on_gpu else {"num_cpus": config.tp_size}
+    wants = {"num_gpus": config.num_ranks, "num_cpus": 1} if on_gpu else {"num_cpus": config.num_ranks}
     _check_resources(wants, copies)
     application = build({**_of_replicas(config, flags, copies, on_gpu=on_gpu), "replicas": copies, **wants})
     serve.start(http_options={"host": options.host, "port": port})
@@ -157,7 +157,7 @@ def _of_replicas(config: EngineConfig, flags: Mapping[str, Any], copies: int, *,
         own["model_path"] = config.model_path
     if not on_gpu and not _is_shared():
         if config.num_threads is None:
-            own["num_threads"] = max(1, len(os.sched_getaffinity(0)) // (copies * config.tp_size))
+            own["num_threads"] = max(1, len(os.sched_getaffinity(0)) // (copies * config.num_ranks))
         if config.mem_fraction_static is None and config.max_total_tokens is None:
             own["mem_fraction_static"] = math.floor(100 * default_memory_fraction("cpu") / copies) / 100
     return own

@@ -25,10 +25,6 @@ class Collectives(Protocol):
         """The first rank's tensor, in place."""
         ...
 
-    def smallest(self, number: int) -> int:
-        """The least of the ranks' numbers."""
-        ...
-
 
 @dataclass(frozen=True)
 class HeadShare:
@@ -77,14 +73,6 @@ class TensorParallelGroup:
         """The first rank's tensor, in place."""
         if self.collectives is not None:
             self.collectives.broadcast(tensor)
-
-    def smallest(self, number: int) -> int:
-        """The least of the ranks' numbers."""
-        return number if self.collectives is None else self.collectives.smallest(number)
-
-    def wait_for_all(self) -> None:
-        """Until every rank has come here."""
-        self.smallest(0)
 
     def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's [R, n] side by side, [R, size * n], on the first rank; the tensor itself on the others."""

@@ -15,6 +15,7 @@ from ..kv_pool import KVPool
 from ..layers.linear import LinearShape, ParallelLinear, Split, can_be_cut
 from ..layers.parallel import TensorParallelGroup
 from ..layers.rope import rope_table
+from ..pipeline import Pipeline, check_stages
 from ..weights import WeightSource
 from .config import ModelConfig
 from .kv_scales import KVScales, read_kv_scales
@@ -171,29 +172,36 @@ class LlamaModel:
         *,
         max_position: int,
         group: TensorParallelGroup | None = None,
+        pipeline: Pipeline | None = None,
         has_kv_scales: bool = False,
     ) -> None:
         self.config = config
         self._group = group = group or TensorParallelGroup()
+        pipeline = pipeline or Pipeline()
+        check_stages(config.num_layers, pipeline.size)
         check_cut(config, source, group.size)
         self.device, self.activation_dtype = source.device, source.activation_dtype
         self.cos_sin = rope_table(config.rope, max_position, source.device)
-        vocabulary = (config.vocab_size,)
-        self.embedding = self._vocabulary_linear("model.embed_tokens", vocabulary, source)
-        self.layers = [_Layer(config, index, source, group, has_kv_scales=has_kv_scales) for index in range(config.num_layers)]
-        self._final_norm = source.read_norm("model.norm.weight", config.hidden_size)
-        tied = config.tie_word_embeddings or not source.has_module("lm_head")
-        self.head = self.embedding if tied else self._vocabulary_linear("lm_head", vocabulary, source)
+        self.is_tied = config.tie_word_embeddings or not source.has_module("lm_head")
+        self.embedding = self._vocabulary_linear("model.embed_tokens", source) if pipeline.is_first else None
+        indices = pipeline.place.layers(config.num_layers)
+        self.layers = [_Layer(config, index, source, group, has_kv_scales=has_kv_scales) for index in indices]
+        self._final_norm = source.read_norm("model.norm.weight", config.hidden_size) if pipeline.is_last else None
+        self.head = None
+        if pipeline.is_last and self.is_tied and self.embedding is not None:
+            self.head = self.embedding
+        elif pipeline.is_last:
+            self.head = self._vocabulary_linear("model.embed_tokens" if self.is_tied else "lm_head", source)
 
-    def _vocabulary_linear(self, module: str, parts: tuple[int, ...], source: WeightSource) -> ParallelLinear:
-        shape = LinearShape(module, (module,), self.config.hidden_size, parts, False, "vocabulary")
+    def _vocabulary_linear(self, module: str, source: WeightSource) -> ParallelLinear:
+        shape = LinearShape(module, (module,), self.config.hidden_size, (self.config.vocab_size,), False, "vocabulary")
         return ParallelLinear(shape, source, self._group)
 
     @property
     def linears(self) -> tuple[ParallelLinear, ...]:
-        """Every linear once."""
-        ends = (self.embedding,) if self.head is self.embedding else (self.embedding, self.head)
-        return (*ends, *(linear for layer in self.layers for linear in layer.linears))
+        """Every linear of this stage once."""
+        ends = [linear for linear in (self.embedding, self.head) if linear is not None]
+        return (*dict.fromkeys(ends), *(linear for layer in self.layers for linear in layer.linears))
 
     @property
     def weight_bytes(self) -> int:
@@ -207,12 +215,20 @@ class LlamaModel:
         return Workspace(*(torch.zeros(max_tokens, width, dtype=self.activation_dtype, device=self.device) for width in widths))
 
     def forward(self, batch: ForwardBatch, pool: KVPool, space: Workspace, *, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of `batch.logits_rows`, float32 [R, vocab_size], in `into` where it is given. Writes new keys and values into `pool`."""
+        """Logits of `batch.logits_rows`, float32 [R, vocab_size], in `into` where it is given. Writes new keys and values into `pool`.
+
+        A stage that is not the first finds in `space.residual` what comes from the one before; one that is not the last leaves there what
+        goes to the next, and gives what is of no use.
+        """
         tokens = batch.num_tokens
         space = Workspace(*(buffer[:tokens] for buffer in vars(space).values()))
-        space.residual.copy_(self._embedded(batch.input_ids))
+        if self.embedding is not None:
+            space.residual.copy_(self._embedded(self.embedding, batch.input_ids))
         for index, layer in enumerate(self.layers):
             layer.forward(batch, space, self.cos_sin, pool.k_pages[index], pool.v_pages[index], pool.dtype, is_first=index == 0)
+        if self._final_norm is None:
+            space.residual.add_(space.hidden)
+            return torch.empty(batch.logits_rows.shape[0], 0, device=self.device) if into is None else into
         add_rms_norm(space.hidden, space.residual, self._final_norm, self.config.norm_eps, out=space.normed)
         return self.logits(space.normed[batch.logits_rows], into=into)
 
@@ -221,17 +237,18 @@ class LlamaModel:
         size, group = self.config.vocab_size, self._group
         start, stop = group.vocabulary(size)
         own = torch.empty(hidden.shape[0], group.vocabulary_share(size), dtype=self.activation_dtype, device=self.device)
+        assert self.head is not None, "the last stage has it"
         self.head(hidden, out=own[:, : stop - start])
         out = group.gather_columns(own)[:, :size]
         if into is None:
             return out.float()
         return into.copy_(out) if group.rank == 0 else into
 
-    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embedded(self, embedding: ParallelLinear, ids: torch.Tensor) -> torch.Tensor:
         """The embedding's rows of tokens, of which this rank may hold a part."""
         if self._group.size == 1:
-            return self.embedding.rows(ids)
+            return embedding.rows(ids)
         start, stop = self._group.vocabulary(self.config.vocab_size)
-        rows = self.embedding.rows((ids - start).clamp(0, stop - start - 1))
+        rows = embedding.rows((ids - start).clamp(0, stop - start - 1))
         is_here = (ids >= start) & (ids < stop)
         return self._group.all_reduce(torch.where(is_here[:, None], rows, 0).contiguous())

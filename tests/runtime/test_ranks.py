@@ -20,12 +20,14 @@ from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.core import EngineCore
 from octavo.runtime.errors import EngineDead
 from octavo.runtime.forward_batch import StepArrays
+from octavo.runtime.hosts import ThisMachine
 from octavo.runtime.logs import LogSettings
 from octavo.runtime.model_runner import choose_device
 from octavo.runtime.models.config import ModelConfig
+from octavo.runtime.pipeline import Place
 from octavo.runtime.plan import PlanMismatch, make_plan, read_plan
 from octavo.runtime.process import EngineProcess
-from octavo.runtime.rank_plan import _weight_bytes, plan_ranks
+from octavo.runtime.rank_plan import RankPlan, weight_bytes
 from octavo.runtime.ranks import Ranks
 from octavo.runtime.sampling_params import SamplingParams
 from octavo.runtime.start import load_core
@@ -74,21 +76,26 @@ def answers(core: EngineCore) -> list[list[int]]:
     return found
 
 
-def core_of(folder: Path, size: int, *, overlap: bool = False) -> EngineCore:
-    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=size, **OPTIONS)
+def core_of(folder: Path, size: int, *, stages: int = 1, overlap: bool = False) -> EngineCore:
+    config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=size, pp_size=stages, **OPTIONS)
     core: EngineCore = load_core(config, show_progress=False)
     return EngineCore(core.config, core.runner, overlap=True) if overlap else core
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlap"])
-def test_answers_are_those_of_one_rank(folder: Path, overlap: bool) -> None:
-    alone, two = core_of(folder, 1), core_of(folder, 2, overlap=overlap)
+@pytest.mark.parametrize(
+    ("size", "stages", "overlap"),
+    [(2, 1, False), (2, 1, True), (1, 2, False), (2, 2, False)],
+    ids=["in turn", "overlap", "two stages", "two stages of two"],
+)
+def test_answers_are_those_of_one_rank(folder: Path, size: int, stages: int, overlap: bool) -> None:
+    alone, several = core_of(folder, 1), core_of(folder, size, stages=stages, overlap=overlap)
     try:
-        assert answers(two) == answers(alone)
-        assert two.scheduler.counters.retractions > 0
-        assert two.scheduler.counters.cached_tokens > 0
+        assert answers(several) == answers(alone)
+        assert several.scheduler.counters.retractions > 0
+        assert several.scheduler.counters.cached_tokens > 0
+        several.scheduler.check_integrity()
     finally:
-        two.close()
+        several.close()
     assert children() == []
 
 
@@ -123,7 +130,7 @@ def disagree(engine: octavo.Engine, _: psutil.Process) -> None:
     [
         (lambda _, rank: rank.kill(), "rank 1 of 2 .* was ended by signal 9"),
         (lambda _, rank: rank.suspend(), "rank 1 of 2 .* has given no sign of life for 10 s"),
-        (disagree, r"rank 1 of 2: was told step \d+ where step \d+ comes next"),
+        (disagree, r"rank 1 of 2 .*: was told step \d+ where step \d+ comes next"),
     ],
     ids=["killed", "stopped", "of another step"],
 )
@@ -161,7 +168,7 @@ def test_a_server_notices_though_nothing_is_asked(process: EngineProcess) -> Non
 
 def test_a_rank_that_ends_before_all_have_met(folder: Path) -> None:
     config = octavo.runtime.config.EngineConfig(model_path=str(folder), tp_size=2, **OPTIONS).resolve(device="cpu")
-    ranks = Ranks(config, LogSettings())
+    ranks = Ranks(config, LogSettings(), ThisMachine("cpu"))
     try:
         ranks._wait_for(ranks._hello, 120, "come up")
         children()[0].kill()
@@ -183,11 +190,13 @@ def test_the_plan_is_told_before_anything_starts(folder: Path, caplog: pytest.Lo
     with caplog.at_level("INFO"):
         core = core_of(folder, 2)
     core.close()
-    plan = next(index for index, text in enumerate(caplog.messages) if "2 ranks (processes of 1 thread), every layer cut" in text)
+    plan = next(index for index, text in enumerate(caplog.messages) if "2 ranks (processes of 1 thread): every layer cut across 2" in text)
     held = next(index for index, text in enumerate(caplog.messages) if "Rank 1 of 2 on cpu" in text)
     assert plan < held
     told = caplog.messages[plan]
-    assert "2 attention and 1 key-value heads each, about 0.00 GiB of the files' weights, 0.5 KiB of keys and values" in told
+    assert "(2 attention and 1 key-value heads each)" in told
+    assert "rank 1  cpu  layers 0-1, embedding, head  about 0.00 GiB of the files' weights  0.5 KiB of keys and values a token" in told
+    assert "Room for about 160 tokens in the KV cache" in told
     assert "Act-order: a rank's inputs of o_proj and down_proj belong to all groups" in told
 
 
@@ -201,8 +210,10 @@ def test_the_planned_weights_are_those_of_the_files() -> None:
         "lm_head.weight": 1600,
         f"{name}q_proj.g": 16,
     }
-    assert _weight_bytes(model, sizes, 4) == 200 + 20 + 7 + 400 + 4
-    assert _weight_bytes(model, sizes, 16) == 50 + 10 + 7 + 100 + 1  # key-value heads are but eight
+    assert weight_bytes(model, sizes, Place(0, 4, 1)) == 200 + 20 + 7 + 400 + 4
+    assert weight_bytes(model, sizes, Place(0, 16, 1)) == 50 + 10 + 7 + 100 + 1  # key-value heads are but eight
+    assert weight_bytes(model, sizes, Place(0, 4, 2)) == 7 + 400  # the last stage
+    assert weight_bytes(model, sizes, Place(4, 4, 2)) == 200 + 20 + 4
 
 
 def test_more_ranks_than_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +230,7 @@ def test_more_ranks_than_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dummy_weights_are_held_against_the_ranks_too() -> None:
     config = octavo.runtime.config.EngineConfig(model_path=str(FAMILY), load_format="dummy", tp_size=3).resolve(device="cpu")
     with pytest.raises(ValueError, match=r"--tp-size 3 cannot cut this model .*: sizes that work are 1, 2, 4, 8, 16, 32"):
-        plan_ranks(config, resolve_model(str(FAMILY), needs_weights=False))
+        RankPlan.of(config, resolve_model(str(FAMILY), needs_weights=False))
 
 
 def test_what_cannot_be_cut_is_told_at_the_start(folder: Path) -> None:

@@ -79,20 +79,21 @@ class Results:
     unrounded: Mapping[str, list[torch.Tensor]]
     one: Mapping[str, list[torch.Tensor]]
     held: Mapping[str, int]
-    ranks: dict[tuple[int, str], list[Any]]
+    ranks: dict[tuple[int, int, str], list[Any]]
     folders: Mapping[str, Path]
 
-    def add(self, size: int, names: Iterable[str]) -> None:
-        """Have `size` ranks compute some models."""
+    def add(self, size: int, names: Iterable[str], *, stages: int = 1) -> None:
+        """Have some models computed by `stages` of `size` ranks."""
         place = next(iter(self.folders.values())).parent
-        jobs = place / f"jobs-{size}-{len(self.ranks)}.json"
+        jobs = place / f"jobs-{size}-{stages}-{len(self.ranks)}.json"
         outs = {name: f"{jobs}-{number}" for number, name in enumerate(names)}
         jobs.write_text(json.dumps([self._job(name, out) for name, out in outs.items()]))
         command = [sys.executable, "-m", "octavo.tests.runtime.rank_program"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running = [subprocess.Popen([*command, str(rank), str(size), str(jobs)], env=environment) for rank in range(size)]
-        assert [process.wait(600) for process in running] == [0] * size
-        self.ranks.update({(size, name): [torch.load(f"{out}.{rank}") for rank in range(size)] for name, out in outs.items()})
+        ranks, numbers = range(size * stages), (str(size), str(stages))
+        running = [subprocess.Popen([*command, str(rank), *numbers, str(jobs)], env=environment) for rank in ranks]
+        assert [process.wait(600) for process in running] == [0] * len(ranks)
+        self.ranks.update({(size, stages, name): [torch.load(f"{out}.{rank}") for rank in ranks] for name, out in outs.items()})
 
     def _job(self, name: str, out: str) -> dict[str, Any]:
         return {"folder": str(self.folders[name]), "options": {**SPARE, **CUTS[name].options}, "out": out}
@@ -114,12 +115,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     found.add(2, CUTS)
     found.add(3, ("awq", "tied"))
     found.add(4, FEW)
+    found.add(1, CUTS, stages=2)
+    found.add(2, FEW, stages=2)
     return found
 
 
 @pytest.mark.parametrize(("size", "name"), [*((2, name) for name in CUTS), *((4, name) for name in FEW)])
 def test_ranks_compute_what_one_computes(results: Results, size: int, name: str) -> None:
     check(results, size, name)
+
+
+@pytest.mark.parametrize(("size", "name"), [*((1, name) for name in CUTS), *((2, name) for name in FEW)])
+def test_stages_compute_what_one_rank_computes(results: Results, size: int, name: str) -> None:
+    check(results, size, name, stages=2)
+    if size == 1:
+        assert all(part["held"] < results.held[name] for part in results.ranks[1, 2, name])
 
 
 @pytest.mark.long
@@ -130,8 +140,8 @@ def test_four_ranks_compute_what_one_computes(results: Results) -> None:
         check(results, 4, name)
 
 
-def check(results: Results, size: int, name: str) -> None:
-    found = results.ranks[size, name]
+def check(results: Results, size: int, name: str, stages: int = 1) -> None:
+    found = results.ranks[size, stages, name]
     if (told := REFUSED.get((size, name))) is not None:
         for text in found:
             assert f"--tp-size {size} cannot cut this model" in text
@@ -153,14 +163,14 @@ def divergence(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
 
 def test_what_heads_do_not_divide_into_is_refused(results: Results) -> None:
     for name in ("awq", "tied"):
-        for told in results.ranks[3, name]:
+        for told in results.ranks[3, 1, name]:
             assert "--tp-size 3 cannot cut this model (4 attention heads, 2 key-value heads" in told
             assert told.endswith("sizes that work are 1, 2, 4")
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq", "pack", "float-channel", "every head its own keys"])
 def test_a_rank_holds_its_share(results: Results, name: str) -> None:
-    for part in results.ranks[2, name]:
+    for part in results.ranks[2, 1, name]:
         assert part["held"] < 1.2 * results.held[name] / 2
 
 

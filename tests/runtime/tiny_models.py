@@ -24,6 +24,7 @@ from octavo.runtime.batch import Batch, BatchRow
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.layers.parallel import TensorParallelGroup
 from octavo.runtime.model_runner import ModelRunner
+from octavo.runtime.pipeline import Pipeline
 from octavo.runtime.request import Request
 from octavo.runtime.sampling_params import SamplingParams
 
@@ -152,10 +153,12 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def load(folder: Path, *, page_size: int = 16, group: TensorParallelGroup | None = None, **options: Any) -> ModelRunner:
+def load(
+    folder: Path, *, page_size: int = 16, group: TensorParallelGroup | None = None, pipeline: Pipeline | None = None, **options: Any
+) -> ModelRunner:
     usual = {"max_total_tokens": POOL_TOKENS, "max_running_requests": 8, "chunked_prefill_size": 256, "num_threads": 2}
     config = EngineConfig(model_path=str(folder), device="cpu", page_size=page_size, **{**usual, **options})
-    return ModelRunner(config.resolve(device="cpu"), resolve_model(str(folder)), group=group, show_progress=False)
+    return ModelRunner(config.resolve(device="cpu"), resolve_model(str(folder)), group=group, pipeline=pipeline, show_progress=False)
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:

@@ -5,15 +5,15 @@ Three of the guide's examples break in a shell, since a comment follows a line's
 
 from __future__ import annotations
 
-import re
 import shlex
+from dataclasses import replace
 
 import pytest
 
 from octavo.serve.arguments import options_of, serve_parser
-from octavo.serve.cli import main
 
 M8, M70 = "meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-70B-Instruct"
+M405 = "meta-llama/Meta-Llama-3-405B-Instruct"
 COMMANDS = {
     f"--model-path {M8} --host 0.0.0.0 --port 30000 --mem-fraction-static 0.9": {
         "model_path": M8,
@@ -39,8 +39,8 @@ COMMANDS = {
     "--model-path TheBloke/Llama-2-70B-AWQ --quantization awq --tp 2": {"tp_size": 2, "quantization": "awq"},
     f"--model-path={M70} --tp=4 --host=0.0.0.0 --port=30000 --mem-fraction-static=0.9": {"tp_size": 4, "mem_fraction_static": 0.9},
     f"--model-path {M70} --tp 4 --mem-fraction-static 0.85 --max-radix-cache-len 8192": {"tp_size": 4, "max_radix_cache_len": 8192},
+    f"--model-path {M405} --tp 8 --num-nodes 2": {"tp_size": 8, "nnodes": 2},
 }
-OF_SEVERAL_NODES = ("--model-path meta-llama/Meta-Llama-3-405B-Instruct --tp 8 --num-nodes 2",)
 GREPS = {"/stats": ("cache", "queue_size", "cache_hit_rate"), "/metrics": ("duration",)}
 METRICS = (
     "sglang_request_total",
@@ -60,10 +60,12 @@ def test_a_command_means_what_it_says(command):
     assert {name: known[name] for name in COMMANDS[command]} == COMMANDS[command]
 
 
-@pytest.mark.parametrize("command", OF_SEVERAL_NODES)
-def test_what_comes_later_is_refused_in_a_sentence(command, capsys):
-    assert main(shlex.split(command)) == 2
-    assert re.search(r"--nnodes \d is not possible: this version cuts a model across the devices of one machine", capsys.readouterr().err)
+def test_what_several_machines_mean():
+    config, _ = options_of(serve_parser("serve").parse_all(shlex.split(f"--model-path {M405} --tp 8 --num-nodes 2")))
+    inside = config.resolve(device="cuda", num_devices=8)  # as the guide's comment says
+    assert (inside.num_stages, inside.num_ranks, inside.ranks_per_node) == (2, 16, 8)
+    across = replace(config, tp_size=16).resolve(device="cuda", num_devices=8)  # as SGLang has it
+    assert (across.num_stages, across.num_ranks, across.ranks_per_node) == (1, 16, 8)
 
 
 def test_endpoints_and_what_is_grepped_for(served):

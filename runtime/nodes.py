@@ -1,0 +1,216 @@
+"""Machines that meet without Ray: each is started by hand with its --node-rank, and they find each other at --dist-init-addr.
+
+The first one serves, and describes to each of the others, over torch's TCPStore, the ranks that it is to start. The network between them is
+trusted, as NCCL and Gloo trust it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import msgspec
+import zmq
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from .config import EngineConfig
+from .errors import EngineDead
+from .hosts import Machine, RankProcesses, Summons, check_machines, interface_of, own_address, this_machine
+from .messages import decode_config, encode_config
+from .plan import RankFailed, plan_encoder
+
+logger = logging.getLogger("octavo.engine")
+
+MEET_S = 300.0  # within which all machines are to be there
+_OF_ONE_MACHINE = ("node_rank", "num_threads")  # options that need not be the same on all
+_LOOK_S = 0.2
+_TELL_S = 2.0
+
+
+class _Here(msgspec.Struct, frozen=True):
+    """A machine has come."""
+
+    machine: Machine
+    config: str
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """The ranks that a machine is to start, or why none."""
+
+    summons: tuple[Summons, ...] = ()
+    refused: str = ""
+
+
+class FirstNode(RankProcesses):
+    """The first machine, with some ranks of its own, and others that have come to it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Waits for all machines. Raises ValueError for one that does not fit or an address that is not this machine's, EngineDead for one
+        that does not come."""
+        super().__init__()
+        host, port = _split(config)
+        address = _resolve(host)
+        if interface_of(address) is None:
+            raise ValueError(f"--dist-init-addr {config.dist_init_addr}: {address} is no address of this machine, which is --node-rank 0")
+        try:
+            self._store = TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=MEET_S))
+        except RuntimeError as error:
+            raise ValueError(f"--dist-init-addr {config.dist_init_addr}: cannot listen there: {_first_line(error)}") from None
+        self._per_node = config.ranks_per_node
+        self._nodes = range(1, config.nnodes)
+        logger.info(
+            "Waiting for %d more machine%s at %s:%d; each starts the same command with its own --node-rank, up to %d",
+            len(self._nodes), "s" * (len(self._nodes) > 1), address, port, config.nnodes - 1,
+        )  # fmt: skip
+        came = self._wait(config)
+        self.machines: Sequence[Machine] = (this_machine(config.device, address), *(here.machine for here in came))
+        self.addresses: Sequence[str | None] = tuple(machine.name for machine in self.machines)
+        try:
+            check_machines(self.machines, self._per_node, config.device)
+            for number, here in zip(self._nodes, came, strict=True):
+                _check_options(config, decode_config(here.config), number)
+        except ValueError as error:
+            self._answer_all(str(error))
+            raise
+
+    @property
+    def device(self) -> int:
+        return 0
+
+    def _wait(self, config: EngineConfig) -> list[_Here]:
+        until = time.monotonic() + MEET_S
+        found: dict[int, _Here] = {}
+        while missing := [number for number in self._nodes if number not in found]:
+            if time.monotonic() > until:
+                told = f"the machine of --node-rank {missing[0]} has not come to {config.dist_init_addr} within {MEET_S:.0f} s"
+                self._answer_all(told)
+                raise EngineDead(told)
+            for number in missing:
+                if self._store.check([f"node {number}"]):
+                    found[number] = here = msgspec.json.decode(self._store.get(f"node {number}"), type=_Here)
+                    logger.info("Machine %d is here: %s", number, here.machine.describe())
+            time.sleep(_LOOK_S)
+        return [found[number] for number in self._nodes]
+
+    def _answer_all(self, refused: str) -> None:
+        for number in self._nodes:
+            self._answer(number, _Answer(refused=refused))
+        time.sleep(_TELL_S)  # the store ends with this process
+
+    def _answer(self, number: int, answer: _Answer) -> None:
+        self._store.set(f"answer {number}", msgspec.json.encode(answer).decode())
+
+    def start(self, summons: Sequence[Summons]) -> None:
+        super().start([summon for summon in summons if summon.rank < self._per_node])
+        for number in self._nodes:
+            own = tuple(summon for summon in summons if summon.rank // self._per_node == number)
+            self._answer(number, _Answer(own))
+
+    def describe(self, rank: int) -> str:
+        return super().describe(rank) or f" on {self.machines[rank // self._per_node].name}"
+
+
+def serve_node(config: EngineConfig) -> int:
+    """Another machine than the first: come, start the ranks that one is told, and stay until they end. Gives an exit code.
+
+    `config` is resolved. Raises ValueError where the first machine refuses, EngineDead where it does not come or goes.
+    """
+    host, port = _split(config)
+    address = _resolve(host)
+    _await_listener(address, port)
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=MEET_S))
+        here = _Here(this_machine(config.device, own_address(address)), encode_config(config))
+        mine = msgspec.json.encode(here).decode()
+        if store.compare_set(f"node {config.node_rank}", "", mine).decode() != mine:
+            raise ValueError(f"--node-rank {config.node_rank} has come to {config.dist_init_addr} already: give each machine its own")
+        logger.info("This is machine %d of %d, at %s:%d", config.node_rank, config.nnodes, address, port)
+        until = time.monotonic() + MEET_S
+        while not store.check([f"answer {config.node_rank}"]):
+            if time.monotonic() > until:
+                raise EngineDead(f"the first machine has not answered within {MEET_S:.0f} s")
+            time.sleep(_LOOK_S)
+        answer = msgspec.json.decode(store.get(f"answer {config.node_rank}"), type=_Answer)
+    except RuntimeError as error:  # of the store
+        if isinstance(error, EngineDead):
+            raise
+        raise EngineDead(f"the first machine, {config.dist_init_addr}, is gone: {_first_line(error)}") from None
+    if answer.refused:
+        raise ValueError(answer.refused)
+    return _run(answer.summons)
+
+
+def _run(summons: Sequence[Summons]) -> int:
+    ranks = RankProcesses()
+    ranks.start(summons)
+    logger.info("Ranks %s run here", ", ".join(str(summon.rank) for summon in summons))
+    told = "ends, as its machine was told to stop"
+    try:
+        while (ended := ranks.ended()) is None:
+            time.sleep(_LOOK_S)
+        rank, told = ended
+        if told.endswith("code 0"):
+            ranks.close(_TELL_S)
+            logger.info("The first machine has ended")
+            return 0
+        logger.error("rank %d%s %s: all ranks of this machine end", rank, ranks.describe(rank), told)
+        return 1
+    finally:
+        if not told.endswith("code 0"):
+            _tell(summons[0], told)
+        ranks.close(0.0)
+
+
+def _tell(summon: Summons, told: str) -> None:
+    """Have rank 0 know: it does not see processes of this machine."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    outbox = context.socket(zmq.PUSH)
+    outbox.setsockopt(zmq.LINGER, int(_TELL_S * 1000))
+    outbox.connect(summon.outbox)
+    outbox.send(plan_encoder.encode(RankFailed(summon.rank, told, "")))
+    outbox.close()
+
+
+def _await_listener(address: str, port: int) -> None:
+    """Until the first machine is there."""
+    until = time.monotonic() + MEET_S
+    logger.info("Looking for the first machine at %s:%d", address, port)
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=1.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise EngineDead(f"nobody listens at {address}:{port} within {MEET_S:.0f} s ({error}): start --node-rank 0 there") from None
+            time.sleep(_LOOK_S)
+
+
+def _check_options(first: EngineConfig, other: EngineConfig, number: int) -> None:
+    """Raises ValueError where a machine was started with other options, which would not be heard."""
+    names = [field.name for field in dataclasses.fields(EngineConfig) if field.name not in _OF_ONE_MACHINE]
+    differing = [name for name in names if getattr(first, name) != getattr(other, name)]
+    if differing:
+        told = ", ".join(f"{name} is {getattr(first, name)!r} on the first and {getattr(other, name)!r} there" for name in differing)
+        raise ValueError(f"machine {number} was started with other options than the first: {told}")
+
+
+def _split(config: EngineConfig) -> tuple[str, int]:
+    assert config.dist_init_addr is not None
+    host, _, port = config.dist_init_addr.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _resolve(host: str) -> str:
+    """The address of a host's name. Raises ValueError."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise ValueError(f"--dist-init-addr: {host!r} is no host that is known here ({error})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
