@@ -6,9 +6,11 @@ trusted, as NCCL and Gloo trust it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -27,6 +29,7 @@ logger = logging.getLogger("octavo.engine")
 
 MEET_S = 300.0  # within which all machines are to be there
 _OF_ONE_MACHINE = ("node_rank", "num_threads")  # options that need not be the same on all
+_END = "end"  # what the store has when all is over
 _LOOK_S = 0.2
 _TELL_S = 2.0
 
@@ -110,6 +113,16 @@ class FirstNode(RankProcesses):
             own = tuple(summon for summon in summons if summon.rank // self._per_node == number)
             self._answer(number, _Answer(own))
 
+    def close(self, timeout_s: float) -> None:
+        """End those here, and have the other machines end theirs."""
+        super().close(timeout_s)
+        if not timeout_s:
+            threading.Thread(target=self._end, daemon=True).start()  # which needs no network but its own
+
+    def _end(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._store.set(_END, "")
+
     def describe(self, rank: int) -> str:
         return super().describe(rank) or f" on {self.machines[rank // self._per_node].name}"
 
@@ -141,17 +154,22 @@ def serve_node(config: EngineConfig) -> int:
         raise EngineDead(f"the first machine, {config.dist_init_addr}, is gone: {_first_line(error)}") from None
     if answer.refused:
         raise ValueError(answer.refused)
-    return _run(answer.summons)
+    return _run(answer.summons, store)
 
 
-def _run(summons: Sequence[Summons]) -> int:
-    ranks = RankProcesses()
+def _run(summons: Sequence[Summons], store: TCPStore) -> int:
+    ranks, is_over = RankProcesses(), threading.Event()
     ranks.start(summons)
-    logger.info("Ranks %s run here", ", ".join(str(summon.rank) for summon in summons))
+    logger.info("This machine has rank%s %s", "s" * (len(summons) > 1), ", ".join(str(summon.rank) for summon in summons))
+    threading.Thread(target=_await_end, args=(store, is_over), daemon=True, name="first-machine").start()
     told = "ends, as its machine was told to stop"
     try:
-        while (ended := ranks.ended()) is None:
+        while (ended := ranks.ended()) is None and not is_over.is_set():
             time.sleep(_LOOK_S)
+        if ended is None:
+            ranks.close(_TELL_S)
+            ended = ranks.ended()
+        assert ended is not None
         rank, told = ended
         if told.endswith("code 0"):
             ranks.close(_TELL_S)
@@ -163,6 +181,14 @@ def _run(summons: Sequence[Summons]) -> int:
         if not told.endswith("code 0"):
             _tell(summons[0], told)
         ranks.close(0.0)
+
+
+def _await_end(store: TCPStore, is_over: threading.Event) -> None:
+    """A thread: until the first machine says that all ends, or is gone. Where it is only out of reach, ranks notice by themselves."""
+    with contextlib.suppress(RuntimeError):
+        while not store.check([_END]):
+            time.sleep(_LOOK_S)
+    is_over.set()
 
 
 def _tell(summon: Summons, told: str) -> None:

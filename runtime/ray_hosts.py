@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ logger = logging.getLogger("octavo.engine")
 
 WAIT_S = 60.0  # for machines that are to join the cluster, and for what others have taken
 _LOOK_S = 0.2
+_ASK_S = 10.0
 _AFFINITY = 0.001  # of what Ray gives each machine under its address: enough for a thousand ranks
 
 
@@ -138,6 +140,7 @@ class RayHosts:
 def _join() -> None:
     """Raises ValueError where no cluster is running."""
     address = os.environ.get("RAY_ADDRESS", "auto")
+    check_address(address)
     try:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -146,6 +149,17 @@ def _join() -> None:
             f"no Ray cluster is running {where} ({_last_line(error)}): `ray start --head` here and `ray start --address=...` on the "
             "others, or give --dist-init-addr and --node-rank, which need no Ray"
         ) from None
+
+
+def check_address(address: str) -> None:
+    """Raises ValueError where nothing listens at host:port: Ray would try for long, deaf to signals. Other forms are Ray's to judge."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ASK_S).close()
+    except OSError as error:
+        raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}): start one, or unset it") from error
 
 
 def _choose_nodes(config: EngineConfig, kind: str) -> list[str]:

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from ray.serve.exceptions import RayServeException
 
 from ..runtime.config import EngineConfig, default_memory_fraction
 from ..runtime.rank_plan import check_model
+from ..runtime.ray_hosts import check_address
 from .announcement import announce, url_of
 from .options import ServerOptions
 from .ray_app import build
@@ -73,7 +73,10 @@ def _serve(config: EngineConfig, options: ServerOptions, flags: Mapping[str, Any
         cores = max(copies * config.num_ranks, os.cpu_count() or 1)
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
     else:
-        _check_address(address)
+        try:
+            check_address(address)
+        except ValueError as error:
+            raise CannotServe(str(error)) from error
         ray.init(address=address, logging_level=logging.WARNING)
         on_gpu = on_gpu or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
     _on_signals(signal.default_int_handler)  # Ray has its own
@@ -96,17 +99,6 @@ def _serve(config: EngineConfig, options: ServerOptions, flags: Mapping[str, Any
     finally:
         _delete(options.shutdown_timeout_s + _DELETE_S)
     return 0
-
-
-def _check_address(address: str) -> None:
-    """Raises CannotServe where nothing listens at host:port: Ray would try for long, deaf to signals. Other forms are Ray's to judge."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in address or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ASK_S).close()
-    except OSError as error:
-        raise CannotServe(f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}): start one, or unset it") from error
 
 
 def _on_signals(handler: Any) -> None:
