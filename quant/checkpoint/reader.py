@@ -26,7 +26,7 @@ class TensorInfo:
 
 
 class WeightReader(Protocol):
-    """Reads one tensor at a time from memory-mapped files. Everything that can be checked without reading is checked at open."""
+    """Reads one tensor at a time. Everything that can be checked without reading is checked at open."""
 
     @property
     def metadata(self) -> Mapping[str, Any]: ...

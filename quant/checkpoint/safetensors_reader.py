@@ -1,10 +1,16 @@
-"""SafetensorsReader: tensors of one or many safetensors files. Knows no models and never unpickles."""
+"""SafetensorsReader: tensors of one or many safetensors files. Knows no models and never unpickles.
+
+The library checks the files; bytes are read into the tensors themselves. Its own tensors are views of a mapped file, whose pages stay in
+the process's memory for as long as the file is open: who reads a model block by block would end with all of it resident.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,7 +52,8 @@ class SafetensorsReader:
     def __init__(self, files: tuple[Path, ...], *, weight_map: Mapping[str, str] | None = None) -> None:
         self._tensors: dict[str, TensorInfo] = {}
         self._metadata: dict[str, Any] = {}
-        self._handles: dict[Path, Any] = {}
+        self._files: dict[Path, FileIO] = {}
+        self._starts: dict[str, int] = {}  # of tensors, in their files
         self._root = files[0].parent
         for file in files:
             self._add_file(file)
@@ -58,15 +65,17 @@ class SafetensorsReader:
                 )
 
     def _add_file(self, file: Path) -> None:
-        infos, metadata = _read_header(file)
-        for info in infos:
+        starts, metadata = _read_header(file)
+        for info, start in starts:
             other = self._tensors.get(info.name)
             if other is not None:
                 raise CheckpointError(f"tensor {info.name!r} is in both {other.file} and {file}: remove the file that does not belong here")
             self._tensors[info.name] = info
+            self._starts[info.name] = start
         self._metadata.update(metadata)
         try:
-            self._handles[file] = safe_open(file, framework="pt", device="cpu")
+            safe_open(file, framework="pt", device="cpu")
+            self._files[file] = FileIO(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is not a sound safetensors file ({error}): download it again") from error
 
@@ -79,19 +88,26 @@ class SafetensorsReader:
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         info = find_tensor(self._tensors, name, self._root)
-        if not self._handles:
+        if not self._files:
             raise ValueError(f"cannot read {name!r}: the reader is closed")
-        handle = self._handles[info.file]
-        # The library hands out views of the mapped file: a copy keeps one tensor, not the file, and survives the file's end.
-        if rows is None:
-            whole: torch.Tensor = handle.get_tensor(name)
-            return whole.clone(memory_format=torch.contiguous_format)
-        start, stop = row_bounds(info, rows)
-        part: torch.Tensor = handle.get_slice(name)[start:stop]
-        return part.clone(memory_format=torch.contiguous_format)
+        shape, at = info.shape, self._starts[name]
+        if rows is not None:
+            start, stop = row_bounds(info, rows)
+            at += start * (info.nbytes // info.shape[0] if info.shape[0] else 0)
+            shape = (stop - start, *info.shape[1:])
+        tensor = torch.empty(shape, dtype=info.dtype)
+        left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        while left:
+            count = os.preadv(self._files[info.file].fileno(), [left], at)
+            if count == 0:
+                raise CheckpointError(f"{info.file} ends within tensor {name!r}: it was cut while it was open. Download it again")
+            left, at = left[count:], at + count
+        return tensor
 
     def close(self) -> None:
-        self._handles.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -100,8 +116,11 @@ class SafetensorsReader:
         self.close()
 
 
-def _read_header(file: Path) -> tuple[list[TensorInfo], dict[str, Any]]:
-    """Parse and check the header against the file's size. The format: 8 bytes of length, JSON, then the tensors' bytes."""
+def _read_header(file: Path) -> tuple[list[tuple[TensorInfo, int]], dict[str, Any]]:
+    """Parse and check the header against the file's size; gives where in the file each tensor starts.
+
+    The format: 8 bytes of length, JSON, then the tensors' bytes.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -120,10 +139,11 @@ def _read_header(file: Path) -> tuple[list[TensorInfo], dict[str, Any]]:
     metadata = header.pop("__metadata__", None) or {}
     data_bytes = size - _LENGTH_BYTES - length
     infos = [_check_entry(file, name, entry, data_bytes) for name, entry in header.items()]
-    if sum(info.nbytes for info in infos) != data_bytes:
-        wanted = sum(info.nbytes for info in infos)
+    wanted = sum(info.nbytes for info in infos)
+    if wanted != data_bytes:
         raise CheckpointError(f"{file} holds {data_bytes} bytes of tensors where its header describes {wanted}: download it again")
-    return infos, metadata
+    data = _LENGTH_BYTES + length
+    return [(info, data + int(header[info.name]["data_offsets"][0])) for info in infos], metadata
 
 
 def _check_entry(file: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:

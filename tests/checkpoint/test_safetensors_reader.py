@@ -54,6 +54,20 @@ def test_every_dtype_and_its_rows(tmp_path: Path, stored: str) -> None:
         assert reader.metadata == {"format": "pt"}
 
 
+def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    save_file({str(number): torch.rand(1 << 20) for number in range(16)}, tmp_path / "m.safetensors")
+
+    def pages_of_files() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1]) // 1024
+
+    with SafetensorsReader((tmp_path / "m.safetensors",)) as reader:
+        before = pages_of_files()
+        for name in reader.tensors():
+            assert reader.read(name).max() > 0.9
+        assert pages_of_files() - before < 16, "of 64 MiB"
+
+
 def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
     save_file({"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4)}, tmp_path / "m.safetensors")
     with SafetensorsReader((tmp_path / "m.safetensors",)) as reader:

@@ -1,11 +1,13 @@
 """Proves that no sequence of adds, aborts, steps and flushes loses, leaks or wrongly shares a page, stalls a request or loses a token.
 
 Every step is "computed" into a shadow of the KV pool when it is launched: what a slot holds is named by all the tokens up to its position.
-The scheduler hears of a step's tokens at once or, with `overlap`, when the next is launched.
+The scheduler hears of a step's tokens at once or, with `overlap`, when the next is launched; with several batches under way, when as many
+have been launched.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
@@ -69,12 +71,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             chunk_tokens=st.sampled_from([1, 5, 32, 64, 1000]),
             mixed_chunk_tokens=st.sampled_from([1, 8, 64]),
             policy=st.sampled_from(["fcfs", "lpm"]),
+            num_batches=st.sampled_from([1, 1, 2, 3]),
         ),
     )
     def start(self, page_size: int, num_pages: int, enabled: bool, cap: int | None, overlap: bool, limits: SchedulerLimits) -> None:
         self.page_size = page_size
-        self.overlap = overlap
-        self.flight: Flight | None = None
+        self.ahead = limits.num_batches - 1 or int(overlap)
+        self.flights: deque[Flight] = deque()
         self.allocator = PageAllocator(num_pages)
         self.cache = RadixCache(page_size, self.allocator.free, max_evictable_tokens=cap, enabled=enabled)
         self.cap = cap
@@ -160,12 +163,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, tokens: list[int], not_a_number: bool) -> None:
         """One step; the rows sample `tokens` in turn, or the last of them is not a number."""
         had_work = self.scheduler.has_work
-        decoding = [request for request in self.scheduler.running if request.has_next and not request.is_prefilling]
+        several = self.scheduler.limits.num_batches > 1
+        decoding = [r for r in self.scheduler.running if (r.has_next or several) and not r.is_prefilling]
         retractions = self.scheduler.counters.retractions
         prompts = sum(request.is_prefilling for request in self.scheduler.running) + len(self.scheduler.waiting)
         batch = self.scheduler.schedule()
         if batch is None:
-            assert self.flight is not None or not had_work, "something waits, and nothing runs"
+            assert self.flights or not had_work, "something waits, and nothing runs"
             self.land()
             return
         self.scheduler.check_integrity()
@@ -177,16 +181,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             sampled[-1] = NAN
         self.write(batch, {row.request.request_id: token for row, token in zip(sampling, sampled, strict=True)})
         self.scheduler.launch(batch)
-        self.land()
-        self.flight = Flight(batch, sampled)
-        if not self.overlap:
+        self.flights.append(Flight(batch, sampled))
+        if len(self.flights) > self.ahead:
             self.land()
 
     def land(self) -> None:
-        """Tell the scheduler what the step in flight sampled."""
-        flight, self.flight = self.flight, None
-        if flight is None:
+        """Tell the scheduler what the first step in flight sampled."""
+        if not self.flights:
             return
+        flight = self.flights.popleft()
         finishes = {}
         tokens = iter(flight.sampled)
         for row in flight.batch.rows:
@@ -199,7 +202,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def find_no_memory(self) -> None:
-        """A step that could not be launched: what was launched before it lands, and it is cut."""
+        """A step that could not be launched: what was launched before it lands, and it is cut. With stages that ends the engine."""
+        if self.scheduler.limits.num_batches > 1:
+            return
         batch = self.scheduler.schedule()
         self.land()
         if batch is not None and batch.num_tokens > 1:
@@ -218,14 +223,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows = {row.request.request_id: row for row in batch.rows}
         assert len(rows) == len(batch.rows), "two rows of one request"
         assert len(self.scheduler.running) <= self.scheduler.limits.max_running_requests
-        for request in decoding:
-            assert request.request_id in rows or request in self.scheduler.waiting, "a decoding request was left out of a step"
-        in_step = sum(request.request_id in rows for request in decoding)
-        prompt_tokens = batch.num_tokens - in_step
         limits = self.scheduler.limits
+        in_step = sum(request.request_id in rows for request in decoding)
+        if limits.num_batches == 1:
+            for request in decoding:
+                assert request.request_id in rows or request in self.scheduler.waiting, "a decoding request was left out of a step"
+        else:
+            assert all(row.request.num_awaited == 0 for row in batch.rows), "a batch has a request of another one under way"
+            ready = sum(request.num_awaited == 0 and request.has_next for request in decoding)
+            assert retracted or in_step == min(ready, -(-len(decoding) // limits.num_batches))
+        prompt_tokens = batch.num_tokens - in_step
         assert prompt_tokens <= limits.chunk_tokens
         if not retracted:  # what was retracted counted when the budget was made
-            assert prompt_tokens <= limits.prompt_tokens(decoding=in_step, prompts=prompts)
+            decodes = in_step or int(limits.num_batches > 1 and len(decoding) > 0)
+            assert prompt_tokens <= limits.prompt_tokens(decoding=decodes, prompts=prompts)
         holders: dict[int, int] = {}
         for request in self.scheduler.running:
             for page in request.pages:
@@ -242,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(request.tokens) + request.num_awaited == len(shadow.tokens)
         end = row.start + row.count
         assert row.start == request.num_launched
-        if not self.overlap:
+        if not self.ahead:
             assert (request.num_awaited, request.num_launched) == (0, request.num_computed)
         assert row.count >= 1
         assert end <= len(shadow.tokens) <= len(request.pages) * size + (0 if row.samples else len(shadow.tokens))
@@ -347,7 +358,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         bound = self.work * (1 + len(self.live)) + 1  # the first in rank moves on by a token a step, however often others are retracted
-        while (self.scheduler.has_work or self.flight is not None) and bound > 0:
+        while (self.scheduler.has_work or self.flights) and bound > 0:
             bound -= 1
             self.step([0, 1, 2, 3], False)
             self.scheduler.check_integrity()
@@ -361,16 +372,19 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(stateful_step_count=25)
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlap"])
+@pytest.mark.parametrize(
+    ("overlap", "batches"), [(False, 1), (True, 1), (False, 2), (False, 3)], ids=["in turn", "overlap", "two", "three"]
+)
 @pytest.mark.parametrize("policy", ["fcfs", "lpm"])
-def test_a_crowd_on_a_small_pool(policy: Literal["fcfs", "lpm"], overlap: bool) -> None:
+def test_a_crowd_on_a_small_pool(policy: Literal["fcfs", "lpm"], overlap: bool, batches: int) -> None:
     """Hypothesis seldom fills the pool for long: the same machine, driven by a plain generator that does."""
     retractions = cached = partial = 0
     for seed in range(20):
         random = Random(seed)
         machine = SchedulerMachine()
         size = random.choice([1, 4, 16])
-        limits = SchedulerLimits(random.choice([3, 8, 100]), None, random.choice([5, 32, 64, 200]), random.choice([1, 8, 32]), policy)
+        chunk, mixed = random.choice([5, 32, 64, 200]), random.choice([1, 8, 32])
+        limits = SchedulerLimits(random.choice([3, 8, 100]), None, chunk, mixed, policy, batches)
         machine.start(
             size, random.randint(160 // size // 2, 320 // size), random.random() < 0.8, random.choice([None, None, 0, 40]), overlap, limits
         )
