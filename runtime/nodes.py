@@ -28,7 +28,8 @@ from .plan import RankFailed, plan_encoder
 logger = logging.getLogger("octavo.engine")
 
 MEET_S = 300.0  # within which all machines are to be there
-_OF_ONE_MACHINE = ("node_rank", "num_threads")  # options that need not be the same on all
+# Options that need not be the same on all: those of one machine, and what the first alone heeds.
+_MAY_DIFFER = ("node_rank", "num_threads", "max_queued_requests", "queue_timeout_s", "request_timeout_s", "tokenizer_path", "chat_template")
 _END = "end"  # what the store has when all is over
 _LOOK_S = 0.2
 _TELL_S = 2.0
@@ -217,7 +218,7 @@ def _await_listener(address: str, port: int) -> None:
 
 def _check_options(first: EngineConfig, other: EngineConfig, number: int) -> None:
     """Raises ValueError where a machine was started with other options, which would not be heard."""
-    names = [field.name for field in dataclasses.fields(EngineConfig) if field.name not in _OF_ONE_MACHINE]
+    names = [field.name for field in dataclasses.fields(EngineConfig) if field.name not in _MAY_DIFFER]
     differing = [name for name in names if getattr(first, name) != getattr(other, name)]
     if differing:
         told = ", ".join(f"{name} is {getattr(first, name)!r} on the first and {getattr(other, name)!r} there" for name in differing)

@@ -166,6 +166,9 @@ def _find_hosts(resolved: EngineConfig) -> Hosts:
     if resolved.dist_init_addr is not None:
         from .nodes import FirstNode
 
+        if resolved.node_rank:
+            told = f"--node-rank {resolved.node_rank} has no engine of its own, but ranks of the first machine's"
+            raise ValueError(f"{told}: start `octavo serve` with these options there")
         return FirstNode(resolved)
     from .ray_hosts import RayHosts  # loads Ray
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.core import EngineCore
 from octavo.runtime.decode_graphs import Capture
+from octavo.runtime.forward_batch import StepArrays
 from octavo.runtime.model_runner import ModelRunner
+from octavo.runtime.pipeline import Pipeline, Place
 from octavo.runtime.sampling_params import SamplingParams
 
 from ..kernels.gpu.interpreter import mend, products_rounded_once
@@ -203,6 +207,54 @@ def test_decoding_steps_are_replayed(folder: Path, device: Device, options: dict
     assert {shape[0] for shape in replays} <= {1, 2, 4}
     assert replays.count(torch.Size((4, VOCAB))) >= 2, "three requests fill up a graph for four"
     assert replays.count(torch.Size((4,))) == replays.count(torch.Size((4, VOCAB))), "and draw from it by another"
+    assert_alike(found, wanted, 0.05)
+
+
+class Mail:
+    """Stages of one process: what they send to each other."""
+
+    def __init__(self) -> None:
+        self.sent: deque[torch.Tensor] = deque()
+
+    def send(self, tensor: torch.Tensor, to: int) -> Any:
+        assert to == 0
+        self.sent.append(tensor)
+        return SimpleNamespace(wait=lambda: None)
+
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        assert source == 1
+        tensor.copy_(self.sent.popleft())
+
+    def smallest(self, number: int) -> int:
+        return number
+
+
+@pytest.mark.long
+def test_stages_are_replayed(folder: Path) -> None:
+    """Each has graphs of its own, between which the hidden states travel; two batches are under way."""
+    replays: tuple[list[torch.Size], list[torch.Size]] = ([], [])
+    mail, told = Mail(), []
+    with pretend(H100):
+        wanted, _ = generate(folder)
+        config = EngineConfig(device="cpu", pp_size=2, cuda_graph_max_bs=4, **SIZES).resolve(device="cpu")
+        runners = [
+            ModelRunner(config, resolve_model(str(folder)), pipeline=Pipeline(Place(rank, 1, 2), mail), show_progress=False)
+            for rank in range(2)
+        ]
+        for runner, own in zip(runners, replays, strict=True):
+            runner.capture_graphs(recorder(own), show_progress=False)
+
+        def tell(arrays: StepArrays, num_awaited: int, page_size: int) -> None:
+            told.append(len(mail.sent))
+            runners[1].follow(arrays, num_awaited)
+
+        runners[0]._ranks = SimpleNamespace(tell=tell, check=lambda: None)  # type: ignore[assignment]
+        core = EngineCore(config, runners[0], fetch=copied)
+        found = answers(core)
+        core.scheduler.check_integrity()
+    assert max(told) == 1, "a step is told before the one ahead of it is computed here"
+    assert replays[0].count(torch.Size((2, VOCAB))) >= 2
+    assert replays[1].count(torch.Size((2, VOCAB))) >= 2
     assert_alike(found, wanted, 0.05)
 
 

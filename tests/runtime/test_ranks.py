@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +24,9 @@ from octavo.quant.checkpoint.resolve import resolve_model
 from octavo.runtime.core import EngineCore
 from octavo.runtime.errors import EngineDead
 from octavo.runtime.forward_batch import StepArrays
-from octavo.runtime.hosts import ThisMachine
+from octavo.runtime.hosts import Device, Machine, ThisMachine, check_machines
 from octavo.runtime.logs import LogSettings
+from octavo.runtime.messages import encode_config
 from octavo.runtime.model_runner import choose_device
 from octavo.runtime.models.config import ModelConfig
 from octavo.runtime.pipeline import Place
@@ -47,6 +52,7 @@ OPTIONS: dict[str, Any] = {
 }
 PROMPTS = [[(7 * number + place) % 131 for place in range(20 + 5 * number)] for number in range(6)]
 FAMILY = Path(__file__).resolve().parents[2] / "docker" / "families" / "llama-3-8b"
+H100, A100 = Device("H100", 80 << 30), Device("A100", 40 << 30)
 END_S = 20.0  # within which an engine is to notice what happened to a rank
 
 
@@ -97,6 +103,134 @@ def test_answers_are_those_of_one_rank(folder: Path, size: int, stages: int, ove
     finally:
         several.close()
     assert children() == []
+
+
+def test_as_many_batches_are_under_way_as_stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = core_of(folder, 1, stages=2)
+    steps: list[tuple[str, set[str]]] = []
+    begin, finish = core.runner.begin, core.runner.finish
+    batches: dict[int, set[str]] = {}
+
+    def noted(batch: Any, awaited: Any = None) -> StepArrays:
+        arrays = begin(batch, awaited)
+        batches[id(arrays)] = names = {row.request.request_id for row in batch.rows}
+        steps.append(("begun", names))
+        return arrays
+
+    def finished(arrays: StepArrays, awaited: Any = None) -> torch.Tensor:
+        steps.append(("finished", batches[id(arrays)]))
+        return finish(arrays, awaited)
+
+    monkeypatch.setattr(core.runner, "begin", noted)
+    monkeypatch.setattr(core.runner, "finish", finished)
+    try:
+        for number in range(6):
+            core.add(str(number), [number, 7, 9], SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True))
+        while core.has_work:
+            core.step()
+    finally:
+        core.close()
+    kinds = [kind for kind, _ in steps]
+    assert kinds[:2] == ["begun", "begun"], "two are under way before the first is computed here"
+    assert kinds[2:32] == ["finished", "begun"] * 15
+    begun = [names for kind, names in steps if kind == "begun"][4:-4]
+    assert all(len(names) == 3 for names in begun)
+    assert all(one.isdisjoint(other) for one, other in itertools.pairwise(begun))
+
+
+def test_what_ends_while_its_step_is_under_way(folder: Path) -> None:
+    """Penalties, seeds and log-probabilities are those of one rank; a request may end between its step's beginning and its end."""
+    ways: list[dict[str, Any]] = [
+        {"seed": 5, "top_k": 9}, {"temperature": 0.0, "repetition_penalty": 1.4}, {"seed": 1, "logprobs": 3, "prompt_logprobs": 2}
+    ]  # fmt: skip
+
+    def run(core: EngineCore, ends_after: int) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for number, way in enumerate(ways):
+            core.add(f"r{number}", PROMPTS[number], SamplingParams(max_tokens=14, ignore_eos=True, **way))
+        core.add("ended", PROMPTS[4], SamplingParams(max_tokens=14, seed=3))
+        for step in range(1000):
+            if step == ends_after:
+                core.abort("ended", octavo.runtime.outputs.FinishReason("abort"))
+                core.add("ended", PROMPTS[5], SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True))
+            if not core.has_work:
+                break
+            for output in core.step():
+                if step > ends_after or output.request_id != "ended":
+                    logprobs = [round(entry.logprob, 3) for entry in output.logprobs]
+                    scored = [round(entry.logprob, 3) for entry in output.prompt_logprobs if entry.logprob is not None]
+                    found.setdefault(output.request_id, []).extend([*output.token_ids, *logprobs, *scored])
+        return found
+
+    alone = core_of(folder, 1)
+    wanted = run(alone, 4)
+    core = core_of(folder, 1, stages=2)
+    try:
+        for ends_after in (4, 5, 6):
+            found = run(core, ends_after)
+            assert found == wanted
+            core.scheduler.check_integrity()
+            core.flush_cache()
+    finally:
+        core.close()
+
+
+def test_more_stages_than_layers(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--pp-size 3 is not possible: this model has 2 layers"):
+        octavo.Engine(str(folder), pp_size=3, **OPTIONS, show_progress=False)
+    assert children() == []
+
+
+def test_two_machines_that_meet_by_address(folder: Path) -> None:
+    """Both are this one; test_two_nodes.py has two."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    options = {**OPTIONS, "max_total_tokens": 4096, "nnodes": 2, "dist_init_addr": address}
+    other = octavo.runtime.config.EngineConfig(model_path=str(folder), node_rank=1, **options)
+    code = "import sys; from octavo.runtime import messages, start; sys.exit(start.serve_node(messages.decode_config(sys.argv[1])))"
+    sampling = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    with octavo.Engine(str(folder), **OPTIONS | {"max_total_tokens": 4096}, show_progress=False) as alone:
+        wanted = [answer["output_ids"] for answer in alone.generate(input_ids=PROMPTS, sampling_params=sampling)]
+    with subprocess.Popen([sys.executable, "-c", code, encode_config(other)]) as node:
+        try:
+            with octavo.Engine(str(folder), node_rank=0, **options, show_progress=False) as engine:
+                found = [answer["output_ids"] for answer in engine.generate(input_ids=PROMPTS, sampling_params=sampling)]
+            assert found == wanted
+            assert node.wait(30) == 0
+        finally:
+            node.kill()
+
+
+def test_only_the_first_machine_has_an_engine(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--node-rank 1 has no engine of its own"):
+        octavo.Engine(str(folder), nnodes=2, node_rank=1, dist_init_addr="127.0.0.1:5000", **OPTIONS, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("machines", "told"),
+    [
+        ((Machine("a", "1", (H100, H100)), Machine("b", "2", (H100, H100))), "b runs octavo 2, a 1: install one version on all machines"),
+        ((Machine("a", "1", (H100, H100)), Machine("b", "1", (H100,))), "2 ranks a machine are asked for, and b has 1 GPUs"),
+        ((Machine("a", "1", (H100, H100)), Machine("b", "1", (A100, A100))), r"the machines' GPUs differ.*: a \(2 x H100 of 80 GiB\); b"),
+    ],
+)
+def test_machines_that_do_not_fit(machines: tuple[Machine, ...], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        check_machines(machines, 2, "cuda")
+    check_machines(machines[:1] * 2, 2, "cuda")
+
+
+def test_what_does_not_fit_is_told_with_what_to_change() -> None:
+    config = octavo.runtime.config.EngineConfig(model_path=str(FAMILY), nnodes=2, tp_size=2).resolve(device="cuda", num_devices=8)
+    model = ModelConfig.from_hf(json.loads((FAMILY / "config.json").read_text()))
+    machines = [Machine(name, "1", (H100,) * 8) for name in ("a", "b")]
+    told = RankPlan(config, model, (100e9, 90e9, 90e9, 90e9), (65536,) * 4, False).describe(machines)
+    assert "rank 2  b cuda:0  layers 0-15, embedding" in told
+    assert (
+        "This does not fit: rank 0 would hold 93.1 GiB of weights within 0.88 of 80.0 GiB. Use more ranks (at least about 6 in all" in told
+    )
+    told = RankPlan(config, model, (10e9, 9e9, 9e9, 9e9), (65536,) * 4, False).describe(machines)
+    assert f"Room for about {int(((80 << 30) * 0.88 - 10e9) / 65536):,} tokens in the KV cache (rank 0 has the least)" in told
 
 
 def children() -> list[psutil.Process]:
