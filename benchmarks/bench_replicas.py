@@ -2,9 +2,10 @@
 
 python benchmarks/bench_replicas.py [MODEL] [--ways least-conn affinity] [--replicas 2] [--rounds 3]
 
-Ways: both of the shipped NGINX files, and on Ray Serve (octavo[ray]) our own router and Ray's. Replicas of one compute thread each hold
-half of the prefixes that are asked for. Each round starts new ones for each way, so that their caches are empty, and asks the same prompts
-with `octavo bench serving`, each with the name of its prefix in X-Session-Id, which NGINX alone looks at.
+Ways: both of the shipped NGINX files; one of them without its rule, which is round robin; and on Ray Serve (octavo[ray]) our own router and
+Ray's. Replicas of one compute thread each hold half of the prefixes that are asked for. Each round starts new ones for each way, so that
+their caches are empty, and asks the same prompts with `octavo bench serving`, each with the name of its prefix in X-Session-Id, which NGINX
+alone looks at.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from typing import Any
 
 import httpx
 
-from octavo.deploy.nginx.local import running
+from octavo.deploy.nginx import local
 
-WAYS = ("least-conn", "affinity", "ray-prefix", "ray-least-busy")
+WAYS = ("least-conn", "affinity", "round-robin", "ray-prefix", "ray-least-busy")
 PORT = 31810
 PREFIXES, PREFIX_LEN, INPUT_LEN, OUTPUT_LEN = 8, 512, 32, 8
 CONCURRENCY, REQUESTS = 8, 96
@@ -58,8 +59,14 @@ def behind_ray(model: str | None, count: int, routing: str) -> Iterator[str]:
 
 @contextmanager
 def behind_nginx(model: str | None, count: int, name: str) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as place, replicas(model, count, Path(place)) as urls, running(name, urls, Path(place)) as url:
-        yield url
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        if name == "round-robin.conf":
+            shipped = (Path(local.__file__).parent / "least-conn.conf").read_text()
+            (place / name).write_text(shipped.replace("    least_conn;\n", ""))
+            name = str(place / name)
+        with replicas(model, count, place) as urls, local.running(name, urls, place) as url:
+            yield url
 
 
 @contextmanager

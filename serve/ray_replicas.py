@@ -82,6 +82,7 @@ def _serve(config: EngineConfig, options: ServerOptions, flags: Mapping[str, Any
     _on_signals(signal.default_int_handler)  # Ray has its own
     wants = {"num_gpus": config.num_ranks, "num_cpus": 1} if on_gpu else {"num_cpus": config.num_ranks}
     _check_resources(wants, copies)
+    _check_name()
     application = build({**_of_replicas(config, flags, copies, on_gpu=on_gpu), "replicas": copies, **wants})
     serve.start(http_options={"host": options.host, "port": port})
     where = "a cluster of its own" if address is None else f"the cluster at {address}"
@@ -99,6 +100,15 @@ def _serve(config: EngineConfig, options: ServerOptions, flags: Mapping[str, Any
     finally:
         _delete(options.shutdown_timeout_s + _DELETE_S)
     return 0
+
+
+def _check_name() -> None:
+    """Raises CannotServe where the cluster has an application of this name already, which would be replaced."""
+    if _is_shared() and _APPLICATION in serve.status().applications:
+        raise CannotServe(
+            f"the Ray cluster at {os.environ['RAY_ADDRESS']} serves an application {_APPLICATION!r} already: end it with "
+            f"`python -c \"from ray import serve; serve.delete('{_APPLICATION}')\"`, or start another by `serve run --name ...`"
+        )
 
 
 def _on_signals(handler: Any) -> None:
