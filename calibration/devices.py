@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +33,12 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free: int = torch.cuda.mem_get_info(device)[0]
     return free
+
+
+def give_back_memory() -> None:
+    """Have the C library give back what it holds free: of blocks that come and go it would else keep a little more each time (glibc)."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_bytes(device: torch.device) -> int:

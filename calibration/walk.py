@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.grouped_linear import dequantize
-from .devices import CPU, computing_on
+from .devices import CPU, computing_on, give_back_memory
 from .eight_bit import input_scale
 from .float_model import FloatModel, UnknownArchitectureError
 from .folds import Fold, find_folds
@@ -83,6 +83,7 @@ class Walk:
                 result = self._solve(index, block, steps)
                 self._work.save_block(name, result)
             self._model.free_block(index)
+        give_back_memory()
         return result
 
     def _solve(self, index: int, block: nn.Module, steps: Steps) -> BlockResult:

@@ -5,6 +5,7 @@ The process group is no default one: a program may have several engines, and its
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ _LOOPBACK = "lo"  # where ranks of one machine meet: nobody else is to reach the
 
 
 _CONNECT_S = 60.0
+COLLECTIVE_S = 1800.0  # the longest wait for another rank, which may read its weights from a slow disk; one that is gone is noticed sooner
 
 
 def open_store(folder: Path, num_ranks: int, *, address: str | None = None) -> tuple[Store, str]:
@@ -30,8 +32,17 @@ def open_store(folder: Path, num_ranks: int, *, address: str | None = None) -> t
     """
     if address is None:
         return FileStore(str(folder / "store"), num_ranks), str(folder / "store")
-    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    store = listening_store(address, 0, timeout_s=COLLECTIVE_S)
     return store, f"{address}:{store.port}"
+
+
+def listening_store(address: str, port: int, *, timeout_s: float) -> TCPStore:
+    """A store on one address of this machine, where left to itself it would listen on all; port 0: any. Raises OSError, RuntimeError."""
+    listener = socket.create_server((address, port), backlog=1024)
+    return TCPStore(
+        address, listener.getsockname()[1], is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
 
 
 def find_store(name: str, num_ranks: int) -> Store:

@@ -124,6 +124,8 @@ class EngineConfig:
             raise ValueError(f"--node-rank {number} needs --dist-init-addr HOST:PORT, where the machines meet; with Ray leave both out")
         elif address is not None:
             host, _, port = address.rpartition(":")
+            if host.startswith("["):
+                raise ValueError(f"--dist-init-addr {address!r} is not possible: give an IPv4 address or a name that stands for one")
             if not host or not port.isdecimal() or not 0 < int(port) < 65536:
                 raise ValueError(f"--dist-init-addr {address!r} is not valid: give HOST:PORT of the first machine, such as 10.0.0.1:5000")
             if not isinstance(number, int) or not 0 <= number < self.nnodes:
@@ -131,6 +133,11 @@ class EngineConfig:
                 raise ValueError(
                     f"--node-rank {told}: with --dist-init-addr give 0 on the first machine, up to {self.nnodes - 1} on the last"
                 )
+        if (self.pp_size or 1) > 1 and self.disable_overlap_schedule:
+            raise ValueError(
+                f"--disable-overlap-schedule is for one stage: with {self.pp_size} (--pp-size, --nnodes) each has a batch of its own under "
+                "way. Leave it out"
+            )
         if self.pp_size is not None and self.tp_size * self.pp_size % self.nnodes:
             raise ValueError(
                 f"--tp-size {self.tp_size} times --pp-size {self.pp_size} ranks cannot be shared equally by --nnodes {self.nnodes}: "

@@ -306,6 +306,17 @@ class EngineCore:
         """Raises EngineDead where a rank that computes for this core has ended."""
         self.runner.check()
 
+    def use_device(self) -> None:
+        """Call on the thread that steps, where that is not the one that loaded: CUDA's current device is a thread's own."""
+        if self.runner.device.type == "cuda" and self.runner.device.index is not None:
+            torch.cuda.set_device(self.runner.device)
+
+    def finish_steps(self) -> None:
+        """Compute what the other ranks were told, which would wait for this one. Raises EngineDead where one has ended."""
+        while self._flights:
+            self.runner.check()
+            self._land()
+
     def close(self) -> None:
         """End the other ranks."""
         self.runner.close()
@@ -314,8 +325,7 @@ class EngineCore:
         """Drop every cached prefix; False, and nothing dropped, while requests are here."""
         if self.scheduler.has_work:
             return False
-        while self._flights:
-            self._land()  # of requests that have ended
+        self.finish_steps()  # of requests that have ended
         self.scheduler.cache.flush()
         return True
 

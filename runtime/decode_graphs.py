@@ -129,6 +129,7 @@ class DecodeGraphs:
     ) -> None:
         """`compute` puts the logits of a step into what it is given, and allocates what it needs; `spare_page` is one that no request gets.
 
+        `vocab_size`: 0 where this rank has no logits, and draws nothing.
         `max_pages`: of one request; `max_awaited`: rows of the largest step that samples.
         """
         most = max(sizes)
@@ -161,7 +162,8 @@ class DecodeGraphs:
         # The largest first: the others find memory that is large enough.
         for rows in tqdm(sorted(sizes, reverse=True), desc="Capturing CUDA graphs", unit="size", disable=not show_progress, leave=False):
             self._graphs[rows] = capture(step_of(rows))
-            self._drawing.add(self._graphs[rows][1])
+            if vocab_size:
+                self._drawing.add(self._graphs[rows][1])
         self._sizes = sorted(self._graphs)
 
     def takes(self, arrays: StepArrays) -> bool:

@@ -395,12 +395,15 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._core.use_device()
             while not self._stopping:
                 self._take_commands()
                 if self._core.has_work and not self._stopping:
                     for output in self._core.step():
                         self._deliver(output)
             self._cause = "the engine was shut down"
+            self._core.abort_all(FinishReason("abort", message=self._cause, status_code=503))
+            self._core.finish_steps()
         except EngineDead as error:  # with another rank, which has been told
             self._cause = str(error)
         except Exception as error:  # whatever it is, callers must hear of it rather than wait for ever

@@ -17,8 +17,11 @@ import psutil
 from .. import __version__
 from .start import start_deaf_to_signals
 
+END_S = 5.0  # that ranks have to end by themselves, when they are told that there are no more steps
 _PROGRAM = "octavo.runtime.rank_worker"
 _GIB = 1 << 30
+_CPU = "CPU"
+_ALIKE = 0.95  # drivers leave a little more or less of the same card's memory
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -86,10 +89,12 @@ class Hosts(Protocol):
 
 def this_machine(device: str, name: str = "this machine") -> Machine:
     """Describes it, with its GPUs or, for "cpu", as a whole."""
-    if device == "cpu":
-        return Machine(name, __version__, (Device("CPU", psutil.virtual_memory().total),))
     import torch
 
+    from .memory import device_memory
+
+    if device == "cpu":
+        return Machine(name, __version__, (Device(_CPU, device_memory(torch.device("cpu")).total),))
     found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     return Machine(name, __version__, tuple(Device(properties.name, properties.total_memory) for properties in found))
 
@@ -112,6 +117,12 @@ class RankProcesses:
                 how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
                 return rank, how
         return None
+
+    @property
+    def left_politely(self) -> bool:
+        """Whether one has ended, and all that have did so with code 0."""
+        codes = [process.poll() for process in self._processes.values()]
+        return any(code is not None for code in codes) and all(code in (None, 0) for code in codes)
 
     def describe(self, rank: int) -> str:
         return f" (process {self._processes[rank].pid})" if rank in self._processes else ""
@@ -153,13 +164,14 @@ def check_machines(machines: Sequence[Machine], ranks_per_node: int, device: str
     if device == "cpu":
         return
     for machine in machines:
-        if len(machine.devices) < ranks_per_node:
+        if (count := sum(device.name != _CPU for device in machine.devices)) < ranks_per_node:
             raise ValueError(
-                f"{ranks_per_node} ranks a machine are asked for, and {machine.name} has {len(machine.devices)} GPUs: lower --tp-size or "
-                "--pp-size, or give more --nnodes"
+                f"{ranks_per_node} ranks a machine are asked for, and {machine.name} has {count} GPU{'s' * (count != 1)}: lower --tp-size "
+                "or --pp-size, or give more --nnodes"
             )
-    kinds = {machine.devices[0] for machine in machines}
-    if len(kinds) > 1:
+    devices = [device for machine in machines for device in machine.devices]
+    totals = [device.total for device in devices]
+    if len({device.name for device in devices}) > 1 or min(totals) < _ALIKE * max(totals):
         told = "; ".join(machine.describe() for machine in machines)
         raise ValueError(f"the machines' GPUs differ, and the slowest and smallest would decide for all: {told}. Use machines of one kind")
 
@@ -169,6 +181,13 @@ def own_address(towards: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((towards, 9))  # sends nothing
         return str(probe.getsockname()[0])
+
+
+def meet_on(address: str | None) -> None:
+    """Have NCCL meet other ranks on the network of this machine's `address`, None: here alone. What the user has set stays."""
+    interface = "lo" if address is None else interface_of(address)
+    if interface is not None:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def interface_of(address: str) -> str | None:

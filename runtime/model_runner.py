@@ -89,7 +89,7 @@ class ModelRunner:
                 reads_scales = scales_for is not None and (self.kv_dtype == torch.int8) == (scales_for == "int8")
                 self.model = self._load(source, has_kv_scales=reads_scales)
             self.phases.ends("load_weights")
-            _refuse_unread(source, tied=self.model.is_tied, is_elsewhere=self._is_elsewhere)
+            _refuse_unread(source, tied=self.model.is_tied, is_here=self._holds)
             check_backend(config.linear_backend, self.model.linears)
             if self.kv_dtype in CODE_RANGE:
                 left = any(is_kv_scale(name) for name in source.unread)
@@ -182,20 +182,12 @@ class ModelRunner:
             device=self.device,
             kernel_options=options,
             show_progress=show_progress,
+            is_wanted=self._holds,
         )
 
-    def _is_elsewhere(self, name: str) -> bool:
-        """Whether a tensor is another stage's."""
-        parts = name.split(".")
-        if name.startswith("model.layers.") and parts[2].isdecimal():
-            number, num_layers = int(parts[2]), self.model_config.num_layers
-            return number < num_layers and number not in self._pipeline.place.layers(num_layers)
-        ends = (
-            ("model.embed_tokens.", self._pipeline.is_first),
-            ("model.norm.", self._pipeline.is_last),
-            ("lm_head.", self._pipeline.is_last),
-        )
-        return any(name.startswith(start) and not is_here for start, is_here in ends)
+    def _holds(self, name: str) -> bool:
+        """Whether a tensor is this stage's."""
+        return self._pipeline.place.holds(name, self.model_config.num_layers, is_tied=self.model_config.tie_word_embeddings)
 
     def forward(self, batch: Batch, awaited: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of a batch, float32 [R, vocab_size], in the order that ForwardBatch.logits_rows describes.
@@ -226,6 +218,7 @@ class ModelRunner:
     @torch.inference_mode()
     def follow(self, arrays: StepArrays, num_awaited: int) -> None:
         """Compute the step that the first rank has laid out."""
+        assert not num_awaited or self.num_stages == 1, "with stages no batch has a request of another one under way"
         awaited = torch.empty(num_awaited, dtype=torch.int64, device=self.device) if num_awaited else None
         if awaited is not None:
             self._group.broadcast(awaited)
@@ -258,6 +251,11 @@ class ModelRunner:
         """End the other ranks."""
         if self._ranks is not None:
             self._ranks.close()
+
+    @property
+    def _logits_width(self) -> int:
+        """Of logits as this rank has them: none where it does not sample."""
+        return self.model_config.vocab_size if self._pipeline.is_last and self._group.rank == 0 else 0
 
     @property
     def _most_graph_rows(self) -> int:
@@ -293,7 +291,7 @@ class ModelRunner:
                 shape=self._shape,
                 sizes=graph_sizes(most),
                 max_pages=-(-self.context_length // self.pool.page_size),
-                vocab_size=self.model_config.vocab_size,
+                vocab_size=self._logits_width,
                 max_awaited=config.max_running_requests,
                 spare_page=self.pool.spare_page,
                 page_size=self.pool.page_size,
@@ -366,7 +364,7 @@ class ModelRunner:
                 "or use a smaller model"
             ) from error
         pages = -(-min(config.chunked_prefill_size or 1, self.context_length) // config.page_size) + 1
-        graphs = 0 if config.disable_cuda_graph else self._most_graph_rows * self.model_config.vocab_size * 4  # the logits that they fill
+        graphs = 0 if config.disable_cuda_graph else self._most_graph_rows * self._logits_width * 4  # the logits that they fill
         return max(0, peak - pages * config.page_size * self._kv_per_token()) + graphs
 
     def _kv_per_token(self) -> int:
@@ -376,8 +374,7 @@ class ModelRunner:
         )
 
     def _plan(self, config: EngineConfig, activations: int | None) -> MemoryBudget:
-        model = self.model_config
-        logits = 0 if activations is not None else config.max_running_requests * model.vocab_size * 4 * 2
+        logits = 0 if activations is not None else config.max_running_requests * self._logits_width * 4 * 2
         self._pipeline.wait_for_all()  # what they have loaded is gone from what is free
         device = device_memory(self.device)
         budget = plan_memory(
@@ -426,10 +423,10 @@ def choose_device(config: EngineConfig, index: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _refuse_unread(source: WeightSource, *, tied: bool, is_elsewhere: Callable[[str], bool]) -> None:
+def _refuse_unread(source: WeightSource, *, tied: bool, is_here: Callable[[str], bool]) -> None:
     """Raises CheckpointError when tensors are left that the model has no place for: they would have changed the answer."""
     left = [name for name in source.unread if not is_kv_scale(name) and not (tied and name.startswith("lm_head."))]
-    unread = [name for name in left if not is_elsewhere(name)]
+    unread = [name for name in left if is_here(name)]  # another stage finds its own
     if unread:
         shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else "")
         raise CheckpointError(

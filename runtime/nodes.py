@@ -19,11 +19,13 @@ import msgspec
 import zmq
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from .collectives import listening_store
 from .config import EngineConfig
 from .errors import EngineDead
-from .hosts import Machine, RankProcesses, Summons, check_machines, interface_of, own_address, this_machine
+from .hosts import END_S, Machine, RankProcesses, Summons, check_machines, interface_of, own_address, this_machine
 from .messages import decode_config, encode_config
 from .plan import RankFailed, plan_encoder
+from .rank_plan import check_model
 
 logger = logging.getLogger("octavo.engine")
 
@@ -61,8 +63,8 @@ class FirstNode(RankProcesses):
         if interface_of(address) is None:
             raise ValueError(f"--dist-init-addr {config.dist_init_addr}: {address} is no address of this machine, which is --node-rank 0")
         try:
-            self._store = TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=MEET_S))
-        except RuntimeError as error:
+            self._store = listening_store(address, port, timeout_s=MEET_S)
+        except (OSError, RuntimeError) as error:
             raise ValueError(f"--dist-init-addr {config.dist_init_addr}: cannot listen there: {_first_line(error)}") from None
         self._per_node = config.ranks_per_node
         self._nodes = range(1, config.nnodes)
@@ -74,6 +76,11 @@ class FirstNode(RankProcesses):
         self.machines: Sequence[Machine] = (this_machine(config.device, address), *(here.machine for here in came))
         self.addresses: Sequence[str | None] = tuple(machine.name for machine in self.machines)
         try:
+            if address.startswith("127.") and any(machine.name != address for machine in self.machines):
+                raise ValueError(
+                    f"--dist-init-addr {config.dist_init_addr} is {address} here, which other machines do not reach: give the address by "
+                    "which they know this one"
+                )
             check_machines(self.machines, self._per_node, config.device)
             for number, here in zip(self._nodes, came, strict=True):
                 _check_options(config, decode_config(here.config), number)
@@ -133,6 +140,7 @@ def serve_node(config: EngineConfig) -> int:
 
     `config` is resolved. Raises ValueError where the first machine refuses, EngineDead where it does not come or goes.
     """
+    check_model(config)  # what the first machine refuses, this one does too
     host, port = _split(config)
     address = _resolve(host)
     _await_listener(address, port)
@@ -155,32 +163,37 @@ def serve_node(config: EngineConfig) -> int:
         raise EngineDead(f"the first machine, {config.dist_init_addr}, is gone: {_first_line(error)}") from None
     if answer.refused:
         raise ValueError(answer.refused)
-    return _run(answer.summons, store)
+    threads = config.num_threads  # which this machine's cores decide, or its flag
+    own = [
+        msgspec.structs.replace(summon, config=encode_config(dataclasses.replace(decode_config(summon.config), num_threads=threads)))
+        for summon in answer.summons
+    ]
+    return _run(own, store)
 
 
 def _run(summons: Sequence[Summons], store: TCPStore) -> int:
     ranks, is_over = RankProcesses(), threading.Event()
-    ranks.start(summons)
-    logger.info("This machine has rank%s %s", "s" * (len(summons) > 1), ", ".join(str(summon.rank) for summon in summons))
-    threading.Thread(target=_await_end, args=(store, is_over), daemon=True, name="first-machine").start()
-    told = "ends, as its machine was told to stop"
+    rank, told = summons[0].rank, "ends, as its machine was told to stop"
+    is_theirs = False  # the end: the first machine knows of it
     try:
+        ranks.start(summons)
+        logger.info("This machine has rank%s %s", "s" * (len(summons) > 1), ", ".join(str(summon.rank) for summon in summons))
+        threading.Thread(target=_await_end, args=(store, is_over), daemon=True, name="first-machine").start()
         while (ended := ranks.ended()) is None and not is_over.is_set():
             time.sleep(_LOOK_S)
-        if ended is None:
-            ranks.close(_TELL_S)
-            ended = ranks.ended()
+        is_theirs = is_over.is_set() or ranks.left_politely
+        if is_theirs:
+            ranks.close(END_S)
+            is_polite = ranks.left_politely
+            logger.log(logging.INFO if is_polite else logging.ERROR, "The first machine has ended%s", "" if is_polite else ", or is gone")
+            return 0 if is_polite else 1
         assert ended is not None
         rank, told = ended
-        if told.endswith("code 0"):
-            ranks.close(_TELL_S)
-            logger.info("The first machine has ended")
-            return 0
         logger.error("rank %d%s %s: all ranks of this machine end", rank, ranks.describe(rank), told)
         return 1
     finally:
-        if not told.endswith("code 0"):
-            _tell(summons[0], told)
+        if not is_theirs:
+            _tell(summons[0].outbox, rank, told)
         ranks.close(0.0)
 
 
@@ -192,13 +205,13 @@ def _await_end(store: TCPStore, is_over: threading.Event) -> None:
     is_over.set()
 
 
-def _tell(summon: Summons, told: str) -> None:
+def _tell(address: str, rank: int, told: str) -> None:
     """Have rank 0 know: it does not see processes of this machine."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     outbox = context.socket(zmq.PUSH)
     outbox.setsockopt(zmq.LINGER, int(_TELL_S * 1000))
-    outbox.connect(summon.outbox)
-    outbox.send(plan_encoder.encode(RankFailed(summon.rank, told, "")))
+    outbox.connect(address)
+    outbox.send(plan_encoder.encode(RankFailed(rank, told, "")))
     outbox.close()
 
 

@@ -58,6 +58,16 @@ class Place:
         start = self.stage * share + min(self.stage, more)
         return range(start, start + share + (self.stage < more))
 
+    def holds(self, name: str, num_layers: int, *, is_tied: bool) -> bool:
+        """Whether a tensor of the checkpoint, by its Hugging Face name, is this stage's. `is_tied`: the head is the embedding."""
+        parts = name.split(".")
+        if name.startswith("model.layers.") and parts[2].isdecimal() and int(parts[2]) < num_layers:
+            return int(parts[2]) in self.layers(num_layers)
+        is_last = self.stage == self.pp_size - 1
+        if name.startswith("model.embed_tokens."):
+            return self.stage == 0 or (is_last and is_tied)
+        return is_last
+
 
 def check_stages(num_layers: int, pp_size: int) -> None:
     """Raises ValueError where there are more stages than layers."""

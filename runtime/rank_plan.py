@@ -101,7 +101,7 @@ class RankPlan:
                 f"  {self.kv_per_token[rank] / 1024:.1f} KiB of keys and values a token"
             )
         known = [room for room in rooms if room is not None]
-        if known and self.weights is not None:
+        if known:
             least = rooms.index(min(known))
             if min(known) > 0:
                 lines.append(f"  Room for about {min(known):,} tokens in the KV cache (rank {least} has the least)")
@@ -159,14 +159,6 @@ def weight_bytes(model: ModelConfig, sizes: dict[str, int], place: Place) -> flo
         for index, module in enumerate(shape.sources)
     }
     parts.update(dict.fromkeys(_ENDS, ranks))
-    is_first, is_last = layers.start == 0, layers.stop == model.num_layers
-    has_head = any(name.startswith("lm_head.") for name in sizes)
-
-    def is_here(name: str) -> bool:
-        if name.startswith("model.layers."):
-            return int(name.split(".")[2]) in layers
-        if name.startswith("model.embed_tokens."):
-            return is_first or (is_last and not has_head)
-        return is_last
-
-    return sum(nbytes / parts.get(name.rpartition(".")[0] + ".", 1) for name, nbytes in sizes.items() if is_here(name))
+    is_tied = not any(name.startswith("lm_head.") for name in sizes)
+    here = {name: nbytes for name, nbytes in sizes.items() if place.holds(name, model.num_layers, is_tied=is_tied)}
+    return sum(nbytes / parts.get(name.rpartition(".")[0] + ".", 1) for name, nbytes in here.items())

@@ -21,7 +21,7 @@ import zmq
 
 from .. import __version__
 from .config import EngineConfig
-from .hosts import Summons, interface_of
+from .hosts import Summons, meet_on
 from .logs import set_up_logging
 from .messages import decode_config, decode_logs
 from .start import prepare_environment
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("octavo.engine")
 
-_SILENT_S = 20.0  # of rank 0, longer than it waits for another: it is to be the one who tells why
+_SILENT_S, _SILENT_LOADING_S = 20.0, 120.0  # of rank 0, longer than it waits for another: it is to be the one who tells why
 _LOOK_EVERY_S = 0.5
 _STOPPED_S = 5.0
+_SENT_S = 0.3
 
 
 class _Rank:
@@ -49,6 +50,7 @@ class _Rank:
         self._outbox.connect(summons.outbox)
         self._lock = threading.Lock()
         self._heard = time.monotonic()  # from the first rank
+        self._has_begun = False  # to compute
         self._steps: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
 
     def send(self, message: Any) -> None:
@@ -71,19 +73,27 @@ class _Rank:
             first = str(error).strip().partition("\n")[0]
             told = first if is_told and first else f"{type(error).__name__}: {first}"
             self.send(RankFailed(self.number, told, "" if is_told else traceback.format_exc()))
+            self._close()
             return 1
+        self._close()
         return 0
+
+    def _close(self) -> None:
+        """Have what was sent arrive. The inbox is left to the thread that may be reading it."""
+        with self._lock:
+            self._outbox.close(linger=1000)
+        time.sleep(_SENT_S)
 
     def _compute(self, config: EngineConfig) -> None:
         from ..quant.checkpoint.resolve import resolve_model
-        from .collectives import find_store, meet
+        from .collectives import COLLECTIVE_S, find_store, meet
         from .model_runner import ModelRunner, choose_device
         from .pipeline import Place
         from .plan import Begun, Loaded, Plan, read_plan
-        from .ranks import COLLECTIVE_S
 
         device = choose_device(config, self._summons.device)
         place = Place(self.number, config.tp_size, config.num_stages)
+        config = config.resolve(device=device.type)  # type: ignore[arg-type]  # what depends on this machine, where that is left open
         store = find_store(self._summons.store, config.num_ranks)
         together = meet(store, place, device=device, timeout_s=COLLECTIVE_S, address=self._summons.address)
         files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights)
@@ -110,6 +120,7 @@ class _Rank:
             message = to_rank_decoder.decode(self._inbox.recv())
             self._heard = time.monotonic()
             if not isinstance(message, Alive):
+                self._has_begun = True
                 self._steps.put(message)
 
     def _beat(self) -> None:
@@ -117,7 +128,7 @@ class _Rank:
         from .plan import ALIVE_S, Alive
 
         turned = time.monotonic()
-        while not self._outbox.closed:
+        while True:
             with contextlib.suppress(zmq.ZMQError):  # it has ended meanwhile
                 self.send(Alive(self.number))
             time.sleep(ALIVE_S)
@@ -125,8 +136,9 @@ class _Rank:
             if now - turned > _STOPPED_S:  # this process was stopped itself
                 self._heard = now
             turned = now
-            if self._summons.address is not None and now - self._heard > _SILENT_S:
-                logger.error("rank 0 has given no sign of life for %.0f s: rank %d ends", _SILENT_S, self.number)
+            limit = _SILENT_S if self._has_begun else _SILENT_LOADING_S
+            if self._summons.address is not None and now - self._heard > limit:
+                logger.error("rank 0 has given no sign of life for %.0f s: rank %d ends", limit, self.number)
                 os._exit(1)
 
 
@@ -143,9 +155,7 @@ def main(parent: str, summons_text: str) -> int:
     """Entry: the process id of whoever starts it, and the Summons as JSON."""
     summons = msgspec.json.decode(summons_text, type=Summons)
     threading.Thread(target=_end_with, args=(int(parent), summons.store), daemon=True, name="parent").start()
-    if summons.address is not None:
-        os.environ["NCCL_SOCKET_IFNAME"] = interface_of(summons.address) or ""
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    meet_on(summons.address)
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     faulthandler.enable()
@@ -158,8 +168,7 @@ def main(parent: str, summons_text: str) -> int:
 
 
 def end_with(code: int) -> NoReturn:
-    """End the process at once, but for what is still to be sent."""
-    zmq.Context.instance().destroy(linger=1000)
+    """End the process at once: other threads may be in the middle of anything."""
     sys.stderr.flush()
     os._exit(code)
 

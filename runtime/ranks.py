@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -16,17 +15,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import zmq
 
 from .. import __version__
-from .collectives import Together, meet, open_store
+from .collectives import COLLECTIVE_S, Together, meet, open_store
 from .config import EngineConfig
 from .errors import EngineDead
 from .forward_batch import StepArrays
-from .hosts import Hosts, Summons, interface_of
+from .hosts import END_S, Hosts, Summons, meet_on
 from .logs import LogSettings
 from .messages import encode_config, encode_logs
 from .pipeline import Place
@@ -36,13 +36,13 @@ from .rank_plan import places
 logger = logging.getLogger("octavo.engine")
 
 START_S = 120.0  # until a rank's process is there: it loads torch, perhaps from a slow disk
-COLLECTIVE_S = 1800.0  # the longest wait for another rank, which may read its weights from a slow disk; one that is gone is noticed sooner
-SILENT_S = 10.0  # without a sign of life, once it has loaded: what reads a file may hold up the thread that gives them
+SILENT_S = 10.0  # without a sign of life
+SILENT_LOADING_S = 60.0  # while it loads: what reads a file may hold up the thread that gives them
+_BETTER_CAUSE_S = 1.0
 _POLL_MS = 200
 _MEET_S = 0.01
 _LOOK_EVERY_S = 0.2
 _STOPPED_S = 2.0
-_END_S = 5.0
 _EXPLAIN_S = 3.0  # a rank's end shows in the sockets first
 _MOST_OPEN = 4096  # steps that may not have been confirmed
 
@@ -50,14 +50,25 @@ _MOST_OPEN = 4096  # steps that may not have been confirmed
 class Ranks:
     """Ranks 1 to `config.num_ranks` - 1, in processes of their own. Call `close` at the end, whatever happened."""
 
-    def __init__(self, config: EngineConfig, logs: LogSettings, hosts: Hosts, *, on_end: Callable[[str], None] | None = None) -> None:
-        """`config` is resolved; `on_end` is told, on a thread of its own, why all ranks end."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        logs: LogSettings,
+        hosts: Hosts,
+        *,
+        on_end: Callable[[str], None] | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        """`config` is resolved; `on_end` is told, on a thread of its own, why all ranks end.
+
+        `num_threads` of ranks on other machines; None: what their cores allow.
+        """
         self.size = config.num_ranks
         self._hosts = hosts
         self._place = Place(0, config.tp_size, config.num_stages)
-        self._folder = Path(tempfile.mkdtemp(prefix="octavo-ranks-"))  # only this user can enter it
         self._address = hosts.addresses[0]
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", network_of(self._address))
+        self._folder = Path(tempfile.mkdtemp(prefix="octavo-ranks-"))  # only this user can enter it
+        meet_on(self._address)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._inbox = context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
@@ -78,15 +89,19 @@ class Ranks:
         self._loaded: dict[int, int] = {}
         self._hello: set[int] = set()
         self._cause: str | None = None
+        self._failed: tuple[float, RankFailed] | None = None  # when, and which: perhaps for another one
         self._changed = threading.Condition()
         self._closing = False
         self._on_end = on_end
         self._together: Together | None = None
         self._where = places(config, hosts.machines)
-        a_node, texts = config.ranks_per_node, (encode_config(config), encode_logs(logs))
+        a_node = config.ranks_per_node
+        texts = (encode_config(config), encode_logs(logs)), (
+            encode_config(replace(config, num_threads=num_threads)), encode_logs(replace(logs, file=None)),
+        )  # fmt: skip
         hosts.start(
             [
-                Summons(rank, rank % a_node, inbox, outbox_of_ranks, store, hosts.addresses[rank // a_node], *texts)
+                Summons(rank, rank % a_node, inbox, outbox_of_ranks, store, hosts.addresses[rank // a_node], *texts[rank >= a_node])
                 for rank, inbox in enumerate(inboxes, 1)
             ]
         )
@@ -149,7 +164,7 @@ class Ranks:
         if is_polite:
             with contextlib.suppress(zmq.Again):  # one has just ended
                 self._send(Stop())
-        self._hosts.close(_END_S if is_polite else 0.0)
+        self._hosts.close(END_S if is_polite else 0.0)
         self._watcher.join(timeout=2.0)
         for outbox in self._outboxes:
             outbox.close()
@@ -209,6 +224,8 @@ class Ranks:
                     self._seen = dict.fromkeys(self._seen, now)
                 looked = now
                 self._look()
+                if self._failed is not None and now - self._failed[0] > _BETTER_CAUSE_S:
+                    self._end_for(self._failed[1])
             if self._address is not None and now - told >= ALIVE_S:
                 told = now
                 self._give_sign()
@@ -240,18 +257,25 @@ class Ranks:
                 pass
             case RankFailed(rank=rank):
                 self._look()  # it may have failed for another one that is gone
-                if message.trace and self._cause is None:
-                    logger.error("rank %d failed:\n%s", rank, message.trace.rstrip())
-                self._end(f"rank {rank} of {self.size}{self._hosts.describe(rank)}: {message.message}")
+                if message.trace and self._address is not None:  # or for one of another machine, which tells of it soon
+                    self._failed = self._failed or (time.monotonic(), message)
+                else:
+                    self._end_for(message)
+
+    def _end_for(self, failed: RankFailed) -> None:
+        if failed.trace and self._cause is None:
+            logger.error("rank %d failed:\n%s", failed.rank, failed.trace.rstrip())
+        self._end(f"rank {failed.rank} of {self.size}{self._hosts.describe(failed.rank)}: {failed.message}")
 
     def _look(self) -> None:
         if (ended := self._hosts.ended()) is not None:
             rank, how = ended
             self._end(f"rank {rank} of {self.size}{self._hosts.describe(rank)} {how}")
             return
-        for rank in self._loaded:
-            if time.monotonic() - self._seen[rank] > SILENT_S:
-                told = f"has given no sign of life for {SILENT_S:.0f} s"
+        for rank in self._hello:
+            limit = SILENT_S if rank in self._loaded else SILENT_LOADING_S
+            if time.monotonic() - self._seen[rank] > limit:
+                told = f"has given no sign of life for {limit:.0f} s"
                 self._end(f"rank {rank} of {self.size}{self._hosts.describe(rank)} {told}")
 
     def _end(self, cause: str) -> None:
@@ -266,8 +290,3 @@ class Ranks:
             self._together.abort()
         if self._on_end is not None:
             self._on_end(cause)
-
-
-def network_of(address: str | None) -> str:
-    """The interface on which a rank meets others: the loopback where they are all on this machine."""
-    return (interface_of(address) if address is not None else None) or "lo"

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import ray
+from ray._private.state import available_resources_per_node  # what vLLM places by, too: there is no public way
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -32,10 +33,9 @@ _AFFINITY = 0.001  # of what Ray gives each machine under its address: enough fo
 class RankHost:
     """Holds what a rank may use, and its process."""
 
-    def look(self, device: str, address: str) -> tuple[Machine, int]:
-        """The machine as this actor sees it, and the number of its device among all there."""
-        devices = ray.get_gpu_ids()
-        return this_machine(device, address), int(devices[0]) if devices else 0
+    def look(self, device: str, address: str) -> tuple[Machine, str]:
+        """The machine as this actor sees it, and the id of the GPU that it has."""
+        return this_machine(device, address), "" if device == "cpu" else _ids_of_gpus()[0]
 
     def run(self, summons: str) -> str:
         """Start a rank and give how it ended."""
@@ -52,6 +52,7 @@ class RayHosts:
     def __init__(self, config: EngineConfig) -> None:
         """Raises ValueError where there is no cluster, or one that lacks what is asked for after `WAIT_S`."""
         self._is_ours = not ray.is_initialized()
+        self._closing, self._is_closed = threading.Lock(), False
         if self._is_ours:
             _join()
         self._group: Any = None
@@ -83,12 +84,12 @@ class RayHosts:
             found = ray.get(looks, timeout=WAIT_S)
         except (RayError, GetTimeoutError) as error:
             raise ValueError(f"a rank's Ray actor did not start; is octavo installed on all machines? {_last_line(error)}") from error
-        self._device: int = found[0][1]
+        self._device = 0 if kind == "CPU" else _number_of(found[0][1])
         self.machines: Sequence[Machine] = [self._machine(found, number) for number in range(config.nnodes)]
         self.addresses: Sequence[str | None] = nodes
         check_machines(self.machines, self._per_node, config.device)
 
-    def _machine(self, found: Sequence[tuple[Machine, int]], number: int) -> Machine:
+    def _machine(self, found: Sequence[tuple[Machine, str]], number: int) -> Machine:
         """A machine's devices, each of which one actor sees."""
         seen = [machine for machine, _ in found[number * self._per_node : (number + 1) * self._per_node]]
         devices = seen[0].devices if seen[0].devices[0].name == "CPU" else tuple(machine.devices[0] for machine in seen)
@@ -104,7 +105,7 @@ class RayHosts:
             self._runs[self._actors[summon.rank].run.remote(text)] = summon.rank
 
     def ended(self) -> tuple[int, str] | None:
-        if not self._runs or not ray.is_initialized():
+        if not self._runs or self._is_closed:
             return None
         done, _ = ray.wait(list(self._runs), timeout=0)
         if not done:
@@ -119,13 +120,15 @@ class RayHosts:
         return f" on {self.machines[rank // self._per_node].name}"
 
     def close(self, timeout_s: float) -> None:
-        if self._is_ours and not ray.is_initialized():
-            return
-        if timeout_s and self._runs:
-            ray.wait(list(self._runs), num_returns=len(self._runs), timeout=timeout_s)
-        ending = threading.Thread(target=self._end, daemon=True, name="ray-end")  # which may wait for machines that are gone
-        ending.start()
-        ending.join(timeout=max(timeout_s, 2.0))
+        with self._closing:  # Ray's calls start it anew where it was shut down
+            if self._is_closed or not ray.is_initialized():
+                return
+            self._is_closed = True
+            if timeout_s and self._runs:
+                ray.wait(list(self._runs), num_returns=len(self._runs), timeout=timeout_s)
+            ending = threading.Thread(target=self._end, daemon=True, name="ray-end")  # which may wait for machines that are gone
+            ending.start()
+            ending.join(timeout=max(timeout_s, 2.0))
 
     def _end(self) -> None:
         with contextlib.suppress(Exception):
@@ -170,7 +173,9 @@ def _choose_nodes(config: EngineConfig, kind: str) -> list[str]:
         alive = {node["NodeManagerAddress"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
         fit = [address for address, has in alive.items() if has.get(kind, 0) >= config.ranks_per_node]
         if here in fit and len(fit) >= config.nnodes:
-            return [here, *sorted(address for address in fit if address != here)[: config.nnodes - 1]]
+            free = _free_by_address(kind)
+            others = sorted((address for address in fit if address != here), key=lambda address: (-free.get(address, 0.0), address))
+            return [here, *others[: config.nnodes - 1]]
         asked = f"--nnodes {config.nnodes} wants machines of the Ray cluster, this one among them, with {config.ranks_per_node} {kind} each"
         told = "; ".join(f"{address} has {has.get(kind, 0):g} {kind}" for address, has in sorted(alive.items()))
         if time.monotonic() > until:
@@ -182,6 +187,31 @@ def _choose_nodes(config: EngineConfig, kind: str) -> list[str]:
             logger.info("%s: %s. Waiting for up to %.0f s", asked, told, WAIT_S)
             has_told = True
         time.sleep(_LOOK_S)
+
+
+def _free_by_address(kind: str) -> dict[str, float]:
+    """What of a resource nobody uses, by machine."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    free = available_resources_per_node()
+    return {address: free.get(node, {}).get(kind, 0.0) for node, address in addresses.items()}
+
+
+def _ids_of_gpus() -> list[str]:
+    """Of those that this process sees, in torch's order."""
+    import torch
+
+    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+
+
+def _number_of(gpu: str) -> int:
+    """The number that a GPU of this machine has in this process. Raises ValueError where it is not seen."""
+    seen = _ids_of_gpus()
+    if gpu not in seen:
+        raise ValueError(
+            f"Ray gave rank 0 the GPU {gpu}, which this process does not see (CUDA_VISIBLE_DEVICES is "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): start the server with the same CUDA_VISIBLE_DEVICES as `ray start`"
+        )
+    return seen.index(gpu)
 
 
 def _told(resources: dict[str, float], kind: str) -> str:

@@ -279,8 +279,9 @@ class Scheduler:
         held_back: list[Request] = []
         while self.waiting and budget > 0 and len(self.running) < self._most_running:
             request = self.waiting[0]
-            is_unknown = request.num_awaited > 0 and self.limits.num_batches > 1  # it was retracted, and its token is still under way
-            if is_unknown or self._follows(request):
+            if request.num_awaited > 0 and self.limits.num_batches > 1:
+                break  # it was retracted, and its token is still under way: the next step has it
+            if self._follows(request):
                 held_back.append(self.waiting.popleft())
                 continue
             match = self._match(request)

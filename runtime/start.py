@@ -96,7 +96,7 @@ def load_core(  # type: ignore[no-untyped-def]
     if resolved.device == "cpu":
         _check_cache_folder()
     must_compile = resolved.device == "cpu" and not _has_compiled_kernels()
-    ranks = _start_ranks(resolved, files, logs or LogSettings(), on_rank_end) if resolved.num_ranks > 1 else None
+    ranks = _start_ranks(resolved, files, logs or LogSettings(), on_rank_end, config.num_threads) if resolved.num_ranks > 1 else None
     try:
         if ranks is None:
             runner = ModelRunner(resolved, files, show_progress=show_progress)
@@ -139,7 +139,9 @@ def _resolved(config: EngineConfig) -> EngineConfig:
     return config.resolve(device="cuda", num_devices=torch.cuda.device_count())
 
 
-def _start_ranks(resolved: EngineConfig, files: ModelFiles, logs: LogSettings, on_end: Callable[[str], None] | None) -> Ranks:
+def _start_ranks(
+    resolved: EngineConfig, files: ModelFiles, logs: LogSettings, on_end: Callable[[str], None] | None, num_threads: int | None
+) -> Ranks:
     from .rank_plan import RankPlan
     from .ranks import Ranks
 
@@ -150,7 +152,7 @@ def _start_ranks(resolved: EngineConfig, files: ModelFiles, logs: LogSettings, o
         cores = len(os.sched_getaffinity(0))
         if resolved.device == "cpu" and resolved.ranks_per_node > cores:
             logger.warning("%d ranks share %d cores: fewer ranks are faster here", resolved.ranks_per_node, cores)
-        return Ranks(resolved, logs, hosts, on_end=on_end)
+        return Ranks(resolved, logs, hosts, on_end=on_end, num_threads=num_threads)
     except BaseException:
         hosts.close(0.0)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,7 +27,8 @@ _HARMLESS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 class WeightSource:
     """Reads from `reader`, checks shapes, converts to `weight_dtype`, and shows progress in bytes. A context manager.
 
-    `activation_dtype` is what kernels take and give on `device`; `formats` says how each linear is stored.
+    `activation_dtype` is what kernels take and give on `device`; `formats` says how each linear is stored; `is_wanted` which tensors will
+    be asked for, by name.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class WeightSource:
         device: torch.device,
         kernel_options: KernelOptions | None = None,
         show_progress: bool = True,
+        is_wanted: Callable[[str], bool] | None = None,
     ) -> None:
         self._reader = reader
         self._infos = reader.tensors()
@@ -48,7 +51,7 @@ class WeightSource:
         self.device = device
         self.kernel_options = kernel_options or KernelOptions()
         self._unread = dict(self._infos)
-        total = sum(info.nbytes for info in self._infos.values())
+        total = sum(info.nbytes for name, info in self._infos.items() if is_wanted is None or is_wanted(name))
         # None: a bar on a terminal, nothing in a log file.
         hidden = None if show_progress else True
         self._bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=hidden, file=sys.stderr)

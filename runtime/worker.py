@@ -133,6 +133,7 @@ class _Worker:
                 if outputs:
                     self.send(Outputs(outputs))
         self.send(Outputs(core.abort_all(FinishReason("abort", message="the server is shutting down", status_code=503))))
+        core.finish_steps()
 
     def _tell_retractions(self, core) -> None:  # type: ignore[no-untyped-def]
         """A pool that is too small is told, at most every ten seconds."""

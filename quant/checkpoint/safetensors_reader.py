@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -95,14 +96,16 @@ class SafetensorsReader:
             start, stop = row_bounds(info, rows)
             at += start * (info.nbytes // info.shape[0] if info.shape[0] else 0)
             shape = (stop - start, *info.shape[1:])
-        tensor = torch.empty(shape, dtype=info.dtype)
-        left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if 0 in shape:
+            return torch.empty(shape, dtype=info.dtype)
+        room = np.empty(math.prod(shape) * info.dtype.itemsize, dtype=np.uint8)
+        left = room.data
         while left:
             count = os.preadv(self._files[info.file].fileno(), [left], at)
             if count == 0:
                 raise CheckpointError(f"{info.file} ends within tensor {name!r}: it was cut while it was open. Download it again")
             left, at = left[count:], at + count
-        return tensor
+        return torch.from_numpy(room).view(info.dtype).reshape(shape)
 
     def close(self) -> None:
         for file in self._files.values():

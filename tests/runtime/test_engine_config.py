@@ -74,7 +74,7 @@ def test_resolving_keeps_what_was_given_and_leaves_the_original_alone() -> None:
     given = EngineConfig(chunked_prefill_size=7, num_threads=3, mem_fraction_static=0.25, page_size=4)
     resolved = given.resolve(device="cuda")
     changed = {field.name for field in fields(given) if getattr(given, field.name) != getattr(resolved, field.name)}
-    assert changed == {"device"}
+    assert changed == {"device", "pp_size"}
     assert given.device == "auto"
     assert resolved.memory_fraction == 0.25
 

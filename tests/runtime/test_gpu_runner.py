@@ -254,7 +254,7 @@ def test_stages_are_replayed(folder: Path) -> None:
         core.scheduler.check_integrity()
     assert max(told) == 1, "a step is told before the one ahead of it is computed here"
     assert replays[0].count(torch.Size((2, VOCAB))) >= 2
-    assert replays[1].count(torch.Size((2, VOCAB))) >= 2
+    assert replays[1].count(torch.Size((2, 0))) >= 2, "the first stage has no logits"
     assert_alike(found, wanted, 0.05)
 
 

@@ -157,8 +157,8 @@ def test_what_ends_while_its_step_is_under_way(folder: Path) -> None:
                 break
             for output in core.step():
                 if step > ends_after or output.request_id != "ended":
-                    logprobs = [round(entry.logprob, 3) for entry in output.logprobs]
-                    scored = [round(entry.logprob, 3) for entry in output.prompt_logprobs if entry.logprob is not None]
+                    logprobs = [entry.logprob for entry in output.logprobs]
+                    scored = [entry.logprob for entry in output.prompt_logprobs if entry.logprob is not None]
                     found.setdefault(output.request_id, []).extend([*output.token_ids, *logprobs, *scored])
         return found
 
@@ -168,7 +168,9 @@ def test_what_ends_while_its_step_is_under_way(folder: Path) -> None:
     try:
         for ends_after in (4, 5, 6):
             found = run(core, ends_after)
-            assert found == wanted
+            assert set(found) == set(wanted)
+            for name, values in wanted.items():
+                assert found[name] == pytest.approx(values, abs=1e-3), name
             core.scheduler.check_integrity()
             core.flush_cache()
     finally:
@@ -210,7 +212,7 @@ def test_only_the_first_machine_has_an_engine(folder: Path) -> None:
     ("machines", "told"),
     [
         ((Machine("a", "1", (H100, H100)), Machine("b", "2", (H100, H100))), "b runs octavo 2, a 1: install one version on all machines"),
-        ((Machine("a", "1", (H100, H100)), Machine("b", "1", (H100,))), "2 ranks a machine are asked for, and b has 1 GPUs"),
+        ((Machine("a", "1", (H100, H100)), Machine("b", "1", (H100,))), "2 ranks a machine are asked for, and b has 1 GPU: lower"),
         ((Machine("a", "1", (H100, H100)), Machine("b", "1", (A100, A100))), r"the machines' GPUs differ.*: a \(2 x H100 of 80 GiB\); b"),
     ],
 )
