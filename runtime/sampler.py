@@ -22,6 +22,7 @@ from .sampling_params import SamplingParams
 from .transfer import Arrival, Fetch, HostCopy, to_device
 
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+_MOST_PLANS = 4
 _PROMPT_CHUNK_LOGITS: Final = 1 << 23  # 32 MiB of float32 at a time
 
 
@@ -160,7 +161,7 @@ class Sampler:
         self._generator = random.Random(random_seed)
         self._requests: dict[str, _Request] = {}
         self._penalties: Penalties = DevicePenalties(self._device) if is_gpu(self._device) else HostPenalties()
-        self._plan: _Plan | None = None
+        self._plans: dict[tuple[str, ...], _Plan] = {}  # by requests, the last used last: batches of stages take turns
 
     def add(self, request_id: str, params: SamplingParams, prompt_ids: Sequence[int], forbidden_until_min: tuple[int, ...]) -> None:
         """Take up a request. `forbidden_until_min` cannot come before params.min_tokens tokens were generated (eos, stop ids)."""
@@ -182,8 +183,8 @@ class Sampler:
         """Forget a request; KeyError if it was never added. A retracted request stays."""
         if self._requests.pop(request_id).is_penalised:
             self._penalties.remove(request_id)
-        if self._plan is not None and request_id in self._plan.request_ids:
-            self._plan = None
+        for key in [key for key in self._plans if request_id in key]:
+            del self._plans[key]
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> SampleResult:
         """`launch`, waited for."""
@@ -222,9 +223,14 @@ class Sampler:
 
     def _plan_for(self, rows: Sequence[SampleRow]) -> _Plan:
         request_ids = [row.request_id for row in rows]
-        if self._plan is None or self._plan.request_ids != request_ids:
-            self._plan = _make_plan(request_ids, [self._requests[request_id] for request_id in request_ids], self._penalties, self._device)
-        return self._plan
+        key = tuple(request_ids)
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            plan = _make_plan(request_ids, [self._requests[request_id] for request_id in request_ids], self._penalties, self._device)
+            if len(self._plans) == _MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
+        self._plans[key] = plan
+        return plan
 
     def _raw_rows(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
         """The logits to report log-probabilities of; a copy where something is about to change them."""
