@@ -12,6 +12,7 @@ import logging
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -31,7 +32,16 @@ logger = logging.getLogger("octavo.engine")
 
 MEET_S = 300.0  # within which all machines are to be there
 # Options that need not be the same on all: those of one machine, and what the first alone heeds.
-_MAY_DIFFER = ("node_rank", "num_threads", "max_queued_requests", "queue_timeout_s", "request_timeout_s", "tokenizer_path", "chat_template")
+_MAY_DIFFER = (
+    "node_rank",
+    "num_threads",
+    "dist_init_addr",  # by whatever name, they have met
+    "max_queued_requests",
+    "queue_timeout_s",
+    "request_timeout_s",
+    "tokenizer_path",
+    "chat_template",
+)
 _END = "end"  # what the store has when all is over
 _LOOK_S = 0.2
 _TELL_S = 2.0
@@ -42,6 +52,7 @@ class _Here(msgspec.Struct, frozen=True):
 
     machine: Machine
     config: str
+    nonce: str  # of the process that came: one that comes again is another
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -65,12 +76,16 @@ class FirstNode(RankProcesses):
         try:
             self._store = listening_store(address, port, timeout_s=MEET_S)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"--dist-init-addr {config.dist_init_addr}: cannot listen there: {_first_line(error)}") from None
+            why = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
+            raise ValueError(
+                f"--dist-init-addr {config.dist_init_addr}: cannot listen there ({why}). Is another --node-rank 0 running, or is this a "
+                "machine of another number?"
+            ) from None
         self._per_node = config.ranks_per_node
         self._nodes = range(1, config.nnodes)
         logger.info(
-            "Waiting for %d more machine%s at %s:%d; each starts the same command with its own --node-rank, up to %d",
-            len(self._nodes), "s" * (len(self._nodes) > 1), address, port, config.nnodes - 1,
+            "Waiting for %d more machine%s at %s:%d, up to %.0f s; each starts the same command with its own --node-rank, up to %d",
+            len(self._nodes), "s" * (len(self._nodes) > 1), address, port, MEET_S, config.nnodes - 1,
         )  # fmt: skip
         came = self._wait(config)
         self.machines: Sequence[Machine] = (this_machine(config.device, address), *(here.machine for here in came))
@@ -146,10 +161,13 @@ def serve_node(config: EngineConfig) -> int:
     _await_listener(address, port)
     try:
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=MEET_S))
-        here = _Here(this_machine(config.device, own_address(address)), encode_config(config))
+        here = _Here(this_machine(config.device, own_address(address)), encode_config(config), uuid.uuid4().hex)
         mine = msgspec.json.encode(here).decode()
         if store.compare_set(f"node {config.node_rank}", "", mine).decode() != mine:
-            raise ValueError(f"--node-rank {config.node_rank} has come to {config.dist_init_addr} already: give each machine its own")
+            raise ValueError(
+                f"--node-rank {config.node_rank} has come to {config.dist_init_addr} already: give each machine its own, and where one was "
+                "started again, start the first again too"
+            )
         logger.info("This is machine %d of %d, at %s:%d", config.node_rank, config.nnodes, address, port)
         until = time.monotonic() + MEET_S
         while not store.check([f"answer {config.node_rank}"]):
@@ -177,7 +195,8 @@ def _run(summons: Sequence[Summons], store: TCPStore) -> int:
     is_theirs = False  # the end: the first machine knows of it
     try:
         ranks.start(summons)
-        logger.info("This machine has rank%s %s", "s" * (len(summons) > 1), ", ".join(str(summon.rank) for summon in summons))
+        numbers = ", ".join(str(summon.rank) for summon in summons)
+        logger.info("This machine has rank%s %s, and serves no HTTP: the first one does", "s" * (len(summons) > 1), numbers)
         threading.Thread(target=_await_end, args=(store, is_over), daemon=True, name="first-machine").start()
         while (ended := ranks.ended()) is None and not is_over.is_set():
             time.sleep(_LOOK_S)
@@ -218,7 +237,7 @@ def _tell(address: str, rank: int, told: str) -> None:
 def _await_listener(address: str, port: int) -> None:
     """Until the first machine is there."""
     until = time.monotonic() + MEET_S
-    logger.info("Looking for the first machine at %s:%d", address, port)
+    logger.info("Looking for the first machine at %s:%d, up to %.0f s", address, port, MEET_S)
     while True:
         try:
             socket.create_connection((address, port), timeout=1.0).close()
@@ -234,7 +253,10 @@ def _check_options(first: EngineConfig, other: EngineConfig, number: int) -> Non
     names = [field.name for field in dataclasses.fields(EngineConfig) if field.name not in _MAY_DIFFER]
     differing = [name for name in names if getattr(first, name) != getattr(other, name)]
     if differing:
-        told = ", ".join(f"{name} is {getattr(first, name)!r} on the first and {getattr(other, name)!r} there" for name in differing)
+        told = ", ".join(
+            f"--{name.replace('_', '-')} is {getattr(first, name)} on the first and {getattr(other, name)} on machine {number}"
+            for name in differing
+        )
         raise ValueError(f"machine {number} was started with other options than the first: {told}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import logging
 import os
 import signal
@@ -49,6 +50,7 @@ def prepare_environment() -> None:
     cache = Path(os.environ.get("OCTAVO_CACHE_DIR") or Path.home() / ".cache" / "octavo")
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba" / _kernel_digest()))
     os.environ.setdefault("GOMP_SPINCOUNT", "500")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # who leaves a store or a group is told of in our own words
 
 
 def _kernel_digest() -> str:
@@ -172,6 +174,11 @@ def _find_hosts(resolved: EngineConfig) -> Hosts:
             told = f"--node-rank {resolved.node_rank} has no engine of its own, but ranks of the first machine's"
             raise ValueError(f"{told}: start `octavo serve` with these options there")
         return FirstNode(resolved)
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError(
+            f"--nnodes {resolved.nnodes} wants Ray, which is not installed here: pip install 'octavo[ray]', or give --dist-init-addr and "
+            "--node-rank, which need none"
+        )
     from .ray_hosts import RayHosts  # loads Ray
 
     return RayHosts(resolved)

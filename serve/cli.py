@@ -56,6 +56,9 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
         return _explain(prog, config, every_refusal=explanation == "all")
     if config.node_rank:
         return _serve_node(prog, config, options)
+    if config.nnodes > 1 and config.dist_init_addr is None and importlib.util.find_spec("ray") is None:
+        told = f"--nnodes {config.nnodes} wants Ray, which is not installed here: pip install 'octavo[ray]', or give --dist-init-addr and"
+        return _fail(prog, ValueError(f"{told} --node-rank, which need none"), _BAD_USAGE)
     return _serve(prog, config, options) if copies == 1 else _serve_replicas(prog, config, options, copies)
 
 
@@ -91,7 +94,7 @@ def _serve_node(prog: str, config: EngineConfig, options: ServerOptions) -> int:
     """The ranks of another machine than the first, which serves."""
     from ..runtime.start import serve_node  # not for --help
 
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         logger.info("%s", _first_line(config, options))
         return serve_node(config)
@@ -102,7 +105,8 @@ def _serve_node(prog: str, config: EngineConfig, options: ServerOptions) -> int:
         logger.debug("the start failed", exc_info=error)
         return _fail(prog, error, _FAILED, options)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _serve_replicas(prog: str, config: EngineConfig, options: ServerOptions, copies: int) -> int:

@@ -196,11 +196,19 @@ def test_two_machines_that_meet_by_address(folder: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code, encode_config(other)]) as node:
         try:
             with octavo.Engine(str(folder), node_rank=0, **options, show_progress=False) as engine:
+                again = subprocess.run([sys.executable, "-c", code, encode_config(other)], capture_output=True, text=True, check=False)
+                assert "--node-rank 1 has come to" in again.stderr
                 found = [answer["output_ids"] for answer in engine.generate(input_ids=PROMPTS, sampling_params=sampling)]
             assert found == wanted
             assert node.wait(30) == 0
         finally:
             node.kill()
+
+
+def test_without_ray_it_is_told_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(octavo.runtime.start.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--nnodes 2 wants Ray, which is not installed here: pip install 'octavo\[ray\]'"):
+        octavo.Engine(str(folder), nnodes=2, **OPTIONS, show_progress=False)
 
 
 def test_only_the_first_machine_has_an_engine(folder: Path) -> None:

@@ -273,7 +273,8 @@ def test_what_cannot_be_is_told(network: Network, folder: Path) -> None:
 
     first, other = start(0, *met, "0"), start(1, *met, "1", "--page-size", "32")
     for process in (first, other):
-        assert "machine 1 was started with other options than the first: page_size is 16 on the first and 32 there" in last_line(process)
+        told = "machine 1 was started with other options than the first: --page-size is 16 on the first and 32 on machine 1"
+        assert told in last_line(process)
     elsewhere = start(1, *met, "0")
     assert f"{ADDRESSES[0]} is no address of this machine, which is --node-rank 0" in last_line(elsewhere)
 
