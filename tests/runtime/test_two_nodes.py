@@ -134,10 +134,12 @@ def served(network: Network, folder: Path, place: Path, words: str, how: str) ->
 
 
 def rank_processes() -> list[psutil.Process]:
+    """Those that are here of engines on these two machines."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "octavo.runtime.rank_worker" in process.cmdline():
+            command = process.cmdline()
+            if "octavo.runtime.rank_worker" in command and json.loads(command[-1])["store"].startswith(ADDRESSES[0]):
                 found.append(process)
     return found
 
