@@ -84,6 +84,11 @@ def test_half_precision_errs_no_more_than_twice_transformers(dtype: str, name: s
     assert torch.cat(ours).max() <= 2 * torch.cat(theirs).max()
 
 
+def test_a_config_that_names_no_dtype_leaves_it_to_the_files(tmp_path: Path) -> None:
+    folder = edit_config(save_model(make_model(CASES["llama"]), tmp_path, "bfloat16"), dtype=None, torch_dtype=None)
+    assert load(folder).dtype == torch.bfloat16
+
+
 def test_a_dtype_that_was_asked_for_replaces_the_stored_one(tmp_path: Path) -> None:
     model = make_model(replace(CASES["llama"], dtype="float16"))
     runner = load(save_model(model, tmp_path, "float16"), dtype="float32")
