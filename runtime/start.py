@@ -123,6 +123,15 @@ def load_core(  # type: ignore[no-untyped-def]
     return core
 
 
+def check_ray(config: EngineConfig) -> None:
+    """Raises ValueError where `config` is for the machines of a Ray cluster, and Ray is not installed."""
+    if config.nnodes > 1 and config.dist_init_addr is None and importlib.util.find_spec("ray") is None:
+        raise ValueError(
+            f"--nnodes {config.nnodes} wants Ray, which is not installed here: pip install 'octavo[ray]', or give --dist-init-addr and "
+            "--node-rank, which need none"
+        )
+
+
 def serve_node(config: EngineConfig) -> int:
     """Run the ranks of a machine that is not the first, until they end. Gives an exit code; raises ValueError or EngineDead."""
     from .nodes import serve_node
@@ -174,11 +183,7 @@ def _find_hosts(resolved: EngineConfig) -> Hosts:
             told = f"--node-rank {resolved.node_rank} has no engine of its own, but ranks of the first machine's"
             raise ValueError(f"{told}: start `octavo serve` with these options there")
         return FirstNode(resolved)
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError(
-            f"--nnodes {resolved.nnodes} wants Ray, which is not installed here: pip install 'octavo[ray]', or give --dist-init-addr and "
-            "--node-rank, which need none"
-        )
+    check_ray(resolved)
     from .ray_hosts import RayHosts  # loads Ray
 
     return RayHosts(resolved)

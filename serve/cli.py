@@ -12,7 +12,7 @@ import sys
 from .. import __version__
 from ..runtime.config import EngineConfig
 from ..runtime.logs import set_up_logging
-from ..runtime.start import prepare_environment
+from ..runtime.start import check_ray, prepare_environment
 from .announcement import announce, url_of
 from .arguments import flags_of, mapping_of, options_of, serve_parser
 from .options import ServerOptions
@@ -48,6 +48,7 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
             raise ValueError(
                 f"--dp-size {copies} and --nnodes {config.nnodes} do not go together: an engine of several machines has them alone"
             )
+        check_ray(config)
         _check_backend(config)
         _set_up_logging(options)
     except (ValueError, TypeError) as error:
@@ -56,9 +57,6 @@ def main(argv: list[str], *, prog: str = "octavo serve") -> int:
         return _explain(prog, config, every_refusal=explanation == "all")
     if config.node_rank:
         return _serve_node(prog, config, options)
-    if config.nnodes > 1 and config.dist_init_addr is None and importlib.util.find_spec("ray") is None:
-        told = f"--nnodes {config.nnodes} wants Ray, which is not installed here: pip install 'octavo[ray]', or give --dist-init-addr and"
-        return _fail(prog, ValueError(f"{told} --node-rank, which need none"), _BAD_USAGE)
     return _serve(prog, config, options) if copies == 1 else _serve_replicas(prog, config, options, copies)
 
 
