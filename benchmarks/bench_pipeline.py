@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from ..runtime import hosts
 from ..runtime.config import EngineConfig
@@ -30,7 +31,7 @@ def slow_down() -> None:
 
     compute, seconds = ModelRunner._compute, float(os.environ[_STAGE_S])
 
-    def slowly(*args, **named):  # type: ignore[no-untyped-def]
+    def slowly(*args: Any, **named: Any) -> Any:
         try:
             return compute(*args, **named)
         finally:

@@ -19,8 +19,6 @@ from .layers.parallel import TensorParallelGroup
 from .pipeline import Pipeline, Place, Sending
 
 _LOOPBACK = "lo"  # where ranks of one machine meet: nobody else is to reach them, and a machine's own name may not be known to it
-
-
 _CONNECT_S = 60.0
 COLLECTIVE_S = 1800.0  # the longest wait for another rank, which may read its weights from a slow disk; one that is gone is noticed sooner
 
@@ -62,6 +60,7 @@ class Together:
     process_groups: tuple[ProcessGroup, ...]
 
     def abort(self) -> None:
+        """End what this rank waits for, see ProcessGroup.abort."""
         for group in self.process_groups:
             group.abort()
 
@@ -74,14 +73,13 @@ def meet(store: Store, place: Place, *, device: torch.device, timeout_s: float, 
     size = place.tp_size * place.pp_size
     about: dict[str, Any] = {"device": device, "timeout_s": timeout_s, "address": address}
     everyone = ProcessGroup(PrefixStore("all", store), rank=place.rank, size=size, **about)
-    if place.pp_size == 1 or place.tp_size == 1:
-        sharing = everyone if place.pp_size == 1 else None
-    else:
+    sharing, groups = everyone, (everyone,)
+    if place.pp_size > 1 and place.tp_size > 1:
         own = PrefixStore(f"stage {place.stage}", store)
         sharing = ProcessGroup(own, rank=place.tp_rank, size=place.tp_size, **about)
-    group = TensorParallelGroup(place.tp_size, place.tp_rank, sharing)
-    both = (everyone,) if sharing in (None, everyone) else (everyone, sharing)
-    return Together(group, Pipeline(place, everyone), both)
+        groups = (everyone, sharing)
+    group = TensorParallelGroup(place.tp_size, place.tp_rank, sharing if place.tp_size > 1 else None)
+    return Together(group, Pipeline(place, everyone), groups)
 
 
 class ProcessGroup:
@@ -119,11 +117,12 @@ class ProcessGroup:
         self._group.broadcast([tensor]).wait()
 
     def send(self, tensor: torch.Tensor, to: int) -> Sending:
-        """Begin to send a contiguous tensor to a rank."""
-        return self._group.send([tensor], to, 0)  # type: ignore[no-any-return]
+        """Begin to send a contiguous tensor to a rank, which receives as many in the same order. It is not to change before `wait`."""
+        sending: Sending = self._group.send([tensor], to, 0)
+        return sending
 
     def receive(self, tensor: torch.Tensor, source: int) -> None:
-        """What a rank sends next, in place."""
+        """What a rank sends next, in place: a contiguous tensor of the same shape and dtype."""
         self._group.recv([tensor], source, 0).wait()
 
     def abort(self) -> None:

@@ -169,10 +169,12 @@ class EngineConfig:
 
     @property
     def num_stages(self) -> int:
+        """Stages of layers. Of what is not resolved: one, where none are asked for."""
         return self.pp_size or 1
 
     @property
     def ranks_per_node(self) -> int:
+        """Ranks on each machine, which `resolve` has found to be equally many."""
         return max(1, self.num_ranks // self.nnodes)
 
     @property

@@ -106,9 +106,8 @@ class EngineCore:
         self._fetch = fetch
         is_cpu = runner.device.type == "cpu"
         overlap = not is_cpu and not config.disable_overlap_schedule if overlap is None else overlap
-        self._ahead = (
-            num_batches - 1 if runner.num_stages > 1 else int(overlap)
-        )  # steps that are still under way when another one has landed
+        # Steps that are still under way when another one has landed.
+        self._ahead = num_batches - 1 if runner.num_stages > 1 else int(overlap)
         self._flights: deque[_Flight | _Begun] = deque()
         # A CPU computes when it is told: a step that waits for another stage would keep the next from being told.
         self._computes_late = is_cpu and runner.num_stages > 1

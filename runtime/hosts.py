@@ -39,6 +39,7 @@ class Machine(msgspec.Struct, frozen=True):
     devices: tuple[Device, ...]
 
     def describe(self) -> str:
+        """For people: name, GPUs and their GiB."""
         return f"{self.name} ({len(self.devices)} x {self.devices[0].name} of {self.devices[0].total / _GIB:.0f} GiB)"
 
 
@@ -106,6 +107,7 @@ class RankProcesses:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, summons: Sequence[Summons]) -> None:
+        """Start a process for each. Raises OSError where there can be none."""
         for summon in summons:
             command = [sys.executable, "-m", _PROGRAM, str(os.getpid()), msgspec.json.encode(summon).decode()]
             self._processes[summon.rank] = start_deaf_to_signals(command)
@@ -125,9 +127,11 @@ class RankProcesses:
         return any(code is not None for code in codes) and all(code in (None, 0) for code in codes)
 
     def describe(self, rank: int) -> str:
+        """The number of a rank's process, with a space before it; nothing for a rank that is not here."""
         return f" (process {self._processes[rank].pid})" if rank in self._processes else ""
 
     def close(self, timeout_s: float) -> None:
+        """Wait for them to end, and then end them."""
         until = time.monotonic() + timeout_s
         for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):

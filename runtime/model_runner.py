@@ -236,10 +236,12 @@ class ModelRunner:
 
     @property
     def num_ranks(self) -> int:
+        """All ranks of the engine, this one among them."""
         return self._group.size * self._pipeline.size
 
     @property
     def num_stages(self) -> int:
+        """Stages that the layers are divided into."""
         return self._pipeline.size
 
     def check(self) -> None:

@@ -263,7 +263,7 @@ def _check_options(first: EngineConfig, other: EngineConfig, number: int) -> Non
 def _split(config: EngineConfig) -> tuple[str, int]:
     assert config.dist_init_addr is not None
     host, _, port = config.dist_init_addr.rpartition(":")
-    return host.strip("[]"), int(port)
+    return host, int(port)
 
 
 def _resolve(host: str) -> str:

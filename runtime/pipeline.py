@@ -46,10 +46,12 @@ class Place:
 
     @property
     def stage(self) -> int:
+        """0 for the stage that has the first layers."""
         return self.pp_size - 1 - self.rank // self.tp_size
 
     @property
     def tp_rank(self) -> int:
+        """Its number among the ranks of its stage."""
         return self.rank % self.tp_size
 
     def layers(self, num_layers: int) -> range:
@@ -87,14 +89,17 @@ class Pipeline:
 
     @property
     def size(self) -> int:
+        """Stages."""
         return self.place.pp_size
 
     @property
     def is_first(self) -> bool:
+        """Whether it embeds tokens."""
         return self.place.stage == 0
 
     @property
     def is_last(self) -> bool:
+        """Whether it has the final norm and the head."""
         return self.place.stage == self.size - 1
 
     def receive(self, hidden: torch.Tensor) -> None:

@@ -93,7 +93,7 @@ class _Rank:
 
         device = choose_device(config, self._summons.device)
         place = Place(self.number, config.tp_size, config.num_stages)
-        config = config.resolve(device=device.type)  # type: ignore[arg-type]  # what depends on this machine, where that is left open
+        config = config.resolve(device="cuda" if device.type == "cuda" else "cpu")  # threads, where they are left to this machine
         store = find_store(self._summons.store, config.num_ranks)
         together = meet(store, place, device=device, timeout_s=COLLECTIVE_S, address=self._summons.address)
         files = resolve_model(config.model_path, revision=config.revision, needs_weights=config.needs_weights)

@@ -64,7 +64,8 @@ class Network:
         for name in self.names:
             _run("ip", "netns", "delete", name)
 
-    def start(self, machine: int, command: Sequence[str], **named: Any) -> subprocess.Popen[bytes]:
+    def start(self, machine: int, command: Sequence[str], **named: Any) -> subprocess.Popen[Any]:
+        """Run a command on a machine; `named` is as for Popen."""
         return subprocess.Popen(["ip", "netns", "exec", self.names[machine], *command], **named)
 
     def disturb(self, *, loss: float = 0.0, delay_s: float = 0.0) -> None:

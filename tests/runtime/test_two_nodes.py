@@ -26,10 +26,8 @@ import octavo
 from .network import ADDRESSES, Network, reason_against
 from .tiny_models import llama, make_model, save_model, save_tokenizer
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(reason_against() is not None, reason=f"{reason_against()}"),
-]
+AGAINST = reason_against()
+pytestmark = [pytest.mark.long, pytest.mark.skipif(AGAINST is not None, reason=f"{AGAINST}")]
 READY_S, PORT = 240, 30000
 COMMON = ("--device", "cpu", "--dtype", "float32", "--num-threads", "1", "--max-total-tokens", "4096", "--port", str(PORT))
 PROMPTS = [[(11 * number + 3 * place) % 131 for place in range(10 + 7 * number)] for number in range(6)]
@@ -266,7 +264,7 @@ def test_what_cannot_be_is_told(network: Network, folder: Path) -> None:
     met = ["--dist-init-addr", f"{ADDRESSES[0]}:5000", "--node-rank"]
 
     def start(machine: int, *words: str) -> subprocess.Popen[str]:
-        return network.start(machine, [*command, *words], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)  # type: ignore[return-value]
+        return network.start(machine, [*command, *words], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
     def last_line(process: subprocess.Popen[str]) -> str:
         _, err = process.communicate(timeout=60)
