@@ -73,7 +73,8 @@ def meet(store: Store, place: Place, *, device: torch.device, timeout_s: float, 
     size = place.tp_size * place.pp_size
     about: dict[str, Any] = {"device": device, "timeout_s": timeout_s, "address": address}
     everyone = ProcessGroup(PrefixStore("all", store), rank=place.rank, size=size, **about)
-    sharing, groups = everyone, (everyone,)
+    sharing = everyone
+    groups: tuple[ProcessGroup, ...] = (everyone,)
     if place.pp_size > 1 and place.tp_size > 1:
         own = PrefixStore(f"stage {place.stage}", store)
         sharing = ProcessGroup(own, rank=place.tp_rank, size=place.tp_size, **about)
