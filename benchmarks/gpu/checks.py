@@ -18,7 +18,7 @@ from torch import Tensor
 from octavo.kernels import quantize_rows as rows_contract
 from octavo.kernels.gpu import dense_linear, grouped_format, grouped_linear, quantize_rows, scaled_linear
 from octavo.kernels.gpu.config import Tile, tile_for
-from octavo.kernels.gpu.device import FIXED_ROWS, Device, pretend
+from octavo.kernels.gpu.device import FIXED_ROWS, Device, device_of, pretend
 from octavo.kernels.gpu.launch import Launch
 from octavo.kernels.gpu.workspace import Workspace
 from octavo.kernels.grouped_linear import GroupedWeight, dequantize
@@ -61,8 +61,8 @@ class Place:
 
     @contextlib.contextmanager
     def pretended(self) -> Iterator[None]:
-        """Within it the CPU is the GPU whose facts these are."""
-        with contextlib.nullcontext() if self.is_gpu else pretend(self.facts):
+        """Within it the device is the GPU whose facts these are: the CPU, or a GPU that is taken for an older one."""
+        with contextlib.nullcontext() if self.is_gpu and self.facts == device_of(self.device) else pretend(self.facts):
             yield
 
 

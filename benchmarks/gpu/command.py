@@ -16,7 +16,9 @@ from octavo.kernels.gpu import dense_linear
 from octavo.kernels.gpu.config import operations, table_architectures
 from octavo.kernels.gpu.device import device_of
 
-from . import attention_timings, correctness, model_timings, report, timings
+from . import answers, attention_timings, correctness, model_timings, report, timings
+from .answer_models import ASKED, Asked
+from .answers import Talk
 from .attention_timings import STEPS, Step
 from .checks import Place
 from .contenders import FORMATS, ROWS, SHAPES, Shape
@@ -25,12 +27,14 @@ from .peers import Peer, load_peers
 from .record import ROOT, Budget, Record, folder_name, machine_facts
 from .sweep import SWEPT_SHAPES, sweep, told
 
-PARTS = ("correctness", "sanitizer", "timings", "model", "report", "sweep", "quick")
-_USUAL = PARTS[:5]
+PARTS = ("correctness", "older", "sanitizer", "answers", "timings", "model", "report", "sweep", "quick")
+_USUAL = PARTS[:7]
 _WRONG, _NO_GPU, _BAD_INPUT = 1, 3, 2
 _EPILOG = """parts, in this order where none is named:
   correctness  every kernel with every entry of its table of tiles, against float64
+  older        the same as an sm_80 and an sm_89 would compute it: their tiles, their code, assembled for this card
   sanitizer    the small cases under compute-sanitizer: memcheck, racecheck, synccheck
+  answers      whole models in every format through the engine, graphs and cache included, against the CPU; and --model
   timings      linears of Llama-3 8B and 70B by rows, and attention over pages, beside torch's and the peers'
   model        dummy Llama-3 8B and 70B through the engine, beside transformers' continuous batching
   report       README.md and pictures out of what has been found; needs no GPU
@@ -43,18 +47,21 @@ A run stops where its minutes end, and the same command goes on from there. It e
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed."""
+    """What is timed, and which models are asked."""
 
     shapes: tuple[Shape, ...]
     rows: tuple[int, ...]
     steps: tuple[Step, ...]
     variants: tuple[Variant, ...]
     load: Load
+    asked: tuple[Asked, ...]
+    talk: Talk
 
 
 def main(
     argv: Sequence[str], *, place: Place | None = None, shapes: Sequence[Shape] = SHAPES, rows: Sequence[int] = ROWS,
     steps: Sequence[Step] = STEPS, variants: Sequence[Variant] = VARIANTS, load: Load | None = None,
+    asked: Sequence[Asked] = ASKED, talk: Talk | None = None,
 ) -> int:  # fmt: skip
     """Run the parts: 0, 1 when a result is wrong, 2 for bad arguments, 3 without a GPU. `place` and the sizes are for tests."""
     try:
@@ -70,7 +77,8 @@ def main(
     if place is None and not torch.cuda.is_available():
         print("run.py: torch sees no CUDA device here. `run.py report --out FOLDER`, by itself, needs none.", file=sys.stderr)
         return _NO_GPU
-    return _run(parts, options, place or _place_at_hand(), Sizes(tuple(shapes), tuple(rows), tuple(steps), tuple(variants), load or Load()))
+    sizes = Sizes(tuple(shapes), tuple(rows), tuple(steps), tuple(variants), load or Load(), tuple(asked), talk or Talk())
+    return _run(parts, options, place or _place_at_hand(), sizes)
 
 
 def _reason_against(parts: Sequence[str], options: argparse.Namespace) -> str | None:
@@ -84,6 +92,7 @@ def _reason_against(parts: Sequence[str], options: argparse.Namespace) -> str | 
         f"--out {options.out} has no results.json: run the other parts with the same --out first": (
             list(parts) == ["report"] and options.out is not None and not has_results
         ),
+        f"--model {options.model} is not there": options.model is not None and not options.model.exists(),
         f"--peers {options.peers} is no folder": options.peers is not None and not options.peers.is_dir(),
         f"no tiles for {', '.join(odd_ops)}: the tables have {', '.join(known)}": bool(odd_ops),
         "the part sweep and --op go together, such as sweep --op w4a16": ("sweep" in parts) != bool(options.op),
@@ -104,11 +113,16 @@ def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, sizes:
         return _quick(place)
     print(f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}: results in {folder}", flush=True)
     record = Record.load(folder, machine, fresh=options.fresh)
-    save = partial(record.save, folder)
+    save, jobs = partial(record.save, folder), options.jobs if place.is_gpu else 1
     if "correctness" in parts:
-        correctness.run(record, place, budget, jobs=options.jobs if place.is_gpu else 1, save=save, quick=not place.is_gpu)
+        correctness.run(record, place, budget, jobs=jobs, save=save, quick=not place.is_gpu)
+    if "older" in parts:
+        for arch in [arch for arch in correctness.OLDER if arch < place.facts.arch]:
+            correctness.run(record, place, budget, jobs=jobs, save=save, quick=not place.is_gpu, older=arch)
     if "sanitizer" in parts:
         correctness.sanitize(record, place, budget, command=Path(__file__).with_name("run.py"), save=save)
+    if "answers" in parts:
+        answers.run(record, place, budget, save=save, asked=sizes.asked, model=options.model, talk=sizes.talk)
     if "timings" in parts:
         _time(record, place, budget, options, save, sizes)
     if "model" in parts:
@@ -123,7 +137,7 @@ def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, sizes:
     save()
     if "report" in parts:
         _report(record, folder)
-    faults = [*record.correctness.values(), *record.sanitizer.values()]
+    faults = [*record.correctness.values(), *record.sanitizer.values(), *record.answers.values()]
     is_wrong = any(result["fault"] for result in faults) or any(
         timing["faults"] for timing in (*record.timings.values(), *record.attention.values())
     )
@@ -174,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that check and compile (default %(default)s)"
     )
     parser.add_argument("--peers", type=Path, metavar="DIR", help="a folder with marlin, conch and gemlite; see benchmarks/README.md")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="a folder or GGUF file, for answers beside the random models'")
     parser.add_argument(
         "--formats", nargs="+", choices=tuple(FORMATS), default=[], help="of linears, timed alone (default: all, and attention)"
     )

@@ -13,10 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from triton import knobs
+
+from octavo.kernels.gpu.device import DEVICES
 
 from .attention_cases import attention_cases
 from .cases import Named, all_cases, quick_cases
@@ -30,15 +34,26 @@ _BATCH = 8
 _CASE_S = 10.0
 _RACE_FREE = ("_split", "_stream", "_multiply", "_dequantize", "_attend", "_plan", "_peaks", "_search", "_kept")
 _SANITIZED_S = 60.0  # what starting one tool takes at least
+OLDER = (80, 89)  # whose code a newer GPU can run: other tables of tiles, other matrix instructions
 
 
-def run(record: Record, place: Place, budget: Budget, *, jobs: int, save: Callable[[], None], quick: bool = False) -> None:
-    """Every case that has not been run yet, while the budget lasts."""
+def run(
+    record: Record, place: Place, budget: Budget, *, jobs: int, save: Callable[[], None], quick: bool = False, older: int | None = None
+) -> None:  # fmt: skip
+    """Every case that has not been run yet, while the budget lasts; with `older`, as on that architecture (80 for sm_80).
+
+    Then the kernels are planned and compiled for it, and assembled for the GPU at hand: nothing but the assembler's part is not what
+    the older GPU would run.
+    """
+    said = ""
+    if older is not None:
+        place, said = replace(place, facts=replace(DEVICES[older], num_sms=place.facts.num_sms)), f"as sm_{older}: "
     cases = cases_of(place.facts.arch, quick=quick)
-    while left := [case for case in cases if case.name not in record.correctness]:
+    while left := [case for case in cases if said + case.name not in record.correctness]:
         before = len(record.correctness)
         batches = [left[start : start + _BATCH] for start in range(0, len(left), _BATCH)]
-        for found in _results(batches, place, budget, jobs):
+        for results in _results(batches, place, budget, jobs, older):
+            found = {said + name: result for name, result in results.items()}
             record.correctness |= found
             for name, result in found.items():
                 if result["fault"]:
@@ -47,9 +62,10 @@ def run(record: Record, place: Place, budget: Budget, *, jobs: int, save: Callab
         # A process whose device failed checks no more: what it left is begun again, as long as that gets on.
         if not budget.has(_CASE_S) or len(record.correctness) == before:
             break
-    if any(case.name not in record.correctness for case in cases):
+    names = [said + case.name for case in cases]
+    if any(name not in record.correctness for name in names):
         print("  not all cases were run: run the same command again, it goes on from here")
-    print(f"correctness: {summary(record, [case.name for case in cases])}")
+    print(f"correctness: {said}{summary(record, names)}")
 
 
 def cases_of(arch: int, *, quick: bool) -> list[Named]:
@@ -102,15 +118,20 @@ def _result(case: Named, place: Place) -> dict[str, Any]:
     return result | {"seconds": round(time.perf_counter() - started, 2)}
 
 
-def _results(batches: Sequence[Sequence[Named]], place: Place, budget: Budget, jobs: int) -> Iterator[dict[str, dict[str, Any]]]:
-    """Batches in this process, or in `jobs` others, as they are done; fewer when time runs out or a process dies."""
-    if jobs == 1:
+def _results(
+    batches: Sequence[Sequence[Named]], place: Place, budget: Budget, jobs: int, older: int | None
+) -> Iterator[dict[str, dict[str, Any]]]:  # fmt: skip
+    """Batches in this process, or in `jobs` others, as they are done; fewer when time runs out or a process dies.
+
+    Code for an older GPU is made in others: Triton keeps what a process compiled, whatever it was compiled for.
+    """
+    if jobs == 1 and not (older and place.is_gpu):
         for batch in batches:
             if not budget.has(_CASE_S):
                 return
             yield check_all(batch, place)
         return
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(older,))
     waiting = [pool.submit(check_all, batch, place) for batch in batches]
     try:
         for future in as_completed(waiting, timeout=max(1.0, budget.left_s)):
@@ -122,6 +143,13 @@ def _results(batches: Sequence[Sequence[Named]], place: Place, budget: Budget, j
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:  # one that hangs in a kernel would be waited for
             process.kill()
+
+
+def _begin(older: int | None) -> None:
+    """What a process does first."""
+    torch.set_num_threads(1)
+    if older is not None:
+        knobs.runtime.override_arch = f"sm{older}"
 
 
 def sanitize(record: Record, place: Place, budget: Budget, *, command: Path, save: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = ("kernels", "quant", "runtime", "benchmarks/gpu")
+_SOURCES = ("kernels", "quant", "runtime", "calibration", "benchmarks/gpu")
 
 
 class Budget:
@@ -35,13 +35,14 @@ class Budget:
 
 @dataclass
 class Record:
-    """What results.json holds. `correctness` by case, `sanitizer` by tool, `timings` by format and shape,
+    """What results.json holds. `correctness` by case, `sanitizer` by tool, `answers` by model, `timings` by format and shape,
     `attention` by step, `model` by variant, `sweeps` by operation."""
 
     machine: dict[str, Any]
     sources: str
     correctness: dict[str, dict[str, Any]] = field(default_factory=dict)
     sanitizer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
     ceilings: dict[str, float | None] | None = None
     timings: dict[str, dict[str, Any]] = field(default_factory=dict)
     attention: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -69,6 +69,11 @@ def _page(record: Record) -> Iterator[str]:
         yield "Microseconds a call by what pages hold; in brackets TB/s of keys and values, for prompts TFLOP/s."
         yield "`sdpa` is torch's, in bfloat16.\n"
         yield from _attention(record)
+    if record.answers:
+        yield "\n## Answers\n"
+        yield "What models say, against the CPU in float32. Error and rounding: root mean square of differences of log-probabilities,"
+        yield "in nats, of the GPU and of the CPU in the same dtype. Others: tokens that were not the CPU's best, and by how much.\n"
+        yield from _answers(record)
     if record.model:
         yield "\n## Whole models\n"
         yield "Dummy weights, greedy, through the engine; in brackets what reading weights alone would take, over the time."
@@ -125,6 +130,18 @@ def _models(record: Record) -> Iterator[str]:
             yield from (f"| {name} | {part} {load} | {step['tokens_s']:.0f} | | | |" for load, step in found.get(part, {}).items())
         if found["fault"]:
             yield f"| {name} | {found['fault']} | | | | |"
+
+
+def _answers(record: Record) -> Iterator[str]:
+    yield "| model | error | rounding | tokens | others | by at most | kernels |"
+    yield "| --- " * 7 + "|"
+    for name, found in record.answers.items():
+        if found["fault"]:
+            yield f"| {name} | WRONG: {found['fault']} | | | | | |"
+            continue
+        kernels = ", ".join(f"{count} {kernel}" for kernel, count in found["kernels"].items())
+        counts = f"{found['tokens']} | {found['others']} | {found['worst_loss']:.4f}"
+        yield f"| {name} | {found['error']:.4f} | {found['rounding']:.4f} | {counts} | {kernels} |"
 
 
 def _attention(record: Record) -> Iterator[str]:

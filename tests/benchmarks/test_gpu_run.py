@@ -45,12 +45,12 @@ FEW = (
 
 @pytest.fixture
 def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correctness, "cases_of", lambda arch, *, quick: list(FEW))
+    monkeypatch.setattr(correctness, "cases_of", lambda arch, *, quick: [case for case in FEW if arch > 80 or "fp8" not in case.name])
 
 
 def run(*arguments: str, out: Path) -> int:
     steps = (Step(2, 1, 40), Step(1, 20, 20), Step(1, 5, 40))
-    return main([*arguments, "--out", str(out)], place=H100, shapes=(TINY,), rows=(1,), steps=steps, variants=())
+    return main([*arguments, "--out", str(out)], place=H100, shapes=(TINY,), rows=(1,), steps=steps, variants=(), asked=())
 
 
 @pytest.mark.usefixtures("few_cases")
