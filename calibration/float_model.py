@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +132,12 @@ class FloatModel:
 
     def free_block(self, index: int) -> None:
         """Let a block's parameters go."""
-        for module in self.blocks[index].modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        _free(self.blocks[index].modules())
+
+    def free_outer(self) -> None:
+        """Let every parameter outside the blocks go."""
+        inside = {module for block in self.blocks for module in block.modules()}
+        _free(module for module in self.module.modules() if module not in inside)
 
     def _load(self, sources: Sequence[str]) -> None:
         self.names.put(self.module, {name: self._read(name) for name in sources}, self.device)
@@ -182,6 +184,14 @@ class FloatModel:
         raise UnknownArchitectureError(
             f"{type(self.module).__name__} does not hand a block's output to the next as it is: it cannot be quantized block by block"
         ) from cause
+
+
+def _free(modules: Iterable[nn.Module]) -> None:
+    """Have their own parameters on the meta device."""
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 class _NotFollowing(Exception):  # a signal, caught here

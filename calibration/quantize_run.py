@@ -17,7 +17,7 @@ from torch import Tensor
 from ..quant.checkpoint.hf_config import read_json
 from .budget import budget_of
 from .climb import climb
-from .devices import computing_on, device_name, device_of, peak_bytes
+from .devices import computing_on, device_name, device_of, give_back_memory, peak_bytes
 from .engines import engines_of, limits_of
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
@@ -167,6 +167,7 @@ class _Run:
         if plan.budget.schedule is not None:
             with self._timed("tuning"):
                 results = self._tune(model, tokens, work, results, floats, plan.budget.schedule)
+        del floats
         with self._timed("writing"):
             written = self._write(made, model, results, plan)
         with self._timed("verifying"):
@@ -214,6 +215,7 @@ class _Run:
         started = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - started
+        give_back_memory()
 
     def _identity(self) -> Mapping[str, Any]:
         weights = {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in self.files.weight_files}
@@ -296,6 +298,7 @@ class _Run:
             tokens, seqlen = held_back.flatten().tolist(), recipe.seqlen
             text = "text of the model's own" if recipe.calibration == "self" else f"samples held back from {recipe.calibration}"
         if plan.evaluates_whole:
+            model.free_outer()  # both models will be in memory
             try:
                 return by_engine(
                     self.original.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text, device=self.device.type
@@ -303,6 +306,7 @@ class _Run:
             except (ValueError, RuntimeError) as error:  # a config of a known architecture does not promise known weights
                 logger.warning("Octavo's engine does not read this model (%s): transformers evaluates it", error)
                 self.served = False
+                model.load_outer()
         with DequantizingReader(out, self.reader.tensors(), written.transposed) as reader:
             quantized = FloatModel(self.original.transformers_config(), reader, self.device)
             quantized.load_outer()

@@ -142,7 +142,7 @@ def _prompts(asked: Asked, folder: Path, core: EngineCore, talk: Talk) -> list[t
         from octavo.quant.checkpoint.resolve import resolve_model
         from octavo.runtime.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(resolve_model(str(folder), needs_weights=False))
+        tokenizer = load_tokenizer(resolve_model(str(folder)))
         return [tuple(tokenizer.encode(text)) for text in _TEXTS]
     source = random.Random(1)
     return [tuple(source.randrange(core.limits.vocab_size) for _ in range(length)) for length in talk.prompts]

@@ -47,6 +47,10 @@ def test_block_by_block_equals_the_whole_model(name: str, folders: dict[str, tup
         expected = reference(input_ids=tokens).logits
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     assert all(parameter.is_meta for block in model.blocks for parameter in block.parameters())
+    model.free_outer()
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+    model.load_outer()
+    assert torch.equal(model.logits(tokens, hidden), found)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
