@@ -191,13 +191,14 @@ def serve_node(config: EngineConfig) -> int:
 
 def _run(summons: Sequence[Summons], store: TCPStore) -> int:
     ranks, is_over = RankProcesses(), threading.Event()
+    watcher = threading.Thread(target=_await_end, args=(store, is_over), daemon=True, name="first-machine")
     rank, told = summons[0].rank, "ends, as its machine was told to stop"
     is_theirs = False  # the end: the first machine knows of it
     try:
         ranks.start(summons)
         numbers = ", ".join(str(summon.rank) for summon in summons)
         logger.info("This machine has rank%s %s, and serves no HTTP: the first one does", "s" * (len(summons) > 1), numbers)
-        threading.Thread(target=_await_end, args=(store, is_over), daemon=True, name="first-machine").start()
+        watcher.start()
         while (ended := ranks.ended()) is None and not is_over.is_set():
             time.sleep(_LOOK_S)
         is_theirs = is_over.is_set() or ranks.left_politely
@@ -214,13 +215,16 @@ def _run(summons: Sequence[Summons], store: TCPStore) -> int:
         if not is_theirs:
             _tell(summons[0].outbox, rank, told)
         ranks.close(0.0)
+        is_over.set()
+        if watcher.ident is not None:  # an interpreter that ends while a thread is inside of the store aborts
+            watcher.join(_TELL_S)
 
 
 def _await_end(store: TCPStore, is_over: threading.Event) -> None:
     """A thread: until the first machine says that all ends, or is gone. Where it is only out of reach, ranks notice by themselves."""
     with contextlib.suppress(RuntimeError):
-        while not store.check([_END]):
-            time.sleep(_LOOK_S)
+        while not is_over.is_set() and not store.check([_END]):
+            is_over.wait(_LOOK_S)
     is_over.set()
 
 
