@@ -194,11 +194,11 @@ def _run(summons: Sequence[Summons], store: TCPStore) -> int:
     watcher = threading.Thread(target=_await_end, args=(store, is_over), daemon=True, name="first-machine")
     rank, told = summons[0].rank, "ends, as its machine was told to stop"
     is_theirs = False  # the end: the first machine knows of it
+    watcher.start()
     try:
         ranks.start(summons)
         numbers = ", ".join(str(summon.rank) for summon in summons)
         logger.info("This machine has rank%s %s, and serves no HTTP: the first one does", "s" * (len(summons) > 1), numbers)
-        watcher.start()
         while (ended := ranks.ended()) is None and not is_over.is_set():
             time.sleep(_LOOK_S)
         is_theirs = is_over.is_set() or ranks.left_politely
@@ -216,8 +216,7 @@ def _run(summons: Sequence[Summons], store: TCPStore) -> int:
             _tell(summons[0].outbox, rank, told)
         ranks.close(0.0)
         is_over.set()
-        if watcher.ident is not None:  # an interpreter that ends while a thread is inside of the store aborts
-            watcher.join(_TELL_S)
+        watcher.join(_TELL_S)  # an interpreter that ends while a thread is inside of the store aborts
 
 
 def _await_end(store: TCPStore, is_over: threading.Event) -> None:
