@@ -2,7 +2,7 @@
 
 The tokens that the GPU gave are scored on the CPU twice, in float32 and in the dtype of the GPU's run: the second shows what rounding
 alone changes, and the GPU may differ from the first by few times as much. A token other than the CPU's best is wrong where no tie of
-that size decides. Models that `octavo.quantize` makes are made on the GPU, and must not lose more than those made on the CPU.
+that size decides. Models that `octavo.quantize` makes are made on the GPU, and may lose little more than those made on the CPU.
 """
 
 from __future__ import annotations

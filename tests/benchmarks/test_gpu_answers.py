@@ -66,7 +66,7 @@ def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.long
 def test_every_format_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those that quantize too, and the GPU's own way to compute them."""
-    sizes = {**SMALL, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {**SMALL, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
     asked = [replace(one, sizes=sizes) for one in ASKED]
     code, found = ask(*asked, out=tmp_path, talk=Talk(prompts=(1, 40), answer=3))
     assert code == 0, capsys.readouterr().out
