@@ -93,6 +93,7 @@ def _reason_against(parts: Sequence[str], options: argparse.Namespace) -> str | 
             list(parts) == ["report"] and options.out is not None and not has_results
         ),
         f"--model {options.model} is not there": options.model is not None and not options.model.exists(),
+        f"--model {options.model} is for the part answers, which is not asked for": options.model is not None and "answers" not in parts,
         f"--peers {options.peers} is no folder": options.peers is not None and not options.peers.is_dir(),
         f"no tiles for {', '.join(odd_ops)}: the tables have {', '.join(known)}": bool(odd_ops),
         "the part sweep and --op go together, such as sweep --op w4a16": ("sweep" in parts) != bool(options.op),

@@ -380,6 +380,7 @@ def test_a_bare_checkout_is_enough(tmp_path: Path) -> None:
         (["timings", "--op", "fp8"], "--op go together"),
         (["sweep", "--op", "w9a9"], "no tiles for w9a9: the tables have fp8,"),
         (["timings", "--peers", "/no/such"], "/no/such is no folder"),
+        (["timings", "--model", "."], "--model . is for the part answers"),
         (["--minutes", "-1"], "--minutes -1 and"),
         (["timing"], "timing: the parts are correctness,"),
     ],
