@@ -41,10 +41,10 @@ from .kv_pool import KV_DTYPES, KVPool
 from .layers.linear import ParallelLinear
 from .layers.parallel import TensorParallelGroup
 from .linear_report import LinearReport, check_backend
-from .model_runner import weight_dtype
 from .models.config import ModelConfig
 from .models.llama import LlamaModel
 from .start import die_with_parent
+from .weight_dtype import weight_dtype
 from .weights import HeaderSource
 
 __all__ = [

@@ -35,6 +35,7 @@ from .phases import Phases
 from .pipeline import Pipeline
 from .profile_step import compute_step, largest_step, measured_bytes
 from .sampler import Draw
+from .weight_dtype import weight_dtype
 from .weights import WeightSource
 
 if TYPE_CHECKING:
@@ -441,25 +442,3 @@ def _kv_scales_made_for(formats: ModuleFormats) -> str:
     """What the checkpoint's static KV scales map to the range of: "int8" where its config says so, else "fp8_e4m3"."""
     kv_cache = formats.config.kv_cache if formats.config is not None else None
     return kv_cache.dtype if kv_cache is not None else "fp8_e4m3"
-
-
-def _dtype_of_files(config: EngineConfig, files: ModelFiles) -> str:
-    """What most of the checkpoint's floats are, where its config does not say."""
-    if not config.needs_weights:
-        return "float32"
-    sizes: dict[torch.dtype, int] = {}
-    with open_reader(files) as reader:
-        for info in reader.tensors().values():
-            if info.dtype.is_floating_point and info.dtype.itemsize > 1:
-                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return str(max(sizes, key=sizes.__getitem__, default=torch.float32))
-
-
-def weight_dtype(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> torch.dtype:
-    """What dense weights are held in: `--dtype`, or the checkpoint's own."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
-    if files.kind == "gguf":
-        return torch.bfloat16
-    stored = (model.stored_dtype or _dtype_of_files(config, files)).removeprefix("torch.")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(stored, torch.bfloat16)

@@ -18,10 +18,10 @@ from .dummy_weights import DummySource
 from .hosts import Machine
 from .kv_pool import KV_DTYPES, kv_bytes_per_token
 from .layers.parallel import TensorParallelGroup
-from .model_runner import weight_dtype
 from .models.config import ModelConfig
 from .models.llama import check_cut, linear_shapes
 from .pipeline import Place, check_stages
+from .weight_dtype import weight_dtype
 from .weights import HeaderSource
 
 _GIB = 1 << 30
