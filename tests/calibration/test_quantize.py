@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shutil
@@ -52,28 +51,6 @@ def with_tokenizer(name: str, folder: Path, **changes: Any) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
-
-
-def _live_floats() -> dict[int, tuple[int, ...]]:
-    """Shapes of the float32 tensors of some size that this process holds, by identity."""
-    gc.collect()
-    tensors = (found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter))
-    return {id(one): tuple(one.shape) for one in tensors if not one.is_meta and one.dtype == torch.float32 and one.numel() >= 2048}
-
-
-def test_nothing_of_the_original_is_held_while_both_models_are(
-    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, measure, given_back = _live_floats(), quantize_run.by_engine, []
-
-    def looked(*args: Any, **options: Any) -> Any:
-        assert {shape for key, shape in _live_floats().items() if key not in before} == set()
-        assert len(given_back) >= 4, "after the samples, the blocks, the writing and the verifying"
-        return measure(*args, **options)
-
-    monkeypatch.setattr(quantize_run, "by_engine", looked)
-    monkeypatch.setattr(quantize_run, "give_back_memory", lambda: given_back.append(1))
-    quantize(str(llama), tmp_path / "out", calibration=str(text), method="gptq", **FAST)
 
 
 FORMS = [

@@ -1,7 +1,9 @@
-"""What goes wrong around a quantization: late errors do not lose the work, stops do not change it, files say what engines look for."""
+"""What goes wrong around a quantization: late errors do not lose the work, stops do not change it, files say what engines look for,
+and memory goes back."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -221,3 +223,25 @@ def test_configs_of_transformers_that_are_not_taken() -> None:
     with pytest.raises(ValueError, match="modules_in_block_to_quantize"):
         Recipe.from_gptq_config(transformers.GPTQConfig(bits=4, desc_act=False, modules_in_block_to_quantize=[["q_proj"]]))
     assert Recipe.from_gptq_config(transformers.GPTQConfig(bits=4, desc_act=False, dataset="c4")).calibration == "allenai/c4:en"
+
+
+def _live_floats() -> dict[int, tuple[int, ...]]:
+    """Shapes of the float32 tensors of some size that this process holds, by identity."""
+    gc.collect()
+    tensors = (found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter))
+    return {id(one): tuple(one.shape) for one in tensors if not one.is_meta and one.dtype == torch.float32 and one.numel() >= 2048}
+
+
+def test_nothing_of_the_original_is_held_while_both_models_are(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, measure, given_back = _live_floats(), quantize_run.by_engine, []
+
+    def looked(*args: Any, **options: Any) -> Any:
+        assert {shape for key, shape in _live_floats().items() if key not in before} == set()
+        assert len(given_back) >= 4, "after the samples, the blocks, the writing and the verifying"
+        return measure(*args, **options)
+
+    monkeypatch.setattr(quantize_run, "by_engine", looked)
+    monkeypatch.setattr(quantize_run, "give_back_memory", lambda: given_back.append(1))
+    quantize(str(llama), tmp_path / "out", calibration=str(text), method="gptq", **FAST)
