@@ -12,23 +12,30 @@ from .tuning import TuningSchedule
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """`solve_samples` go through the blocks quantized; the last pass, where there is one, draws from `samples`."""
+    """`solve_samples` go through the blocks quantized; the last pass, where there is one, draws from `samples`, and from `own_samples`
+    that the model writes itself, so that a long one sees none twice: what it gains on samples that it knows already, others hardly gain.
+    """
 
     steps: Steps
     solve_samples: int
     samples: int
+    own_samples: int
     schedule: TuningSchedule | None
+
+    def without_tuning(self) -> Budget:
+        return replace(self, schedule=None, own_samples=0)
 
 
 def budget_of(recipe: Recipe) -> Budget:
-    """What a recipe is worth. More samples than the recipe's are never taken."""
+    """What a recipe is worth. More of its text than the recipe's samples is never taken."""
     effort = "best" if recipe.method == "best" else recipe.effort
     solve = _EIGHT_BIT_SAMPLES if recipe.eight_bit else _SOLVE_SAMPLES[effort]
     steps = _TUNING_STEPS[effort] if recipe.method in ("auto", "best") else 0
     schedule = TuningSchedule(steps=steps, seed=recipe.seed) if steps else None
     solve = min(solve, recipe.samples)
     samples = solve if schedule is None else min(recipe.samples, max(solve, _TUNING_SAMPLES[effort]))
-    return Budget(steps=_steps(recipe), solve_samples=solve, samples=samples, schedule=schedule)
+    own = max(0, steps - samples) if effort == "best" else 0
+    return Budget(steps=_steps(recipe), solve_samples=solve, samples=samples, own_samples=own, schedule=schedule)
 
 
 _ALL = 1 << 30

@@ -67,7 +67,7 @@ class Plan:
         if tuned:
             return replace(self, budget=budget_of(self.recipe), skipped_tuning=None)
         told = "left out, as when the run began" if budget_of(self.recipe).schedule else None
-        return replace(self, budget=replace(self.budget, schedule=None), skipped_tuning=told)
+        return replace(self, budget=self.budget.without_tuning(), skipped_tuning=told)
 
     def grid_of(self, path: str, n: int, k: int) -> Grid | None:
         """The grid of a linear [n, k]; None where it stays as it is."""
@@ -87,6 +87,8 @@ class Plan:
         where = "on disk" if self.on_disk else "in memory"
         schedule = self.budget.schedule
         tuning = f"{schedule.steps} steps over the whole model" if schedule else self.skipped_tuning or "none"
+        if self.budget.own_samples:
+            tuning += f", {self.budget.own_samples} samples of them written by the model itself"
         rows = [
             ("computed on", self.device),
             ("model", f"{self.model}: {self.num_blocks} blocks, {told_bytes(self.bytes_before)}"),
@@ -146,7 +148,7 @@ def make_plan(
     others = sum(parameter.numel() for parameter in model.module.parameters()) - weights
     width = max(dtype.itemsize for dtype in model.names.stored.values())
     after = others * width + int(weights * ((8 if recipe.eight_bit else recipe.bits) + overhead) / 8)
-    streams = (budget.samples + budget.solve_samples) * recipe.seqlen * math.prod(model.hidden_shape) * 4
+    streams = (budget.samples + budget.own_samples + budget.solve_samples) * recipe.seqlen * math.prod(model.hidden_shape) * 4
     if recipe.calibration == "self" and _BASE_BYTES + bytes_before > max_memory:
         raise ValueError(
             f"the model, {bytes_before / _GIB:.1f} GiB whole, cannot write its own calibration text in {max_memory / _GIB:.1f} GiB: "
@@ -180,7 +182,7 @@ def make_plan(
         elif room is not None and for_tuning - outer > room:
             skipped = f"left out: it needs {(for_tuning - outer) / _GIB:.1f} GiB of {model.device}, which has {room / _GIB:.1f} free"
         if skipped is not None:
-            budget = replace(budget, schedule=None)
+            budget = budget.without_tuning()
         else:
             peak = max(peak, needed)
     return Plan(

@@ -153,20 +153,20 @@ class _Run:
         made.mkdir()
         try:
             with self._timed("samples"):
-                tokens, held_back = self.texts.samples(work, self._identity())
+                tokens, held_back = self.texts.samples(work, self._identity(), own=plan.budget.own_samples)
         except ValueError:  # nothing is done that --resume could go on with
             shutil.rmtree(work.path)
             for folder in (work.path.parent, out):
                 with suppress(OSError):  # other things lie there
                     folder.rmdir()
             raise
-        floats = self._hidden(plan, plan.budget.samples, model, work, "floats")
+        floats = self._hidden(plan, len(tokens), model, work, "floats")
         with self._timed("blocks"):
             self._walk(model, Inputs(model, tokens, cut=plan.budget.solve_samples), work, plan, floats)
         results = Results(work, [block_name(index) for index in range(plan.num_blocks)])
         if plan.budget.schedule is not None:
             with self._timed("tuning"):
-                results = self._tune(model, tokens, work, results, floats, plan.budget.schedule)
+                results = self._tune(model, tokens, plan.budget.samples, work, results, floats, plan.budget.schedule)
         del floats
         with self._timed("writing"):
             written = self._write(made, model, results, plan)
@@ -177,6 +177,8 @@ class _Run:
             before, after = self._speeds(made, tokens[0].tolist(), model, plan) if measure_speed else (None, None)
         notes = results.notes()
         notes_of_run = [] if plan.skipped_tuning is None else [f"tuning {plan.skipped_tuning}"]
+        if len(tokens) < plan.budget.samples + plan.budget.own_samples:
+            notes_of_run.append("tuning had the samples that were given alone: the model wrote none of its own")
         modules = {name: about for note in notes for name, about in note["modules"].items()}
         empty = FloatModel(self.original.transformers_config(), self.reader).module
         notes_of_run += limits_of(written, self.recipe, plan.group_size, empty=empty, modules=modules)
@@ -239,12 +241,19 @@ class _Run:
                 bar.step(note=f"error {notes['error']:.2g}, {_peak_bytes() / 2**30:.1f} GiB")
 
     def _tune(
-        self, model: FloatModel, tokens: Tensor, work: WorkFolder, results: Results, floats: Hidden, schedule: TuningSchedule
+        self,
+        model: FloatModel,
+        tokens: Tensor,
+        num_given: int,
+        work: WorkFolder,
+        results: Results,
+        floats: Hidden,
+        schedule: TuningSchedule,
     ) -> Results:
         names = [f"tuned-{index:05}" for index in range(len(results))]
         if not work.has(names[-1]):
             with Progress("tuning", schedule.steps, "steps") as bar, computing_on(self.device):
-                tuned = tune_model(model, tokens, floats, results, schedule, on_step=lambda kl: bar.step(note=f"KL {kl:.4f}"))
+                tuned = tune_model(model, tokens, num_given, floats, results, schedule, on_step=lambda kl: bar.step(note=f"KL {kl:.4f}"))
             if tuned.blocks is None:
                 logger.warning("tuning did not help (KL %.4f before, %.4f after): it is left out", tuned.kl_before, tuned.kl_after)
             for name, result in zip(names, tuned.blocks or results, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .recipe import Recipe
 from .samples import hub_texts, might_be_on_hub, read_texts, rows_of
 from .self_text import OwnText, write_samples
 from .work import WorkFolder, write_whole
+
+logger = logging.getLogger(__name__)
 
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
 _EVAL_TOKENS = 1 << 14
@@ -56,18 +59,29 @@ class RunTexts:
         elif self.recipe.calibration_file() is not None or not might_be_on_hub(self.recipe.calibration):
             self._text_rows()
 
-    def samples(self, work: WorkFolder, identity: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """int64 [samples, seqlen] twice: to calibrate on, and held back. Taken from `work` where they lie there.
+    def samples(self, work: WorkFolder, identity: Mapping[str, Any], *, own: int) -> tuple[Tensor, Tensor]:
+        """int64 [samples + own, seqlen] to calibrate on, the last `own` of them written by the model whatever text was given, and int64
+        [R, seqlen] held back. Taken from `work` where they lie there. A model that writes nothing adds none to a text.
 
         What the model itself writes is kept beside `work`, so that each attempt of a run, known by `identity`, goes on with the text of
         the one before.
         """
+        given = self._samples + self._held_back
         if not work.has("tokens"):
-            own = self.recipe.calibration == "self"
-            work.save_tokens(self._own_rows(work.path.parent / "own-text.json", identity) if own else self._text_rows())
+            file = work.path.parent / "own-text.json"
+            if self.recipe.calibration == "self":
+                rows = self._own_rows(file, identity, given + own)
+            else:
+                rows = self._text_rows()
+                if own:
+                    try:
+                        rows = torch.cat([rows, self._own_rows(file, identity, own)])
+                    except ValueError as error:
+                        logger.warning("the last pass has no samples of the model's own: %s", error)
+            work.save_tokens(rows)
         rows = work.load_tokens()
         self.original.check_vocabulary(int(rows.max()))
-        return rows[: self._samples], rows[self._samples :]
+        return torch.cat([rows[: self._samples], rows[given:]]), rows[self._samples : given]
 
     def few_tokens(self, count: int | None = None) -> str | None:
         """What is to be said of quality that is measured on `count` tokens (None: on what there is); None for enough of them."""
@@ -87,13 +101,12 @@ class RunTexts:
     def _held_back(self) -> int:
         return 0 if self.eval_text is not None else max(1, round(self.recipe.samples * _HELD_BACK))
 
-    def _own_rows(self, file: Path, identity: Mapping[str, Any]) -> Tensor:
+    def _own_rows(self, file: Path, identity: Mapping[str, Any], count: int) -> Tensor:
         original, recipe = self.original, self.recipe
         key = {**identity, "recipe": [recipe.seqlen, recipe.seed]}
         found = json.loads(file.read_text()) if file.is_file() else {}
         text = OwnText(found["tokens"], found["asked"]) if found.get("of") == key else OwnText()
         batch = batch_of(original.transformers_config(), recipe.seqlen)
-        count = self._samples + self._held_back
         with (
             drawing(original.model_path, str(original.files.root), recipe.seqlen, batch, self.device) as generate,
             Progress("writing text", count * recipe.seqlen, "tokens") as bar,

@@ -41,13 +41,15 @@ class Tuned:
 def tune_model(
     model: FloatModel,
     tokens: Tensor,
+    num_given: int,
     targets: Hidden,
     results: Sequence[BlockResult],
     schedule: TuningSchedule,
     *,
     on_step: Callable[[float], object] = lambda kl: None,
 ) -> Tuned:
-    """Tune scales and norms on `tokens` int64 [S, T], the last of which are held back and judge whether it helped.
+    """Tune scales and norms on `tokens` int64 [S, T]. The first `num_given` are what was given to calibrate on: the last few of those are
+    held back, and judge whether it helped.
 
     `targets` are the float model's hidden states behind the last block for `tokens`. All blocks are in memory meanwhile.
     """
@@ -72,15 +74,24 @@ def tune_model(
     def logits_of(hidden: Tensor) -> Tensor:
         return model.logits(torch.zeros(1, len(hidden), dtype=torch.int64), hidden[None])[0]
 
-    held = list(range(len(tokens)))[len(tokens) - max(1, min(_MOST_HELD_BACK, len(tokens) // 8)) :]
+    held = range(num_given - max(1, min(_MOST_HELD_BACK, num_given // 8)), num_given)
 
     @torch.no_grad()
     def judge() -> float:
         return sum(kl_and_gradient(forward(tokens[[row]]), targets[[row]], logits_of)[0] for row in held) / len(held)
 
     before = judge()
-    drawn = tokens[: held[0]] if held[0] else tokens
-    tune(forward, logits_of, drawn, lambda rows: targets[rows], weights, vectors, schedule, on_step=on_step)
+    drawn = [row for row in range(len(tokens)) if row not in held] or list(held)
+    tune(
+        forward,
+        logits_of,
+        tokens[drawn],
+        lambda rows: targets[[drawn[row] for row in rows]],
+        weights,
+        vectors,
+        schedule,
+        on_step=on_step,
+    )
     after = judge()
     blocks = []
     for index, result in enumerate(results):
