@@ -141,13 +141,14 @@ def test_what_it_does_not_take(bits: int, size: int) -> None:
 
 
 def test_sixteen_products_an_instruction() -> None:
-    """The inner loop is made of vpmaddwd, on machines that have it, and the other ways compile."""
+    """The inner loop is made of vpmaddwd, which becomes vpdpwssd where the processor also adds; the other ways compile."""
     form = panel_format(make_weight(48, 128, 64, 4, "zeros"), paired=True)
     wide_code.compiled(form)  # sets LLVM up
-    machine = host_machine()
-    for kind in ("madd", "plain") if wide_code.way() != "plain" else ("plain",):
-        text = machine.emit_assembly(optimized(wide_code.emit(form, kind), machine))  # type: ignore[arg-type]
-        assert kind == "plain" or "vpmaddwd" in text
+    with_madd = wide_code.way() != "plain"
+    for machine in (host_machine(), *(host_machine(cpu) for cpu in ("znver3", "znver4") if with_madd)):
+        for kind in ("madd", "plain") if with_madd else ("plain",):
+            text = machine.emit_assembly(optimized(wide_code.emit(form, kind), machine))  # type: ignore[arg-type]
+            assert kind == "plain" or "vpmaddwd" in text or "vpdpwssd" in text
 
 
 def test_what_does_not_fit_the_weight_is_refused_and_not_read() -> None:
