@@ -66,8 +66,9 @@ def _engine(model_path: str | None, batch: int, max_total_tokens: int, device: t
     """None where a config of a known architecture lies beside weights that the Engine does not know."""
     from octavo import Engine
 
+    options: dict[str, Any] = {"max_running_requests": batch, "max_total_tokens": max_total_tokens, "device": device.type}
     try:
-        return Engine(model_path, show_progress=False, max_running_requests=batch, max_total_tokens=max_total_tokens, device=device.type)
+        return Engine(model_path, show_progress=False, num_threads=torch.get_num_threads(), **options)
     except ValueError as error:
         logger.warning("Octavo's engine does not read this model (%s): transformers writes the calibration text", error)
         return None

@@ -44,9 +44,8 @@ def by_engine(original: str, quantized: Path, tokens: Sequence[int], *, seqlen: 
     """With Octavo's Engine, which reads and computes both as it would serve them."""
     from octavo import evaluate
 
-    found = evaluate(
-        str(quantized), reference=original, token_ids=tokens, seqlen=seqlen, show_progress=True, engine_options={"device": device}
-    )
+    options = {"device": device, "num_threads": torch.get_num_threads()}
+    found = evaluate(str(quantized), reference=original, token_ids=tokens, seqlen=seqlen, show_progress=True, engine_options=options)
     assert found.reference_perplexity is not None
     assert found.kl_mean is not None
     assert found.top1_agreement_percent is not None
@@ -127,6 +126,6 @@ def speed_of(model_path: str | None, prompt: Sequence[int], *, device: str, new_
 
     most = len(prompt) + new_tokens + _POOL_BEYOND
     options: dict[str, Any] = {"max_running_requests": together, "max_total_tokens": together * most, "device": device}
-    with Engine(model_path, show_progress=False, **options) as engine:
+    with Engine(model_path, show_progress=False, num_threads=torch.get_num_threads(), **options) as engine:
         timed(engine, 1)
         return Speed(alone=timed(engine, 1), together=timed(engine, together), num_together=together)

@@ -187,6 +187,17 @@ def test_activations_on_disk_give_the_same_bytes(llama: Path, text: Path, tmp_pa
     assert on_disk.quality.kl_mean == pytest.approx(in_memory.quality.kl_mean, rel=0.1)
 
 
+def test_engines_compute_with_the_threads_that_torch_was_given(llama: Path, tmp_path: Path) -> None:
+    """More than OMP_NUM_THREADS, after the model wrote its text, and two runs side by side waited for each other most of the time."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        quantize(str(llama), tmp_path / "out", **SMALL, method="rtn", calibration="self")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_model_too_large_to_write_its_own_text(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot write its own calibration text in 0.0 GiB: give --calibration FILE"):
         quantize(str(llama), tmp_path / "out", **FAST, max_memory=1 << 20)
