@@ -174,11 +174,14 @@ class FloatModel:
     def _followed(self, tokens: Tensor, replace: Tensor | None) -> tuple[Any, _Recorder]:
         """What the model gives when its blocks hand their input on, the last one `replace`; and what was recorded."""
         cause: Exception | None = None
+        options: dict[str, Any] = {"input_ids": tokens.to(self.device), "use_cache": False}
+        if replace is None and "logits_to_keep" in inspect.signature(self.module.forward).parameters:
+            options["logits_to_keep"] = 1  # nobody looks at them, and of a large vocabulary they take GiB
         for gives in _GIVES:
             recorder = _Recorder(self.blocks, gives, replace)
             try:
                 with recorder, torch.set_grad_enabled(replace is not None and torch.is_grad_enabled()):
-                    return self.module(input_ids=tokens.to(self.device), use_cache=False), recorder
+                    return self.module(**options), recorder
             except (_NotFollowing, TypeError, ValueError, IndexError, AttributeError) as error:  # it expects something else of a block
                 cause = cause or error
         raise UnknownArchitectureError(

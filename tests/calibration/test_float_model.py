@@ -53,6 +53,14 @@ def test_block_by_block_equals_the_whole_model(name: str, folders: dict[str, tup
     assert torch.equal(model.logits(tokens, hidden), found)
 
 
+def test_the_head_is_left_out_where_only_inputs_are_wanted(folders: dict[str, tuple[Path, Any]]) -> None:
+    model = opened(folders["llama"][0])
+    seen: list[torch.Size] = []
+    model.module.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    model.calls(torch.randint(3, VOCAB, (3, 21)))
+    assert seen == [(3, 1, VOCAB)]
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_parameters_go_back_under_the_names_they_had(name: str, folders: dict[str, tuple[Path, Any]]) -> None:
     folder, _ = folders[name]
