@@ -13,7 +13,7 @@ from .tuning import TuningSchedule
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """`solve_samples` go through the blocks quantized; the last pass, where there is one, draws from `samples`, and from `own_samples`
-    that the model writes itself, so that a long one sees none twice: what it gains on samples that it knows already, others hardly gain.
+    that the model writes itself, so that a long one sees hardly any twice: what it gains on samples that it has seen, others hardly gain.
     """
 
     steps: Steps

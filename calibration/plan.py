@@ -87,8 +87,8 @@ class Plan:
         where = "on disk" if self.on_disk else "in memory"
         schedule = self.budget.schedule
         tuning = f"{schedule.steps} steps over the whole model" if schedule else self.skipped_tuning or "none"
-        if self.budget.own_samples:
-            tuning += f", {self.budget.own_samples} samples of them written by the model itself"
+        if self.budget.own_samples and recipe.calibration != "self":
+            tuning += f", on {self.budget.own_samples} samples more, which the model writes"
         rows = [
             ("computed on", self.device),
             ("model", f"{self.model}: {self.num_blocks} blocks, {told_bytes(self.bytes_before)}"),
@@ -148,7 +148,6 @@ def make_plan(
     others = sum(parameter.numel() for parameter in model.module.parameters()) - weights
     width = max(dtype.itemsize for dtype in model.names.stored.values())
     after = others * width + int(weights * ((8 if recipe.eight_bit else recipe.bits) + overhead) / 8)
-    streams = (budget.samples + budget.own_samples + budget.solve_samples) * recipe.seqlen * math.prod(model.hidden_shape) * 4
     if recipe.calibration == "self" and _BASE_BYTES + bytes_before > max_memory:
         raise ValueError(
             f"the model, {bytes_before / _GIB:.1f} GiB whole, cannot write its own calibration text in {max_memory / _GIB:.1f} GiB: "
@@ -161,30 +160,30 @@ def make_plan(
         raise ValueError(
             f"{model.device} has {room / _GIB:.1f} GiB free, and the largest block needs about {block / _GIB:.1f}: give --device cpu"
         )
-    on_disk = fixed + streams > max_memory
+    for_tuning, skipped = 0, None
+    if budget.schedule is not None:
+        for_tuning = bytes_needed(model, budget.schedule, recipe.seqlen)
+        if _BASE_BYTES + for_tuning > max_memory:
+            needed = (_BASE_BYTES + for_tuning) / _GIB
+            skipped = f"left out: it needs {needed:.1f} GiB, above the {max_memory / _GIB:.1f} allowed (--max-memory)"
+        elif room is not None and for_tuning - outer > room:
+            skipped = f"left out: it needs {(for_tuning - outer) / _GIB:.1f} GiB of {model.device}, which has {room / _GIB:.1f} free"
+        if skipped is not None:
+            budget, for_tuning = budget.without_tuning(), 0
+    streams = (budget.samples + budget.own_samples + budget.solve_samples) * recipe.seqlen * math.prod(model.hidden_shape) * 4
+    beside_streams = max(fixed, _BASE_BYTES + for_tuning)
+    on_disk = beside_streams + streams > max_memory
     both = _BASE_BYTES + 2 * _ENGINE_BYTES + bytes_before + after + _EVAL_LOGIT_COPIES * DEFAULT_SEQLEN * model.vocab_size * 4
     whole = served and both <= max_memory
     verifying = _BASE_BYTES + 2 * outer + block + _VERIFY_LOGIT_COPIES * VERIFIED_TOKENS * model.vocab_size * 4
     writing = _BASE_BYTES + outer + min(after, SHARD_BYTES)
     peak = max(
-        fixed + (0 if on_disk else streams),
+        beside_streams + (0 if on_disk else streams),
         verifying,
         writing,
         both if whole else 0,
         _BASE_BYTES + bytes_before if recipe.calibration == "self" else 0,
     )
-    schedule, skipped = budget.schedule, None
-    if schedule is not None:
-        for_tuning = bytes_needed(model, schedule, recipe.seqlen)
-        needed = _BASE_BYTES + for_tuning + (0 if on_disk else streams)
-        if needed > max_memory:
-            skipped = f"left out: it needs {needed / _GIB:.1f} GiB, above the {max_memory / _GIB:.1f} allowed (--max-memory)"
-        elif room is not None and for_tuning - outer > room:
-            skipped = f"left out: it needs {(for_tuning - outer) / _GIB:.1f} GiB of {model.device}, which has {room / _GIB:.1f} free"
-        if skipped is not None:
-            budget = budget.without_tuning()
-        else:
-            peak = max(peak, needed)
     return Plan(
         model=name,
         recipe=recipe,

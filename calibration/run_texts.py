@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from .original import Original
 from .progress import Progress
 from .recipe import Recipe
 from .samples import hub_texts, might_be_on_hub, read_texts, rows_of
-from .self_text import OwnText, write_samples
+from .self_text import Generate, OwnText, SilentModelError, write_samples
 from .work import WorkFolder, write_whole
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class RunTexts:
 
     def samples(self, work: WorkFolder, identity: Mapping[str, Any], *, own: int) -> tuple[Tensor, Tensor]:
         """int64 [samples + own, seqlen] to calibrate on, the last `own` of them written by the model whatever text was given, and int64
-        [R, seqlen] held back. Taken from `work` where they lie there. A model that writes nothing adds none to a text.
+        [R, seqlen] held back. Taken from `work` where they lie there. A model that cannot write adds none to a text.
 
         What the model itself writes is kept beside `work`, so that each attempt of a run, known by `identity`, goes on with the text of
         the one before.
@@ -70,17 +72,21 @@ class RunTexts:
         if not work.has("tokens"):
             file = work.path.parent / "own-text.json"
             if self.recipe.calibration == "self":
-                rows = self._own_rows(file, identity, given + own)
+                try:
+                    rows = self._own_rows(file, identity, given + own)
+                except SilentModelError as error:
+                    raise ValueError(f"{error}. Give --calibration FILE") from error
             else:
                 rows = self._text_rows()
+                self.original.check_vocabulary(int(rows.max()))
                 if own:
                     try:
                         rows = torch.cat([rows, self._own_rows(file, identity, own)])
-                    except ValueError as error:
-                        logger.warning("the last pass has no samples of the model's own: %s", error)
+                    except Exception as error:  # of an architecture or a device on which no text was ever written; the given text does
+                        told = f"{type(error).__name__}: {error}"
+                        logger.warning("the last pass has no samples of the model's own, which could not write any (%s)", told)
             work.save_tokens(rows)
         rows = work.load_tokens()
-        self.original.check_vocabulary(int(rows.max()))
         return torch.cat([rows[: self._samples], rows[given:]]), rows[self._samples : given]
 
     def few_tokens(self, count: int | None = None) -> str | None:
@@ -107,10 +113,16 @@ class RunTexts:
         found = json.loads(file.read_text()) if file.is_file() else {}
         text = OwnText(found["tokens"], found["asked"]) if found.get("of") == key else OwnText()
         batch = batch_of(original.transformers_config(), recipe.seqlen)
-        with (
-            drawing(original.model_path, str(original.files.root), recipe.seqlen, batch, self.device) as generate,
-            Progress("writing text", count * recipe.seqlen, "tokens") as bar,
-        ):
+        with ExitStack() as opened, Progress("writing text", count * recipe.seqlen, "tokens") as bar:
+
+            @functools.cache  # what lies in the file may be enough
+            def draws() -> Generate:
+                return opened.enter_context(drawing(original.model_path, str(original.files.root), recipe.seqlen, batch, self.device))
+
+            def generate(prompts: Sequence[Sequence[int]], num_tokens: int, seed: int) -> Sequence[Sequence[int]]:
+                original.check_vocabulary(max(max(prompt, default=0) for prompt in prompts))
+                return draws()(prompts, num_tokens, seed)
+
             rows = write_samples(
                 generate,
                 original.tokenizer,

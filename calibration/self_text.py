@@ -74,9 +74,14 @@ QUESTIONS = (
 TEMPERATURE, TOP_P = 0.9, 0.95
 ANSWER_TOKENS = 64  # at most, after an opening or a question
 _LEAST_TOKENS = 16  # a text, on average: of a model that writes less, not enough comes together
+_DATE = "26 Jul 2024"  # for Llama's templates, which tell the model today's: the same run gives the same text tomorrow
 _CHAT_SHARE = 12  # every so-manieth prompt is a question, where there is a chat template
 
 Generate = Callable[[Sequence[Sequence[int]], int, int], Sequence[Sequence[int]]]  # prompts, tokens to draw, seed -> what follows each
+
+
+class SilentModelError(ValueError):
+    """A model that writes too little."""
 
 
 @dataclass
@@ -100,7 +105,7 @@ def write_samples(
 ) -> Tensor:
     """int64 [samples, seqlen]: what `generate` draws after openings and questions, one text after the other, cut into rows.
 
-    With `text`, what it holds is taken first, and what is drawn is added to it. Raises ValueError for a model that writes nothing.
+    With `text`, what it holds is taken first, and what is drawn is added to it. Raises SilentModelError for a model that writes nothing.
     """
     text = OwnText() if text is None else text
     start = list(tokenizer("").input_ids)[:1]
@@ -113,9 +118,7 @@ def write_samples(
         if known == wanted:
             break
         if text.asked >= wanted // _LEAST_TOKENS + 64:
-            raise ValueError(
-                f"the model ends its texts at once: {text.asked} openings gave {known} tokens of {wanted}. Give --calibration FILE"
-            )
+            raise SilentModelError(f"the model ends its texts at once: {text.asked} openings gave {known} tokens of {wanted}")
         prompts = [_prompt(tokenizer, text.asked + i) for i in range(batch)]
         for prompt, answer in zip(prompts, generate(prompts, min(room, ANSWER_TOKENS), seed + text.asked), strict=True):
             text.tokens += [token for token in (*prompt, *answer) if token != tokenizer.bos_token_id]
@@ -125,7 +128,17 @@ def write_samples(
 
 def _prompt(tokenizer: Any, number: int) -> list[int]:
     if tokenizer.chat_template and number % _CHAT_SHARE == _CHAT_SHARE - 1:
-        question = QUESTIONS[number // _CHAT_SHARE % len(QUESTIONS)]
-        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        asked = _chat(tokenizer, QUESTIONS[number // _CHAT_SHARE % len(QUESTIONS)])
+        if asked is not None:
+            return list(tokenizer(asked, add_special_tokens=False).input_ids)
     return list(tokenizer(OPENINGS[number % len(OPENINGS)]).input_ids)
+
+
+def _chat(tokenizer: Any, question: str) -> str | None:
+    """The question as the model's template puts it; None of a template that does not take it."""
+    turns = [{"role": "user", "content": question}]
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=_DATE)
+    except Exception:  # templates are other people's programs and raise what they like
+        return None
+    return text

@@ -96,8 +96,8 @@ def tune_model(
     blocks = []
     for index, result in enumerate(results):
         block = model.blocks[index]
-        own = {site: weights[block.get_parameter(site.parameter)][site].result() for site in result.weights}
+        tuned = {site: weights[block.get_parameter(site.parameter)][site].result() for site in result.weights}
         norms = {name: vectors[parameter].result() for name, parameter in block.named_parameters() if parameter in vectors}
-        blocks.append(replace(result, weights=own, parameters={**result.parameters, **norms}))
+        blocks.append(replace(result, weights=tuned, parameters={**result.parameters, **norms}))
         model.free_block(index)
     return Tuned(blocks if after < before else None, before, after)

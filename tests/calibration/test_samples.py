@@ -161,6 +161,33 @@ def test_a_model_writes_rows_of_its_own(with_bos: Any) -> None:
     assert {count for count, _ in asked} == {ANSWER_TOKENS}, "texts are short, however long rows are"
 
 
+LLAMAS_DATE = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "follows"),
+    [
+        (LLAMAS_DATE + "{{ messages[0].content }} {{ date_string }}", "child. 26 Jul 2024"),  # not the day of the run
+        ("{{ raise_exception('no system turn') }}", None),
+        ("{{ messages[7].content.x() }}", None),
+        ("{% if %}", None),
+    ],
+)
+def test_what_a_model_is_asked_through_its_template(template: str, follows: str | None, make_model: MakeModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(make_model(adds_bos=True)[0])
+    tokenizer.chat_template = template
+    asked: list[Sequence[int]] = []
+
+    def generate(prompts: Sequence[Sequence[int]], count: int, seed: int) -> list[list[int]]:
+        asked.extend(prompts)
+        return [[7] * 13 for _ in prompts]
+
+    write_samples(generate, tokenizer, samples=120, seqlen=40, seed=0, batch=4)
+    texts = [tokenizer.decode(prompt) for prompt in asked]
+    assert len(texts) >= 96  # with eight questions
+    assert any(text.endswith(follows) for text in texts) if follows else all(text.startswith("<s>") for text in texts)
+
+
 def test_a_model_that_writes_nothing(with_bos: Any) -> None:
     class Silent:
         chat_template = None
