@@ -22,6 +22,11 @@ class Budget:
     own_samples: int
     schedule: TuningSchedule | None
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether blocks are solved for what the whole model makes of their errors: it must fit in memory, as for the last pass."""
+        return self.schedule is not None
+
     def without_tuning(self) -> Budget:
         return replace(self, schedule=None, own_samples=0)
 

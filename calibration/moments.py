@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -25,14 +25,15 @@ class Moments:
         self._rows: list[Tensor] = []
         self._num_rows = 0
 
-    def add(self, x: Tensor) -> None:
-        """More rows, [R, K]."""
+    def add(self, x: Tensor, importance: Tensor | None = None) -> None:
+        """More rows, [R, K]. `importance` [R]: how often each counts in x x^T."""
         self.count += len(x)
         if self._num_rows < KEPT_ROWS and len(x):
             some = x[:: max(1, len(x) // _KEPT_OF_A_CHUNK)][: KEPT_ROWS - self._num_rows].clone()
             self._rows.append(some)
             self._num_rows += len(some)
-        self._products.addmm_(x.t(), x)
+        weighed = x if importance is None else x * importance.sqrt().to(x.device)[:, None]
+        self._products.addmm_(weighed.t(), weighed)
         magnitude = x.abs()
         self._magnitudes.add_(magnitude.sum(0))
         if len(x):
@@ -64,8 +65,11 @@ class Moments:
 class Collector:
     """Gathers Moments while a block runs inside `collecting`."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], importance: Mapping[Site, Tensor] | None = None) -> None:
+        """`importance` [S, T] of what sites are given, sample by sample: they share no moments with others."""
         self._wanted = set(sites)
+        self._importance = {site: sizes.flatten() for site, sizes in (importance or {}).items()}
+        self._next: dict[Site, int] = {}  # the token whose row comes next
         self._shared: dict[Site, Site] = {}  # a site -> the first that was given the same tensor
         self._moments: dict[Site, Moments] = {}
         self._last: tuple[Site, Tensor] | None = None
@@ -73,6 +77,13 @@ class Collector:
     def watch(self, site: Site, x: Tensor) -> None:
         """A watcher of sites."""
         if site not in self._wanted:
+            return
+        if site in self._importance:
+            rows = x.reshape(-1, x.shape[-1])
+            at = self._next.get(site, 0)
+            self._next[site] = at + len(rows)
+            self._shared[site] = site
+            self._moments.setdefault(site, Moments(rows.shape[1])).add(rows, self._importance[site][at : at + len(rows)])
             return
         first = self._shared.get(site)
         if first is None:

@@ -85,6 +85,7 @@ class Plan:
         """For people."""
         recipe = self.recipe
         where = "on disk" if self.on_disk else "in memory"
+        weighed = "; tokens count by the gradient of the model's answer" if self.budget.weighs_tokens else ""
         schedule = self.budget.schedule
         tuning = f"{schedule.steps} steps over the whole model" if schedule else self.skipped_tuning or "none"
         if self.budget.own_samples and recipe.calibration != "self":
@@ -99,7 +100,7 @@ class Plan:
             ("left as they are", ", ".join(["embedding and head", *([_some(self.kept)] if self.kept else [])])),
             (
                 "calibration",
-                f"{self.budget.samples} x {recipe.seqlen} tokens: {recipe.calibration}; activations {where}",
+                f"{self.budget.samples} x {recipe.seqlen} tokens: {recipe.calibration}; activations {where}{weighed}",
             ),
             ("tuning", tuning),
             ("written", f"about {told_bytes(self.bytes_after)}, and {told_bytes(self.work_bytes)} meanwhile"),

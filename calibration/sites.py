@@ -41,7 +41,7 @@ class Site:
         return path if self.expert is None else f"{path}[{self.expert}]"
 
 
-Watcher = Callable[[Site, Tensor], None]  # a site and its input [..., K]
+Watcher = Callable[[Site, Tensor], None]  # a site and its input [..., K], or its output [..., N]
 
 
 def _storage_of(tensor: Tensor) -> int:
@@ -55,44 +55,55 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, block: nn.Module, watcher: Watcher) -> None:
+    def __init__(self, block: nn.Module, watcher: Watcher, outputs: bool) -> None:
         super().__init__()
         self._by_storage = {
             _storage_of(parameter): (name, parameter) for name, parameter in block.named_parameters() if parameter.dim() in (2, 3)
         }
-        self._watcher = watcher
+        self._watcher, self._outputs = watcher, outputs
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        x: Any = None
+        sites: list[Site] = []
         if func in _LINEAR:
-            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            self._found(args[0] if args else (kwargs or {})["input"], weight)
-        elif func in _PRODUCTS and len(args) == 2:
-            self._found(args[0], args[1].mT if isinstance(args[1], Tensor) and args[1].dim() > 1 else None)
-        elif func in _ADDED and len(args) == 3:
-            self._found(args[1], args[2].mT if isinstance(args[2], Tensor) and args[2].dim() > 1 else None)
-        return func(*args, **(kwargs or {}))
+            x = args[0] if args else (kwargs or {})["input"]
+            sites = self._sites(x, args[1] if len(args) > 1 else (kwargs or {})["weight"])
+        elif (func in _PRODUCTS and len(args) == 2) or (func in _ADDED and len(args) == 3):
+            x, weight = args[-2:]
+            sites = self._sites(x, weight.mT if isinstance(weight, Tensor) and weight.dim() > 1 else None)
+        if not self._outputs:
+            self._tell(sites, x)
+        out = func(*args, **(kwargs or {}))
+        if self._outputs:
+            self._tell(sites, out)
+        return out
 
-    def _found(self, x: Any, weight: Any) -> None:
+    def _sites(self, x: Any, weight: Any) -> list[Site]:
+        """One; or of weights [E, N, K], where x is [E, T, K], every expert's."""
         if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.is_meta:
-            return
+            return []
         name, parameter = self._by_storage.get(_storage_of(weight), (None, None))
         if name is None or parameter is None or weight.dim() > parameter.dim() or weight.dim() < 2:
-            return
+            return []
         transposed = weight.stride(-1) != 1
-        if weight.dim() == 3:  # every expert at once, x [E, T, K]
-            for expert in range(weight.shape[0]):
-                self._watcher(Site(name, expert, transposed), x[expert])
-        elif parameter.dim() == 3:
-            if weight.numel() * parameter.shape[0] == parameter.numel():
-                self._watcher(Site(name, weight.storage_offset() // parameter.stride(0), transposed), x)
-        elif weight.numel() == parameter.numel():
-            self._watcher(Site(name, None, transposed), x)
+        if weight.dim() == 3:
+            return [Site(name, expert, transposed) for expert in range(weight.shape[0])]
+        if parameter.dim() == 3:
+            whole = weight.numel() * parameter.shape[0] == parameter.numel()
+            return [Site(name, weight.storage_offset() // parameter.stride(0), transposed)] if whole else []
+        return [Site(name, None, transposed)] if weight.numel() == parameter.numel() else []
+
+    def _tell(self, sites: Sequence[Site], rows: Tensor) -> None:
+        every = bool(sites) and sites[0].expert is not None and rows.dim() == 3 and len(rows) == len(sites)
+        for number, site in enumerate(sites):
+            self._watcher(site, rows[number] if every else rows)
 
 
 @contextmanager
-def watching(block: nn.Module, watcher: Watcher) -> Iterator[None]:
-    """Inside, `watcher` is told of every product of an activation with a parameter of `block`, whose weights must be loaded."""
-    with _Watch(block, watcher):
+def watching(block: nn.Module, watcher: Watcher, *, outputs: bool = False) -> Iterator[None]:
+    """Inside, `watcher` is told of every product of an activation with a parameter of `block`, whose weights must be loaded: of the
+    activation, or of the product."""
+    with _Watch(block, watcher, outputs):
         yield
 
 

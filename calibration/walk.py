@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from .eight_bit import input_scale
 from .float_model import FloatModel, UnknownArchitectureError
 from .folds import Fold, find_folds
 from .grid import Grid
+from .importance import Importance
 from .kv_ranges import KVRanges
 from .moments import Collector
 from .routers import find_routers
@@ -62,8 +63,17 @@ class Walk:
     """Two streams of hidden states go through the blocks: the float model's, and that of the blocks as they were quantized."""
 
     def __init__(
-        self, model: FloatModel, inputs: Inputs, probe: Inputs, work: WorkFolder, floats: Hidden, quantized: Hidden, grid_of: GroupSizes
+        self,
+        model: FloatModel,
+        inputs: Inputs,
+        probe: Inputs,
+        work: WorkFolder,
+        floats: Hidden,
+        quantized: Hidden,
+        grid_of: GroupSizes,
+        importance: Sequence[Importance] | None = None,
     ) -> None:
+        self._importance = importance
         self._model, self._inputs, self._probe, self._work, self._grid_of = model, inputs, probe, work, grid_of
         self._floats, self._quantized = floats, quantized
         inputs.start(floats)
@@ -96,7 +106,7 @@ class Walk:
             grid = None if site in structure.routers else self._grid_of(prefix + str(site), n, k)
             if grid is not None:
                 grids[site] = grid
-        collector, ranges = Collector(list(structure.sites)), KVRanges()
+        collector, ranges = Collector(structure.sites, self._importance[index] if self._importance else None), KVRanges()
         with collector.collecting(block):
             for _ in self._inputs.run(index, block, self._quantized):
                 pass

@@ -141,6 +141,21 @@ class WorkFolder:
             tokens: Tensor = file.get_tensor("tokens")
             return tokens
 
+    def save_importance(self, importance: Sequence[Mapping[Site, Tensor]]) -> None:
+        sites = [(index, site) for index, block in enumerate(importance) for site in block]
+        tensors = {str(number): importance[index][site].contiguous() for number, (index, site) in enumerate(sites)}
+        about = [[index, site.parameter, site.expert, site.transposed] for index, site in sites]
+        metadata = {"blocks": str(len(importance)), "sites": json.dumps(about)}
+        self._place("importance", lambda file: save_file(tensors, file, metadata=metadata))
+
+    def load_importance(self) -> list[Mapping[Site, Tensor]]:
+        with safe_open(self.path / "importance.safetensors", framework="pt") as file:
+            metadata = file.metadata()
+            found: list[dict[Site, Tensor]] = [{} for _ in range(int(metadata["blocks"]))]
+            for number, (index, *site) in enumerate(json.loads(metadata["sites"])):
+                found[index][Site(*site)] = file.get_tensor(str(number))
+        return [*found]
+
     def _place(self, name: str, write: Any) -> None:
         part = self.path / f"{name}.part"
         write(part)

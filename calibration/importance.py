@@ -1,0 +1,81 @@
+"""Importance: how much the model's answer hangs on what each linear gives for each token. Knows no quantization and no method.
+
+An error of a linear's output counts by what it does to the answer. After Kim et al., 2025, GuidedQuant, arXiv 2505.07004: second moments of
+inputs weighed by the gradient of the loss by the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .devices import CPU
+from .float_model import FloatModel
+from .sites import Site, watching
+from .tuning import LOGIT_ROWS
+
+Importance = Mapping[Site, Tensor]  # of a block's sites: float32 [S, T], 1 on average
+
+
+def token_importance(model: FloatModel, tokens: Tensor, *, seed: int, on_sample: Callable[[], object] = lambda: None) -> list[Importance]:
+    """Of each block, for `tokens` int64 [S, T]. The whole model is in memory meanwhile, and goes again.
+
+    The size of the gradient of the log likelihood by a site's output, for next tokens that are drawn from the model itself. Its square
+    would be Fisher's information, with which few tokens are nearly all that counts. Sites that do not give each token one row, such as
+    those of experts, are left out.
+    """
+    model.load_all()
+    draw = torch.Generator().manual_seed(seed)
+    sizes: list[dict[Site, list[Tensor]]] = [{} for _ in model.blocks]
+    for row in range(len(tokens)):
+        hidden, outputs = _run(model, tokens[[row]])
+        wanted = [y for _, _, y in outputs]
+        by_hidden = _of_drawn(model, hidden.detach(), draw)
+        gradients = torch.autograd.grad(hidden, wanted, by_hidden, allow_unused=True) if wanted else ()
+        for (index, site, _), gradient in zip(outputs, gradients, strict=True):
+            if gradient is not None:
+                size = gradient.reshape(tokens.shape[1], -1).norm(dim=1)
+                sizes[index].setdefault(site, []).append(size.to(CPU))
+        on_sample()
+    for index in range(len(model.blocks)):
+        model.free_block(index)
+    whole = [{site: torch.stack(rows) for site, rows in block.items() if len(rows) == len(tokens)} for block in sizes]
+    return [{site: size / size.mean() for site, size in block.items() if 0 < float(size.mean()) < math.inf} for block in whole]
+
+
+def _run(model: FloatModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Site, Tensor]]]:
+    """The state behind the last block for `tokens` [1, T], and what sites gave on the way: block, site, rows of N numbers."""
+    outputs: list[tuple[int, Site, Tensor]] = []
+    hidden, calls = model.calls(tokens)
+    hidden = hidden.detach().requires_grad_(True)
+    with torch.enable_grad():
+        for index, (block, call) in enumerate(zip(model.blocks, calls, strict=True)):
+            seen: list[tuple[Site, Tensor]] = []
+            with watching(block, lambda site, y, seen=seen: seen.append((site, y)), outputs=True):  # type: ignore[misc]
+                hidden = call.run(block, hidden)
+            times = Counter(site for site, _ in seen)
+            outputs += [
+                (index, site, y) for site, y in seen if site.expert is None and y.shape[:-1].numel() == tokens.numel() and times[site] == 1
+            ]
+    return hidden, outputs
+
+
+def _of_drawn(model: FloatModel, hidden: Tensor, draw: torch.Generator) -> Tensor:
+    """The gradient by `hidden` [1, T, ...] of the negative log likelihood of a token drawn at each place."""
+    gradient = torch.empty_like(hidden)
+    for at in range(0, hidden.shape[1], LOGIT_ROWS):
+        part = slice(at, at + LOGIT_ROWS)
+        leaf = hidden[:, part].clone().requires_grad_(True)
+        with torch.enable_grad():
+            logits = model.logits(torch.zeros(1, leaf.shape[1], dtype=torch.int64), leaf)[0]
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the logits hold NaN or infinite values: the float model itself overflows on the calibration text")
+        share = logits.detach().softmax(-1)
+        drawn = torch.multinomial(share.to(CPU), 1, generator=draw).to(share.device)
+        by_logits = share.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0, device=share.device))
+        (gradient[:, part],) = torch.autograd.grad(logits, leaf, by_logits)
+    return gradient

@@ -1,0 +1,94 @@
+"""How much each token counts for a linear: against hooks on transformers' own model; and what becomes of it in the moments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from octavo.calibration.float_model import FloatModel
+from octavo.calibration.importance import token_importance
+from octavo.calibration.moments import Collector
+from octavo.calibration.sites import Site
+from octavo.calibration.work import WorkFolder
+from octavo.quant.checkpoint.open_reader import open_reader
+from octavo.quant.checkpoint.resolve import resolve_model
+
+from .architectures import VOCAB, make
+
+TOKENS = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(5))
+
+
+def opened(folder: Path) -> FloatModel:
+    model = FloatModel(AutoConfig.from_pretrained(folder), open_reader(resolve_model(str(folder))))
+    model.load_outer()
+    return model
+
+
+def by_hooks(folder: Path, modules: type[nn.Module], seed: int) -> dict[str, Tensor]:
+    """[S, T] by module path, of a loss of tokens drawn as `token_importance` draws them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, modules) and name != "lm_head":
+            module.register_full_backward_hook(
+                lambda _, given, gives, name=name: seen.setdefault(name, []).append(gives[0].reshape(TOKENS.shape[1], -1).norm(dim=1))
+            )
+    draw = torch.Generator().manual_seed(seed)
+    for row in TOKENS:
+        logits = model(row[None]).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+        nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    sizes = {name: torch.stack(rows) for name, rows in seen.items()}
+    return {name: size / size.mean() for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize(("name", "linears"), [("llama", 7), ("gpt2", 4)])
+def test_it_is_the_size_of_the_gradient_by_what_a_linear_gives(name: str, linears: int, tmp_path: Path) -> None:
+    make(name, tmp_path)
+    model = opened(tmp_path)
+    found = token_importance(model, TOKENS, seed=7)
+    kind: Any = nn.Linear if name == "llama" else type(model.blocks[0].attn.c_attn)
+    expected = by_hooks(tmp_path, kind, seed=7)
+    assert [len(block) for block in found] == [linears] * len(model.blocks)
+    for index, block in enumerate(found):
+        for site, sizes in block.items():
+            torch.testing.assert_close(sizes, expected[model.block_prefix(index) + str(site)], rtol=2e-3, atol=1e-4)
+    assert all(parameter.is_meta for block in model.blocks for parameter in block.parameters())
+
+
+def test_experts_are_left_out_and_what_every_token_passes_is_not(tmp_path: Path) -> None:
+    make("mixtral", tmp_path)
+    found = token_importance(opened(tmp_path), TOKENS, seed=0)
+    for block in found:
+        assert any("q_proj" in str(site) for site in block)
+        assert not any(site.expert is not None for site in block)
+
+
+def test_a_row_counts_as_much_as_it_is_important() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, sizes = torch.randn(4, 6, 8, generator=draw), torch.rand(4, 6, generator=draw)
+    block = nn.ModuleDict({"a": nn.Linear(8, 3), "b": nn.Linear(8, 5), "c": nn.Linear(8, 2), "d": nn.Linear(8, 2)}).requires_grad_(False)
+    sites = [Site(f"{name}.weight") for name in "abcd"]
+    collector = Collector(sites, {sites[0]: sizes, sites[1]: 1 - sizes})
+    with collector.collecting(block):
+        for chunk in (x[:3], x[3:]):  # not all at once
+            for linear in block.values():
+                linear(chunk)
+    for site, weights in ((sites[0], sizes), (sites[1], 1 - sizes), (sites[2], torch.ones(4, 6))):
+        rows = x.double().flatten(0, 1)
+        expected = rows.t() @ (rows * weights.double().flatten()[:, None]) / 24
+        torch.testing.assert_close(collector.of(site, 8).hessian, expected.float(), rtol=1e-5, atol=1e-6)
+    assert collector.groups(sites) == [[sites[0]], [sites[1]], [sites[2], sites[3]]]
+
+
+def test_it_comes_back_from_the_work_folder(tmp_path: Path) -> None:
+    importance = [{Site("a.weight"): torch.rand(2, 3), Site("b", None, True): torch.rand(2, 3)}, {}, {Site("a.weight"): torch.rand(2, 3)}]
+    WorkFolder(tmp_path / "work", {}, resume=False).save_importance(importance)
+    found = WorkFolder(tmp_path / "work", {}, resume=True).load_importance()
+    assert [list(block) for block in found] == [list(block) for block in importance]
+    assert all(torch.equal(a[site], b[site]) for a, b in zip(importance, found, strict=True) for site in a)
