@@ -28,6 +28,7 @@ class Budget:
         return self.schedule is not None
 
     def without_tuning(self) -> Budget:
+        """For a model that does not fit in memory whole."""
         return replace(self, schedule=None, own_samples=0)
 
 

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .devices import CPU
-from .float_model import FloatModel
+from .float_model import Call, FloatModel
 from .sites import Site, watching
 from .tuning import LOGIT_ROWS
 
@@ -26,7 +26,7 @@ def token_importance(model: FloatModel, tokens: Tensor, *, seed: int, on_sample:
 
     The size of the gradient of the log likelihood by a site's output, for next tokens that are drawn from the model itself. Its square
     would be Fisher's information, with which few tokens are nearly all that counts. Sites that do not give each token one row, such as
-    those of experts, are left out.
+    those of experts, are left out. Raises ValueError for logits that are not finite.
     """
     model.load_all()
     draw = torch.Generator().manual_seed(seed)
@@ -54,14 +54,18 @@ def _run(model: FloatModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Sit
     hidden = hidden.detach().requires_grad_(True)
     with torch.enable_grad():
         for index, (block, call) in enumerate(zip(model.blocks, calls, strict=True)):
-            seen: list[tuple[Site, Tensor]] = []
-            with watching(block, lambda site, y, seen=seen: seen.append((site, y)), outputs=True):  # type: ignore[misc]
-                hidden = call.run(block, hidden)
+            hidden, seen = _watched(block, call, hidden)
             times = Counter(site for site, _ in seen)
             outputs += [
                 (index, site, y) for site, y in seen if site.expert is None and y.shape[:-1].numel() == tokens.numel() and times[site] == 1
             ]
     return hidden, outputs
+
+
+def _watched(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Tensor, list[tuple[Site, Tensor]]]:
+    seen: list[tuple[Site, Tensor]] = []
+    with watching(block, lambda site, y: seen.append((site, y)), outputs=True):
+        return call.run(block, hidden), seen
 
 
 def _of_drawn(model: FloatModel, hidden: Tensor, draw: torch.Generator) -> Tensor:

@@ -60,7 +60,10 @@ def block_name(index: int) -> str:
 
 
 class Walk:
-    """Two streams of hidden states go through the blocks: the float model's, and that of the blocks as they were quantized."""
+    """Two streams of hidden states go through the blocks: the float model's, and that of the blocks as they were quantized.
+
+    `importance`, block by block: how much what sites give for each token counts; all the same without it.
+    """
 
     def __init__(
         self,

@@ -8,25 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from octavo.calibration.float_model import FloatModel
 from octavo.calibration.importance import token_importance
 from octavo.calibration.moments import Collector
 from octavo.calibration.sites import Site
 from octavo.calibration.work import WorkFolder
-from octavo.quant.checkpoint.open_reader import open_reader
-from octavo.quant.checkpoint.resolve import resolve_model
 
 from .architectures import VOCAB, make
+from .test_float_model import opened
 
 TOKENS = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(5))
-
-
-def opened(folder: Path) -> FloatModel:
-    model = FloatModel(AutoConfig.from_pretrained(folder), open_reader(resolve_model(str(folder))))
-    model.load_outer()
-    return model
 
 
 def by_hooks(folder: Path, modules: type[nn.Module], seed: int) -> dict[str, Tensor]:
