@@ -82,7 +82,7 @@ class RunTexts:
                 if own:
                     try:
                         rows = torch.cat([rows, self._own_rows(file, identity, own)])
-                    except Exception as error:  # of an architecture or a device on which no text was ever written; the given text does
+                    except Exception as error:  # an engine, transformers or a kernel failed: the given text is enough
                         told = f"{type(error).__name__}: {error}"
                         logger.warning("the last pass has no samples of the model's own, which could not write any (%s)", told)
             work.save_tokens(rows)
