@@ -48,6 +48,7 @@ _ALL = 1 << 30
 _SOLVE_SAMPLES = {"fast": 16, "default": 32, "best": 64}
 _EIGHT_BIT_SAMPLES = 16
 _TUNING_SAMPLES = {"fast": 0, "default": 48, "best": _ALL}
+_TOWARD_FLOAT = 0.3
 _TUNING_STEPS = {"fast": 0, "default": 48, "best": 256}
 
 
@@ -59,8 +60,10 @@ _METHODS: Mapping[Method, Callable[[Recipe], Steps]] = {
     "rtn": lambda recipe: Steps(),
     "awq": lambda recipe: Steps(scale=True),
     "gptq": lambda recipe: Steps(orders=("groups",)),
-    "auto": lambda recipe: Steps(scale=True, orders=("groups",)),
-    "best": lambda recipe: Steps(scale=True, orders=("groups", "columns"), damps=(0.003, 0.01), refine_rounds=3),
+    "auto": lambda recipe: Steps(scale=True, orders=("groups",), toward_float=0.0 if recipe.effort == "fast" else _TOWARD_FLOAT),
+    "best": lambda recipe: Steps(
+        scale=True, orders=("groups", "columns"), damps=(0.003, 0.01), refine_rounds=3, toward_float=_TOWARD_FLOAT
+    ),
     "fp8": lambda recipe: Steps(kind="fp8", granularity=recipe.weight_scales, static_inputs=recipe.static_inputs),
     "int8": lambda recipe: Steps(kind="int8", scale=True),
 }

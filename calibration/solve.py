@@ -14,13 +14,14 @@ from ..kernels.grouped_linear import GroupedWeight, dequantize
 from .awq import Scaling, fit_scales, output_error, search_scales
 from .eight_bit import Granularity, fp8_weight, int8_weight, search_smoothing
 from .folds import Fold
-from .gptq import NotPositiveDefiniteError, Order, damped, gptq, inverse_factor
+from .gptq import DOUBLE_UP_TO, NotPositiveDefiniteError, Order, damped, gptq, inverse_factor
 from .grid import Grid, round_to_nearest
 from .moments import Collector, Moments
 from .refine import refine
 from .sites import Site
 
 _FIT_DAMP = 0.01
+_AIM_DAMP = 0.01
 FEW_TOKENS = 64  # an expert that saw fewer rounds by itself: the moments of so few tokens would mislead
 
 
@@ -30,6 +31,7 @@ class Steps:
 
     `scale`: through the folds, by AWQ's search, or by SmoothQuant's for int8. `orders`, `damps`: of GPTQ, all
     tried; none: nearest. `refine_rounds`: over what GPTQ found.
+    `toward_float`: the share, 0 to 1, of what the blocks and sites before lost that a site makes up for, see `aimed`.
     `kind`: of codes; `granularity`: of fp8's scales.
     """
 
@@ -41,15 +43,17 @@ class Steps:
     orders: tuple[Order, ...] = ()
     damps: tuple[float, ...] = (0.01,)
     refine_rounds: int = 1
+    toward_float: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """A site's quantized weight, and its mean squared output error relative to the mean squared output."""
+    """A site's quantized weight, and its mean squared output error relative to the mean squared output, against what was aimed at."""
 
     weight: GroupedWeight
     relative_error: float
     how: str  # what was chosen, for the report
+    num_tokens: int  # that it was chosen by
 
 
 def apply_scales(
@@ -104,8 +108,9 @@ def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: 
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("the inputs hold NaN or infinite values: the float model itself overflows on the calibration text")
     if steps.kind != "grouped":
-        return [_eight_bit(weight, hessian, grid, steps) for weight in weights]
+        return [_eight_bit(weight, hessian, moments.count, grid, steps) for weight in weights]
     if steps.orders and moments.count >= FEW_TOKENS:
+        stacked = aimed(stacked, moments, steps.toward_float)
         best, how = _best_gptq(stacked, hessian, grid, steps)
     else:
         best = round_to_nearest(stacked, grid, hessian.diagonal())
@@ -114,9 +119,31 @@ def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: 
     solved, at = [], 0
     for weight in weights:
         rows = slice(at, at + len(weight))
-        solved.append(Solved(best.take(torch.arange(at, rows.stop)), _relative_error(weight, values[rows], hessian), how))
+        error = _relative_error(stacked[rows], values[rows], hessian)
+        solved.append(Solved(best.take(torch.arange(at, rows.stop)), error, how, moments.count))
         at = rows.stop
     return solved
+
+
+def aimed(weight: Tensor, moments: Moments, share: float) -> Tensor:
+    """What `weight` W [N, K] is to become for x, the inputs that quantized blocks give, so that it gives what W gives for m, the float
+    model's: W + share * (V - W), where V minimises the mean of ||W m - V x||^2, with a ridge at W. W where no m is known.
+
+    The whole of V shrinks what is noise in x, block after block, and the answers with it (benchmarks/README.md). After GPTAQ (Li et al.,
+    2025, arXiv 2504.02692), which corrects while it rounds.
+    """
+    crossed = moments.crossed
+    if crossed is None or not share:
+        return weight
+    hessian = moments.hessian
+    ridged = damped(hessian, _AIM_DAMP)
+    exact = torch.float64 if len(hessian) <= DOUBLE_UP_TO else hessian.dtype
+    wanted = weight @ crossed + weight * (ridged - hessian).diagonal()
+    try:
+        best = torch.cholesky_solve(wanted.t().to(exact), torch.linalg.cholesky(ridged.to(exact))).t()
+    except RuntimeError:  # torch's LinAlgError is one
+        return weight
+    return torch.lerp(weight, best.to(weight.dtype), share)
 
 
 def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
@@ -124,13 +151,13 @@ def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float
     return output_error(weight, quantized, hessian) / energy if energy > 0 else 0.0
 
 
-def _eight_bit(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> Solved:
+def _eight_bit(weight: Tensor, hessian: Tensor, num_tokens: int, grid: Grid, steps: Steps) -> Solved:
     """Each linear by itself: scales of a tensor are its own."""
     if steps.kind == "fp8":
         found = fp8_weight(weight, steps.granularity, grid.scale_dtype)
     else:
         found = int8_weight(weight, grid.scale_dtype)
-    return Solved(found, _relative_error(weight, dequantize(found), hessian), "nearest")
+    return Solved(found, _relative_error(weight, dequantize(found), hessian), "nearest", num_tokens)
 
 
 def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> tuple[GroupedWeight, str]:

@@ -76,13 +76,19 @@ class Inputs:
     def shape(self) -> tuple[int, int]:
         return self.tokens.shape[0], self.tokens.shape[1]
 
-    @torch.no_grad()
     def run(self, index: int, block: nn.Module, hidden: Hidden) -> Iterator[tuple[slice, Tensor]]:
         """The output [B, T, ...] of block `index` for each chunk of `hidden`, which is left as it is, or of its first samples."""
-        for chunk, calls in zip(self.chunks, self._calls, strict=True):
-            if chunk.start >= hidden.shape[0]:
-                return
-            yield chunk, calls[index].run(block, hidden[chunk])
+        for number in range(self.num_chunks(hidden)):
+            yield self.chunks[number], self.run_chunk(number, index, block, hidden)
+
+    @torch.no_grad()
+    def run_chunk(self, number: int, index: int, block: nn.Module, hidden: Hidden) -> Tensor:
+        """The output of block `index` for one chunk."""
+        return self._calls[number][index].run(block, hidden[self.chunks[number]])
+
+    def num_chunks(self, hidden: Hidden) -> int:
+        """How many chunks `hidden` has."""
+        return sum(chunk.start < hidden.shape[0] for chunk in self.chunks)
 
     def call(self, index: int) -> Call:
         """What block `index` is called with for the first chunk."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from .kv_ranges import KVRanges
 from .moments import Collector
 from .routers import find_routers
 from .sites import Site, find_sites
-from .solve import Steps, apply_scales, solve_group
+from .solve import Solved, Steps, apply_scales, solve_group
+from .stages import see_stage, stages_of
 from .streams import Hidden, Inputs
 from .work import BlockResult, WorkFolder
 
@@ -109,32 +111,28 @@ class Walk:
             grid = None if site in structure.routers else self._grid_of(prefix + str(site), n, k)
             if grid is not None:
                 grids[site] = grid
-        collector, ranges = Collector(structure.sites, self._importance[index] if self._importance else None), KVRanges()
+        collector, ranges = Collector(structure.sites, self._importance_of(index)), KVRanges()
         with collector.collecting(block):
             for _ in self._inputs.run(index, block, self._quantized):
                 pass
-        self._advance_floats(index, block)
         ranges_of = {site: _ranges(site, block, collector) for site in grids}
-        before = {key: value.data.clone() for key, value in block.named_parameters()} if steps.scale else {}
-        stored = {name: self._model.names.stored_as(prefix + name) for name in before}
+        solved_too = {site.parameter for site in grids}
+        before = {key: value.data.clone() for key, value in block.named_parameters() if steps.scale and key not in solved_too}
+        stored = {name: self._model.names.stored_as(prefix + name) for name, _ in block.named_parameters()}
         scalings = apply_scales(block, structure.folds, collector, grids, stored, steps) if steps.scale else {}
-        weights, modules = {}, {}
-        for group in collector.groups(list(grids)):
-            k = group[0].weight(block).shape[1]
-            known = collector.of(group[0], k)
-            for site, solved in zip(group, solve_group([site.weight(block) for site in group], known, grids[group[0]], steps), strict=True):
-                weights[site] = solved.weight
-                modules[prefix + str(site)] = {
-                    "error": solved.relative_error,
-                    "how": solved.how,
-                    "tokens": known.count,
-                    **ranges_of[site],
-                }
-        quantized = {site.parameter for site in weights}
+        solved = self._solved(index, block, collector, grids, steps)
         changed = {
             key: value.data.to(stored[key]).float()
             for key, value in block.named_parameters()
-            if key in before and key not in quantized and not torch.equal(before[key], value)
+            if key in before and not torch.equal(before[key], value)
+        }
+        if steps.scale or steps.toward_float:
+            block = self._model.load_block(index)
+        self._advance_floats(index, block)
+        weights = {site: found.weight for site, found in solved.items()}
+        modules = {
+            prefix + str(site): {"error": found.relative_error, "how": found.how, "tokens": found.num_tokens, **ranges_of[site]}
+            for site, found in solved.items()
         }
         ordered = {site: weights[site] for site in structure.sites if site in weights}
         notes: dict[str, Any] = {"modules": modules, "scales": {prefix + name: found.relative_error for name, found in scalings.items()}}
@@ -152,6 +150,32 @@ class Walk:
         notes["seconds"] = time.perf_counter() - started
         return result
 
+    def _solved(self, index: int, block: nn.Module, collector: Collector, grids: Mapping[Site, Grid], steps: Steps) -> dict[Site, Solved]:
+        """What becomes of the sites, which `collector` saw in the block as it is. It may have other weights afterwards."""
+        if not steps.toward_float:
+            return _solve(block, list(grids), collector, grids, steps)
+        run, floats, quantized = self._inputs.run_chunk, self._floats, self._quantized
+        runs = [
+            (partial(run, i, index, block, floats), partial(run, i, index, block, quantized))
+            for i in range(self._inputs.num_chunks(quantized))
+        ]
+        tokens = quantized.shape[0] * quantized.shape[1]
+        found: dict[Site, Solved] = {}
+        plain: dict[Site, Tensor] = {}
+        values: dict[Site, Tensor] = {}
+        for stage in stages_of(collector.by_input(list(grids)), block):
+            steady = [site for site in stage if collector.sees_each_token(site, len(runs), tokens)]
+            seen = see_stage(block, steady, plain, values, self._importance_of(index), runs) if steady else collector
+            others = [site for site in stage if site not in steady]
+            now = _solve(block, steady, seen, grids, steps) | _solve(block, others, collector, grids, steps)
+            for site, one in now.items():
+                plain[site], values[site] = site.weight(block).clone(), dequantize(one.weight)
+            found |= now
+        return found
+
+    def _importance_of(self, index: int) -> Importance:
+        return self._importance[index] if self._importance else {}
+
     def _advance_floats(self, index: int, block: nn.Module) -> None:
         for chunk, out in self._inputs.run(index, block, self._floats):
             self._floats[chunk] = out
@@ -165,6 +189,14 @@ class Walk:
             off += float((out - want).square().sum(dtype=torch.float64))
             size += float(want.square().sum(dtype=torch.float64))
         return off / size if size else 0.0
+
+
+def _solve(block: nn.Module, sites: Sequence[Site], seen: Collector, grids: Mapping[Site, Grid], steps: Steps) -> dict[Site, Solved]:
+    found: dict[Site, Solved] = {}
+    for group in seen.groups(sites):
+        weights = [site.weight(block) for site in group]
+        found |= zip(group, solve_group(weights, seen.of(group[0], weights[0].shape[1]), grids[group[0]], steps), strict=True)
+    return found
 
 
 def _ranges(site: Site, block: nn.Module, collector: Collector) -> dict[str, float]:
