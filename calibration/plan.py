@@ -154,7 +154,7 @@ def make_plan(
             f"the model, {bytes_before / _GIB:.1f} GiB whole, cannot write its own calibration text in {max_memory / _GIB:.1f} GiB: "
             "give --calibration FILE, or more --max-memory"
         )
-    outer, block = _outer_bytes(model), _block_bytes(model, linears)
+    outer, block = _outer_bytes(model), _block_bytes(model, linears, in_stages=budget.steps.toward_float > 0)
     fixed = _BASE_BYTES + outer + block
     room = free_bytes(model.device)
     if room is not None and block > room:  # what is outside the blocks is there already
@@ -267,14 +267,15 @@ def _outer_bytes(model: FloatModel) -> int:
     return sum(4 * parameter.numel() for parameter in model.module.parameters() if id(parameter) not in inside)
 
 
-def _block_bytes(model: FloatModel, linears: Mapping[str, tuple[int, int]]) -> int:
-    """Of the largest block: weights and a copy, second moments, what solving the largest linear takes, the activations of a chunk."""
+def _block_bytes(model: FloatModel, linears: Mapping[str, tuple[int, int]], *, in_stages: bool) -> int:
+    """Of the largest block: weights and a copy, second moments, what solving the largest linear takes, the activations of a chunk.
+    In stages, a copy more, and moments of the float model's inputs with the others."""
 
     def of(index: int) -> int:
         prefix = model.block_prefix(index)
         shapes = [shape for path, shape in linears.items() if path.startswith(prefix)]
-        weights = 2 * sum(parameter.numel() for parameter in model.blocks[index].parameters())
-        moments = sum(k * k for _, k in shapes)
+        weights = (3 if in_stages else 2) * sum(parameter.numel() for parameter in model.blocks[index].parameters())
+        moments = (2 if in_stages else 1) * sum(k * k for _, k in shapes)
         squares = {k: (_SQUARES_IN_DOUBLE if k <= DOUBLE_UP_TO else _SQUARES) * k * k for _, k in shapes}
         solving = max((squares[k] + _WEIGHT_COPIES * n * k for n, k in shapes), default=0)
         active = sum(n + k for (n, k) in {path.split("[")[0]: shape for path, shape in linears.items() if path.startswith(prefix)}.values())

@@ -116,11 +116,11 @@ class Walk:
             for _ in self._inputs.run(index, block, self._quantized):
                 pass
         ranges_of = {site: _ranges(site, block, collector) for site in grids}
-        solved_too = {site.parameter for site in grids}
-        before = {key: value.data.clone() for key, value in block.named_parameters() if steps.scale and key not in solved_too}
-        stored = {name: self._model.names.stored_as(prefix + name) for name, _ in block.named_parameters()}
+        quantized = {site.parameter for site in grids}
+        before = {key: value.data.clone() for key, value in block.named_parameters() if steps.scale and key not in quantized}
+        stored = {name: self._model.names.stored_as(prefix + name) for name in before}
         scalings = apply_scales(block, structure.folds, collector, grids, stored, steps) if steps.scale else {}
-        solved = self._solved(index, block, collector, grids, steps)
+        solved = self._solved_sites(index, block, collector, grids, steps)
         changed = {
             key: value.data.to(stored[key]).float()
             for key, value in block.named_parameters()
@@ -150,10 +150,12 @@ class Walk:
         notes["seconds"] = time.perf_counter() - started
         return result
 
-    def _solved(self, index: int, block: nn.Module, collector: Collector, grids: Mapping[Site, Grid], steps: Steps) -> dict[Site, Solved]:
+    def _solved_sites(
+        self, index: int, block: nn.Module, collector: Collector, grids: Mapping[Site, Grid], steps: Steps
+    ) -> dict[Site, Solved]:
         """What becomes of the sites, which `collector` saw in the block as it is. It may have other weights afterwards."""
         if not steps.toward_float:
-            return _solve(block, list(grids), collector, grids, steps)
+            return _solve_sites(block, list(grids), collector, grids, steps)
         run, floats, quantized = self._inputs.run_chunk, self._floats, self._quantized
         runs = [
             (partial(run, i, index, block, floats), partial(run, i, index, block, quantized))
@@ -167,7 +169,7 @@ class Walk:
             steady = [site for site in stage if collector.sees_each_token(site, len(runs), tokens)]
             seen = see_stage(block, steady, plain, values, self._importance_of(index), runs) if steady else collector
             others = [site for site in stage if site not in steady]
-            now = _solve(block, steady, seen, grids, steps) | _solve(block, others, collector, grids, steps)
+            now = _solve_sites(block, steady, seen, grids, steps) | _solve_sites(block, others, collector, grids, steps)
             for site, one in now.items():
                 plain[site], values[site] = site.weight(block).clone(), dequantize(one.weight)
             found |= now
@@ -191,7 +193,7 @@ class Walk:
         return off / size if size else 0.0
 
 
-def _solve(block: nn.Module, sites: Sequence[Site], seen: Collector, grids: Mapping[Site, Grid], steps: Steps) -> dict[Site, Solved]:
+def _solve_sites(block: nn.Module, sites: Sequence[Site], seen: Collector, grids: Mapping[Site, Grid], steps: Steps) -> dict[Site, Solved]:
     found: dict[Site, Solved] = {}
     for group in seen.groups(sites):
         weights = [site.weight(block) for site in group]

@@ -57,7 +57,7 @@ def test_a_device_of_its_own_gives_what_the_cpu_gives(
         str(llama), tmp_path / "near", method=method, calibration=str(text), samples=8, seqlen=32, measure_speed=False, eval_text=text
     )
     assert (near.device, far["device"]) == ("cpu", "pretend:0")
-    assert far["quality"]["kl_mean"] == pytest.approx(near.quality.kl_mean, rel=0.05)
+    assert far["quality"]["kl_mean"] == pytest.approx(near.quality.kl_mean, rel=0.15)
     assert far["modules"].keys() == near.modules.keys()
     for name, module in near.modules.items():
         assert far["modules"][name]["error"] == pytest.approx(module["error"], rel=0.2), name
