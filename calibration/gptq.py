@@ -45,7 +45,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
             lower = torch.linalg.cholesky(damped(hessian, damp).to(exact))
             factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
             return factor.to(hessian.dtype)
-        except RuntimeError:  # torch's LinAlgError is one
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             damp = max(damp, 1e-4) * 10
     raise NotPositiveDefiniteError(f"the inputs' second moments [{len(hessian)}] have no Cholesky factor, even damped")
 

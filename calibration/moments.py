@@ -71,8 +71,6 @@ class Moments:
     def rescaled(self, factors: Tensor) -> None:
         """The input is now divided by `factors` [K]."""
         self._products.div_(factors[:, None] * factors)
-        if self._crossed is not None:
-            self._crossed.div_(factors[:, None] * factors)
         self._magnitudes.div_(factors)
         self.largest = self.largest / factors
         self._rows = [rows / factors for rows in self._rows]
@@ -121,6 +119,11 @@ class Collector:
     def of(self, site: Site, k: int) -> Moments:
         """The moments of a site's input; empty ones for a site that saw nothing."""
         return self._moments[self._owner(site)] if site in self._shared else Moments(k)
+
+    def forget(self, sites: Sequence[Site]) -> None:
+        """Let the moments of sites go, and of those that share them."""
+        for site in sites:
+            self._moments.pop(self._owner(site), None)
 
     def sees_each_token(self, site: Site, calls: int, rows: int) -> bool:
         """Whether a site was given a row for each token: `rows` in `calls` of the block. One of an expert is not."""

@@ -141,7 +141,7 @@ def aimed(weight: Tensor, moments: Moments, share: float) -> Tensor:
     wanted = weight @ crossed + weight * (ridged - hessian).diagonal()
     try:
         best = torch.cholesky_solve(wanted.t().to(exact), torch.linalg.cholesky(ridged.to(exact))).t()
-    except RuntimeError:  # torch's LinAlgError is one
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return weight
     return torch.lerp(weight, best.to(weight.dtype), share)
 

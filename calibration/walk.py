@@ -24,7 +24,7 @@ from .moments import Collector
 from .routers import find_routers
 from .sites import Site, find_sites
 from .solve import Solved, Steps, apply_scales, solve_group
-from .stages import see_stage, stages_of
+from .stages import see_stage
 from .streams import Hidden, Inputs
 from .work import BlockResult, WorkFolder
 
@@ -165,13 +165,15 @@ class Walk:
         found: dict[Site, Solved] = {}
         plain: dict[Site, Tensor] = {}
         values: dict[Site, Tensor] = {}
-        for stage in stages_of(collector.by_input(list(grids)), block):
-            steady = [site for site in stage if collector.sees_each_token(site, len(runs), tokens)]
-            seen = see_stage(block, steady, plain, values, self._importance_of(index), runs) if steady else collector
-            others = [site for site in stage if site not in steady]
-            now = _solve_sites(block, steady, seen, grids, steps) | _solve_sites(block, others, collector, grids, steps)
-            for site, one in now.items():
-                plain[site], values[site] = site.weight(block).clone(), dequantize(one.weight)
+        for stage in collector.by_input(list(grids)):
+            seen = None
+            if all(collector.sees_each_token(site, len(runs), tokens) for site in stage):
+                seen = see_stage(block, stage, plain, values, self._importance_of(index), runs)
+            if seen is not None:
+                collector.forget(stage)
+            now = _solve_sites(block, stage, seen or collector, grids, steps)
+            plain |= {site: site.weight(block).clone() for site in stage}
+            values |= {site: dequantize(now[site].weight) for site in stage}
             found |= now
         return found
 

@@ -39,14 +39,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_tokenizer("llama", tmp_path_factory.mktemp("llama"), initializer_range=0.2)
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
-    """The samples of each last pass, and how many were given."""
-    seen: list[tuple[Tensor, int]] = []
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int, float]]:
+    """The samples of each last pass, how many were given, and the KL that it left."""
+    seen: list[tuple[Tensor, int, float]] = []
 
     def watching(model: Any, tokens: Tensor, num_given: int, targets: Any, *args: Any, **options: Any) -> Tuned:
-        seen.append((tokens, num_given))
         assert targets.shape[:2] == tokens.shape
-        return tune_model(model, tokens, num_given, targets, *args, **options)
+        tuned = tune_model(model, tokens, num_given, targets, *args, **options)
+        seen.append((tokens, num_given, tuned.kl_after))
+        return tuned
 
     monkeypatch.setattr(quantize_run, "tune_model", watching)
     return seen
@@ -57,7 +58,7 @@ def test_it_sees_as_many_samples_as_it_has_steps(llama: Path, text: Path, tmp_pa
     quantize(str(llama), tmp_path / "out", **OPTIONS, calibration=str(text))
     quantize(str(llama), tmp_path / "short", **{**OPTIONS, "method": "auto"}, calibration=str(text))
     quantize(str(llama), tmp_path / "own", **OPTIONS, calibration="self")
-    (tokens, given), (short, all_given), (own, of_own) = seen
+    (tokens, given, _), (short, all_given, _), (own, of_own, _) = seen
     assert (len(tokens), given) == (STEPS, FAST["samples"])
     assert torch.equal(tokens[:given], short)  # given before own, and nothing of what is held back to measure on
     assert len(short) == all_given == FAST["samples"]
@@ -85,9 +86,9 @@ def test_stopped_in_it_and_resumed_it_gives_the_same_bytes(
     monkeypatch.setattr(run_texts, "drawing", stop)  # what was written is not written again
     quantize(str(llama), tmp_path / "again", **OPTIONS, calibration=str(text), resume=True)
     assert digests(tmp_path / "again") == digests(tmp_path / "whole")
-    (tokens, given), (again, given_again) = seen  # which tell, where tuning did not help and nothing of it was written
+    (tokens, *left), (again, *left_again) = seen  # which tell, where tuning did not help and nothing of it was written
     assert torch.equal(tokens, again)
-    assert given == given_again
+    assert left == left_again
 
 
 @pytest.mark.parametrize("error", [SilentModelError("it ends its texts at once"), RuntimeError("probability tensor contains inf")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,74 +10,52 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.calibration import budget
+from octavo.calibration import budget, walk
 from octavo.calibration.moments import Collector, Moments
-from octavo.calibration.plan import probe_inputs
 from octavo.calibration.quantize_run import quantize
 from octavo.calibration.sites import Site
 from octavo.calibration.solve import aimed
-from octavo.calibration.stages import see_stage, stages_of
-from octavo.calibration.walk import structure_of
+from octavo.calibration.stages import see_stage
 
-from .architectures import make
-from .test_float_model import opened
 from .test_quantize import FAST, with_tokenizer
 
-_ATTENTION, _MLP = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}], [{"gate_proj", "up_proj"}, {"down_proj"}]
-STAGES: dict[str, list[set[str]]] = {
-    "llama": [*_ATTENTION, *_MLP],
-    "gpt2": [{"c_attn"}, {"c_proj"}, {"c_fc"}, {"c_proj"}],
-    "phi": [{"q_proj", "k_proj", "v_proj"}, {"dense"}, {"fc1"}, {"fc2"}],
-    "mixtral": [*_ATTENTION, {"gate_up_proj"}, {"down_proj"}],
+TEXT = "".join(f"{i} and {i * i % 977} are numbers, {chr(97 + i % 26) * 2} is not.\n" for i in range(600))
+LLAMA = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+STAGES: dict[str, tuple[str, dict[str, Any], list[set[str]]]] = {
+    "llama": ("llama", {}, LLAMA),
+    "transposed": ("gpt2", {}, [{"c_attn"}, {"c_proj"}, {"c_fc"}, {"c_proj"}]),
+    "square": ("phi", {"intermediate_size": 64}, [{"q_proj", "k_proj", "v_proj"}, {"dense"}, {"fc1"}, {"fc2"}]),
+    "experts": ("mixtral", {}, [*LLAMA[:2]]),
 }
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_what_hangs_on_another_comes_after_it(name: str, tmp_path: Path) -> None:
-    make(name, tmp_path)
-    model = opened(tmp_path)
-    inputs = probe_inputs(model)
-    block = model.load_block(0)
-    sites = structure_of(model, inputs, 0, block, with_folds=False)
-    wanted = [site for site in sites.sites if site not in sites.routers]
-    collector = Collector(wanted)
-    hidden = torch.randn(*inputs.shape, *model.hidden_shape)
-    with collector.collecting(block), torch.no_grad():
-        inputs.call(0).run(block, hidden)
-    stages = stages_of(collector.by_input(wanted), block)
-    names = [{site.parameter.removesuffix(".weight").rpartition(".")[2] for site in stage} for stage in stages]
-    assert names == STAGES[name]
-    assert sorted(site for stage in stages for site in stage) == sorted(wanted)
-    if name == "mixtral":
-        assert [len(stage) for stage in stages[2:]] == [4, 4]
+def test_each_is_solved_behind_what_its_input_hangs_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And experts from what was seen of them at first: routing may send them other tokens."""
+    model_type, changes, expected = STAGES[name]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = with_tokenizer(model_type, folder, **changes)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    stages: list[set[str]] = []
+
+    def watched(block: Any, stage: Sequence[Site], plain: Any, solved: Any, *others: Any) -> Collector | None:
+        of_block = stages[len(stages) - len(stages) % len(expected) :]
+        assert {_leaf(site) for site in plain} == {_leaf(site) for site in solved} == {name for known in of_block for name in known}
+        stages.append({_leaf(site) for site in stage})
+        return see_stage(block, stage, plain, solved, *others)
+
+    monkeypatch.setattr(walk, "see_stage", watched)
+    quantize(str(model), tmp_path / "out", **FAST, method="auto", calibration=str(text))
+    assert stages == expected * 2  # blocks
+    stages.clear()
+    quantize(str(model), tmp_path / "fast", **FAST, method="auto", effort="fast", calibration=str(text))
+    assert not stages
 
 
-class Experts(nn.Module):
-    """Two that are modules of their own, each of two linears, and one behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}) for _ in range(2))
-        self.out = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        half = len(x) // 2
-        parts: Any = zip(self.experts, (x[:half].clone(), x[half:].clone()), strict=True)
-        y = torch.cat([one["down"](one["up"](rows).relu()) for one, rows in parts])
-        out: Tensor = self.out(y)
-        return out
-
-
-def test_experts_are_solved_together() -> None:
-    block = Experts().requires_grad_(False)
-    names = ["experts.0.up", "experts.0.down", "experts.1.up", "experts.1.down", "out"]
-    sites = [Site(f"{name}.weight") for name in names]
-    collector = Collector(sites)
-    with collector.collecting(block):
-        block(torch.randn(6, 8))
-    assert stages_of(collector.by_input(sites), block) == [[sites[0], sites[2]], [sites[1], sites[3]], [sites[4]]]
-    assert not collector.sees_each_token(sites[0], 1, 6)
-    assert collector.sees_each_token(sites[4], 1, 6)
+def _leaf(site: Site) -> str:
+    return site.parameter.removesuffix(".weight").rpartition(".")[2]
 
 
 class Chain(nn.Module):
@@ -104,7 +83,9 @@ def test_inputs_are_seen_as_they_will_be_and_as_they_are_meant(weighed: bool) ->
     plain = {a: block.a.weight.clone()}
     solved = {a: block.a.weight + 0.1 * torch.randn(6, 8, generator=draw)}
     runs = [(lambda part=part: block(x[part]), lambda part=part: block((x + 0.2 * off)[part])) for part in (slice(0, 2), slice(2, 5))]
-    moments = see_stage(block, [b], plain, solved, {b: sizes} if weighed else {}, runs).of(b, 6)
+    seen = see_stage(block, [b], plain, solved, {b: sizes} if weighed else {}, runs)
+    assert seen is not None
+    moments = seen.of(b, 6)
     assert block.reached == 0  # nothing after b was computed
 
     bias = block.a.bias.double()
@@ -114,6 +95,27 @@ def test_inputs_are_seen_as_they_will_be_and_as_they_are_meant(weighed: bool) ->
     torch.testing.assert_close(moments.hessian, ((counts * given).t() @ given / 35).float(), rtol=1e-4, atol=1e-6)
     assert moments.crossed is not None
     torch.testing.assert_close(moments.crossed, ((counts * meant).t() @ given / 35).float(), rtol=1e-4, atol=1e-6)
+
+
+class Routed(nn.Module):
+    """A linear that sees the rows which begin with more than 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[x[:, 0] > 0]
+        return self.a(rows) if len(rows) else x
+
+
+@pytest.mark.parametrize("meant", [torch.ones(4, 8), -torch.ones(4, 8), torch.cat([torch.ones(2, 8), -torch.ones(2, 8)])])
+def test_what_the_float_model_sends_elsewhere_is_not_compared(meant: Tensor) -> None:
+    block, given = Routed().requires_grad_(False), torch.ones(4, 8)
+    seen = see_stage(
+        block, [Site("a.weight")], {}, {}, {}, [(lambda: block(given), lambda: block(given)), (lambda: block(meant), lambda: block(given))]
+    )
+    assert (seen is not None) == bool((meant > 0).all())
 
 
 def test_a_weight_aims_at_what_it_gave_before() -> None:
@@ -142,9 +144,11 @@ def test_a_weight_aims_at_what_it_gave_before() -> None:
 
 
 def test_blocks_come_nearer_to_the_float_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_tokenizer("llama", tmp_path / "llama", num_hidden_layers=4)
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    model = with_tokenizer("llama", folder, num_hidden_layers=4)
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} and {i * i % 977} are numbers, {chr(97 + i % 26) * 2} is not.\n" for i in range(600)))
+    text.write_text(TEXT)
     options: dict[str, Any] = {**FAST, "samples": 16, "method": "auto", "calibration": str(text)}
     errors = {}
     for share in (0.0, 1.0):
