@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from octavo.calibration import budget
+from octavo.calibration import budget, quantize_run
 from octavo.calibration.devices import CPU, computing_on, device_of
 from octavo.calibration.quantize_run import quantize
 
@@ -47,20 +47,26 @@ def test_what_is_made_inside_is_made_on_the_device() -> None:
 def test_a_device_of_its_own_gives_what_the_cpu_gives(
     llama: Path, text: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sums may come in another order there, and GPTQ carries a code that falls to the other side of a tie on: errors are compared."""
+    """Sums may come in another order there. With `auto` a code that falls to the other side of a tie changes all linears after it, which
+    see what it became: only the first stage is nearly the same."""
     command = [sys.executable, "-m", "tests.calibration.pretend_device", str(llama), str(tmp_path / "far"), str(text), method]
     done = subprocess.run(command, check=False, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     far = json.loads(done.stdout)
     monkeypatch.setattr(budget, "_TUNING_STEPS", FEW_STEPS)
+    monkeypatch.setattr(quantize_run, "served", lambda model_path: False)  # measured as it is there, not by the engine
     near = quantize(
         str(llama), tmp_path / "near", method=method, calibration=str(text), samples=8, seqlen=32, measure_speed=False, eval_text=text
     )
     assert (near.device, far["device"]) == ("cpu", "pretend:0")
-    assert far["quality"]["kl_mean"] == pytest.approx(near.quality.kl_mean, rel=0.15)
+    assert far["quality"]["by"] == near.quality.by
+    assert far["quality"]["kl_mean"] == pytest.approx(near.quality.kl_mean, rel=0.1 if method == "auto" else 1e-3)
     assert far["modules"].keys() == near.modules.keys()
     for name, module in near.modules.items():
-        assert far["modules"][name]["error"] == pytest.approx(module["error"], rel=0.2), name
+        assert far["modules"][name]["error"] == pytest.approx(module["error"], rel=0.2 if method == "auto" else 1e-3), name
+    for name in ("q_proj", "k_proj", "v_proj"):
+        first = f"model.layers.0.self_attn.{name}"
+        assert far["modules"][first]["error"] == pytest.approx(near.modules[first]["error"], rel=1e-3), name
     written = [
         {name: tensor.shape for name, tensor in load_file(tmp_path / place / "model.safetensors").items()} for place in ("near", "far")
     ]
