@@ -30,7 +30,8 @@ def see_stage(
     """The moments of the input that the sites of a stage share, and how it goes with the float model's; None where they do not match.
 
     `runs`, a part of the samples at a time, run the block on the float model's hidden states and on the quantized ones; each is broken off
-    when the stage was seen. `plain` and `solved` [N, K]: weights of the stages before, which the block has in the first and in the second.
+    when the stage was seen. `plain` and `solved`: float32 weights [N, K] of the stages before, which the block has in the first and in the
+    second. `importance` [S, T]: as `Collector` takes it. The block keeps the weights of the last run.
     """
     collector = Collector(stage, importance)
     for run_float, run_quantized in runs:
