@@ -23,7 +23,7 @@ class Budget:
     schedule: TuningSchedule | None
 
     @property
-    def weighs_tokens(self) -> bool:
+    def weighs(self) -> bool:
         """Whether blocks are solved for what the whole model makes of their errors: it must fit in memory, as for the last pass."""
         return self.schedule is not None
 

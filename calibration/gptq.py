@@ -6,6 +6,7 @@ correction so far; groups are taken in the order of their importance and columns
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -70,12 +71,20 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, order: Order = "groups"
     columns of one group are then far apart; else when a group's turn comes. Raises ValueError for a K that groups do not divide,
     NotPositiveDefiniteError.
     """
+    return gptq_for(hessian, grid, order=order, damp=damp)(weight)
+
+
+def gptq_for(hessian: Tensor, grid: Grid, *, order: Order = "groups", damp: float = 0.01) -> Callable[[Tensor], GroupedWeight]:
+    """`gptq` for any rows that are given such inputs. Raises NotPositiveDefiniteError."""
     columns = order_of(hessian, grid.group_size, order)
     factor = inverse_factor(hessian[columns][:, columns], damp)
-    given = None
-    if order == "columns":
-        given = search(grouped(weight, grid.group_size), hessian.diagonal().reshape(1, -1, grid.group_size), grid)
-    return _solve(weight, columns, factor, grid, given)
+    importance = hessian.diagonal().reshape(1, -1, grid.group_size)
+
+    def solve(weight: Tensor) -> GroupedWeight:
+        given = search(grouped(weight, grid.group_size), importance, grid) if order == "columns" else None
+        return _solve(weight, columns, factor, grid, given)
+
+    return solve
 
 
 def _solve(weight: Tensor, columns: Tensor, factor: Tensor, grid: Grid, given: Ranges | None) -> GroupedWeight:

@@ -1,14 +1,15 @@
-"""Importance: how much the model's answer hangs on what each linear gives for each token. Knows no quantization and no method.
+"""Importance: how much the model's answer hangs on what each linear gives, token by token and output by output. Knows no quantization.
 
 An error of a linear's output counts by what it does to the answer. After Kim et al., 2025, GuidedQuant, arXiv 2505.07004: second moments of
-inputs weighed by the gradient of the loss by the output.
+inputs weighed by the gradient of the loss by the output; and after Tseng et al., 2025, YAQA, arXiv 2505.22988: those of that gradient.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,43 @@ from .float_model import Call, FloatModel
 from .sites import Site, watching
 from .tuning import LOGIT_ROWS
 
-Importance = Mapping[Site, Tensor]  # of a block's sites: float32 [S, T], 1 on average
+_TINY = 1e-30
+_MOST_OUTPUTS = 2048  # whose moments are kept together: of more there are parts
 
 
-def token_importance(model: FloatModel, tokens: Tensor, *, seed: int, on_sample: Callable[[], object] = lambda: None) -> list[Importance]:
-    """Of each block, for `tokens` int64 [S, T]. The whole model is in memory meanwhile, and goes again.
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """Of a block's sites, with g the gradient of the log likelihood by what a site gives for a token.
 
-    The size of the gradient of the log likelihood by a site's output, for next tokens that are drawn from the model itself. Its square
-    would be Fisher's information, with which few tokens are nearly all that counts. Sites that do not give each token one row, such as
-    those of experts, are left out. Raises ValueError for logits that are not finite.
+    `tokens`: |g|, float32 [S, T]. `outputs`: the mean of g g^T / |g|, float16 [N_i, N_i], of one part of the N outputs after the other.
+    Both 1 on average, over tokens and on the diagonals.
+    """
+
+    tokens: Mapping[Site, Tensor] = field(default_factory=dict)
+    outputs: Mapping[Site, Sequence[Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Importance:
+        """The same on a device, all in float32."""
+        outputs = {site: [part.to(device).float() for part in parts] for site, parts in self.outputs.items()}
+        return Importance({site: sizes.to(device) for site, sizes in self.tokens.items()}, outputs)
+
+
+def entries_of(num_outputs: int) -> int:
+    """How many numbers the moments of a site's outputs are."""
+    return num_outputs * min(num_outputs, _MOST_OUTPUTS)
+
+
+def find_importance(model: FloatModel, tokens: Tensor, *, seed: int, on_sample: Callable[[], object] = lambda: None) -> list[Importance]:
+    """Of each block, for `tokens` int64 [S, T] and next tokens that are drawn from the model itself. The whole model is in memory
+    meanwhile, and goes again.
+
+    The square of |g| would be Fisher's information, with which few tokens are nearly all that counts. Sites that do not give each token
+    one row, such as those of experts, are left out. Raises ValueError for logits that are not finite.
     """
     model.load_all()
     draw = torch.Generator().manual_seed(seed)
     sizes: list[dict[Site, list[Tensor]]] = [{} for _ in model.blocks]
+    products: list[dict[Site, list[Tensor]]] = [{} for _ in model.blocks]
     for row in range(len(tokens)):
         hidden, outputs = _run(model, tokens[[row]])
         wanted = [y for _, _, y in outputs]
@@ -38,13 +63,35 @@ def token_importance(model: FloatModel, tokens: Tensor, *, seed: int, on_sample:
         gradients = torch.autograd.grad(hidden, wanted, by_hidden, allow_unused=True) if wanted else ()
         for (index, site, _), gradient in zip(outputs, gradients, strict=True):
             if gradient is not None:
-                size = gradient.reshape(tokens.shape[1], -1).norm(dim=1)
+                rows = gradient.reshape(tokens.shape[1], -1)
+                size = rows.norm(dim=1)
                 sizes[index].setdefault(site, []).append(size.to(CPU))
+                _add_products(products[index].setdefault(site, []), rows / size.clamp(min=_TINY).sqrt()[:, None])
         on_sample()
     for index in range(len(model.blocks)):
         model.free_block(index)
-    whole = [{site: torch.stack(rows) for site, rows in block.items() if len(rows) == len(tokens)} for block in sizes]
-    return [{site: size / size.mean() for site, size in block.items() if 0 < float(size.mean()) < math.inf} for block in whole]
+    return [_averaged(of_sites, products.pop(0), len(tokens)) for of_sites in sizes]
+
+
+def _add_products(sums: list[Tensor], rows: Tensor) -> None:
+    """Add the products of `rows` [T, N] with themselves, part by part of N."""
+    parts = rows.tensor_split(math.ceil(rows.shape[1] / _MOST_OUTPUTS), dim=1)
+    if not sums:
+        sums += [torch.zeros(part.shape[1], part.shape[1], device=CPU) for part in parts]
+    for total, part in zip(sums, parts, strict=True):
+        total.add_((part.t() @ part).to(CPU))
+
+
+def _averaged(sizes: Mapping[Site, list[Tensor]], products: Mapping[Site, list[Tensor]], samples: int) -> Importance:
+    found: dict[Site, Tensor] = {}
+    outputs: dict[Site, list[Tensor]] = {}
+    for site, rows in sizes.items():
+        size = torch.stack(rows)
+        if len(rows) == samples and 0 < float(size.mean()) < math.inf:
+            found[site] = size / size.mean()
+            mean = float(torch.cat([part.diagonal() for part in products[site]]).mean())
+            outputs[site] = [part.div_(mean).half() for part in products[site]]
+    return Importance(found, outputs)
 
 
 def _run(model: FloatModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Site, Tensor]]]:

@@ -19,6 +19,7 @@ from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .gptq import DOUBLE_UP_TO
 from .grid import Grid
+from .importance import entries_of
 from .output import FUSED, SHARD_BYTES
 from .recipe import Recipe
 from .streams import CHUNK_TOKENS, Hidden, Inputs
@@ -85,7 +86,7 @@ class Plan:
         """For people."""
         recipe = self.recipe
         where = "on disk" if self.on_disk else "in memory"
-        weighed = "; tokens count by the gradient of the model's answer" if self.budget.weighs_tokens else ""
+        weighed = "; errors count by the gradient of the model's answer" if self.budget.weighs else ""
         schedule = self.budget.schedule
         tuning = f"{schedule.steps} steps over the whole model" if schedule else self.skipped_tuning or "none"
         if self.budget.own_samples and recipe.calibration != "self":
@@ -154,16 +155,11 @@ def make_plan(
             f"the model, {bytes_before / _GIB:.1f} GiB whole, cannot write its own calibration text in {max_memory / _GIB:.1f} GiB: "
             "give --calibration FILE, or more --max-memory"
         )
-    outer, block = _outer_bytes(model), _block_bytes(model, linears, in_stages=budget.steps.toward_float > 0)
-    fixed = _BASE_BYTES + outer + block
-    room = free_bytes(model.device)
-    if room is not None and block > room:  # what is outside the blocks is there already
-        raise ValueError(
-            f"{model.device} has {room / _GIB:.1f} GiB free, and the largest block needs about {block / _GIB:.1f}: give --device cpu"
-        )
-    for_tuning, skipped = 0, None
+    outer, room = _outer_bytes(model), free_bytes(model.device)
+    for_tuning, skipped, entries = 0, None, sum(entries_of(n) for path, (n, _) in linears.items() if "[" not in path)
     if budget.schedule is not None:
         for_tuning = bytes_needed(model, budget.schedule, recipe.seqlen)
+        for_tuning += 4 * max(0, entries - 2 * weights)  # errors are weighed with a copy of the weights in place of three
         if _BASE_BYTES + for_tuning > max_memory:
             needed = (_BASE_BYTES + for_tuning) / _GIB
             skipped = f"left out: it needs {needed:.1f} GiB, above the {max_memory / _GIB:.1f} allowed (--max-memory)"
@@ -171,6 +167,12 @@ def make_plan(
             skipped = f"left out: it needs {(for_tuning - outer) / _GIB:.1f} GiB of {model.device}, which has {room / _GIB:.1f} free"
         if skipped is not None:
             budget, for_tuning = budget.without_tuning(), 0
+    block = _block_bytes(model, linears, budget)
+    if room is not None and block > room:  # what is outside the blocks is there already
+        raise ValueError(
+            f"{model.device} has {room / _GIB:.1f} GiB free, and the largest block needs about {block / _GIB:.1f}: give --device cpu"
+        )
+    fixed = _BASE_BYTES + outer + block
     streams = (budget.samples + budget.own_samples + budget.solve_samples) * recipe.seqlen * math.prod(model.hidden_shape) * 4
     beside_streams = max(fixed, _BASE_BYTES + for_tuning)
     on_disk = beside_streams + streams > max_memory
@@ -197,7 +199,9 @@ def make_plan(
         on_disk=on_disk,
         bytes_before=bytes_before,
         bytes_after=after,
-        work_bytes=int(weights * 1.1) * (2 if budget.schedule else 1) + (2 * streams if on_disk else 0),  # again to measure with
+        work_bytes=int(weights * 1.1) * (2 if budget.schedule else 1)
+        + (2 * entries if budget.weighs else 0)
+        + (2 * streams if on_disk else 0),  # again to measure with
         peak_bytes=peak,
         max_memory=max_memory,
         device=device_name(model.device),
@@ -267,9 +271,10 @@ def _outer_bytes(model: FloatModel) -> int:
     return sum(4 * parameter.numel() for parameter in model.module.parameters() if id(parameter) not in inside)
 
 
-def _block_bytes(model: FloatModel, linears: Mapping[str, tuple[int, int]], *, in_stages: bool) -> int:
+def _block_bytes(model: FloatModel, linears: Mapping[str, tuple[int, int]], budget: Budget) -> int:
     """Of the largest block: weights and a copy, second moments, what solving the largest linear takes, the activations of a chunk.
-    In stages, a copy more, and moments of the float model's inputs with the others."""
+    In stages, a copy more, and moments of the float model's inputs with the others. Where errors are weighed, what by."""
+    in_stages = budget.steps.toward_float > 0
 
     def of(index: int) -> int:
         prefix = model.block_prefix(index)
@@ -278,6 +283,10 @@ def _block_bytes(model: FloatModel, linears: Mapping[str, tuple[int, int]], *, i
         moments = (2 if in_stages else 1) * sum(k * k for _, k in shapes)
         squares = {k: (_SQUARES_IN_DOUBLE if k <= DOUBLE_UP_TO else _SQUARES) * k * k for _, k in shapes}
         solving = max((squares[k] + _WEIGHT_COPIES * n * k for n, k in shapes), default=0)
+        if budget.weighs:
+            outputs = [n for path, (n, _) in linears.items() if path.startswith(prefix) and "[" not in path]
+            moments += sum(map(entries_of, outputs))
+            solving += _SQUARES_IN_DOUBLE * max(((entries_of(n) // n) ** 2 for n in outputs), default=0)
         active = sum(n + k for (n, k) in {path.split("[")[0]: shape for path, shape in linears.items() if path.startswith(prefix)}.values())
         return 4 * (weights + moments + solving + CHUNK_TOKENS * active)
 

@@ -6,7 +6,7 @@ import logging
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .engines import engines_of, limits_of
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .float_text import served
-from .importance import Importance, token_importance
+from .importance import Importance, find_importance
 from .kv_ranges import KVRanges
 from .original import Original, config_in
 from .out_folder import MODEL, WORK, check_out, publish
@@ -235,18 +235,18 @@ class _Run:
 
     def _walk(self, model: FloatModel, inputs: Inputs, work: WorkFolder, plan: Plan, floats: Hidden) -> None:
         quantized = self._hidden(plan, plan.budget.solve_samples, model, work, "quantized")
-        importance = self._importance(model, inputs.tokens[: plan.budget.solve_samples], work) if plan.budget.weighs_tokens else None
+        importance = self._importance(model, inputs.tokens[: plan.budget.solve_samples], work) if plan.budget.weighs else None
         walk = Walk(model, inputs, probe_inputs(model), work, floats, quantized, plan.grid_of, importance)
         with Progress("quantizing", plan.num_blocks, "blocks") as bar:
             for index in range(plan.num_blocks):
                 notes = walk.block(index, plan.budget.steps).notes
                 bar.step(note=f"error {notes['error']:.2g}, {_peak_bytes() / 2**30:.1f} GiB")
 
-    def _importance(self, model: FloatModel, tokens: Tensor, work: WorkFolder) -> Sequence[Importance]:
+    def _importance(self, model: FloatModel, tokens: Tensor, work: WorkFolder) -> Callable[[int], Importance]:
         if not work.has("importance"):
             with Progress("weighing", len(tokens), "samples") as bar, computing_on(self.device):
-                work.save_importance(token_importance(model, tokens, seed=self.recipe.seed, on_sample=bar.step))
-        return work.load_importance()
+                work.save_importance(find_importance(model, tokens, seed=self.recipe.seed, on_sample=bar.step))
+        return work.load_importance
 
     def _tune(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -14,10 +15,11 @@ from ..kernels.grouped_linear import GroupedWeight, dequantize
 from .awq import Scaling, fit_scales, output_error, search_scales
 from .eight_bit import Granularity, fp8_weight, int8_weight, search_smoothing
 from .folds import Fold
-from .gptq import DOUBLE_UP_TO, NotPositiveDefiniteError, Order, damped, gptq, inverse_factor
+from .gptq import DOUBLE_UP_TO, NotPositiveDefiniteError, Order, damped, gptq_for, inverse_factor
 from .grid import Grid, round_to_nearest
 from .moments import Collector, Moments
 from .refine import refine
+from .rows import round_rows
 from .sites import Site
 
 _FIT_DAMP = 0.01
@@ -80,6 +82,22 @@ def apply_scales(
     return chosen
 
 
+def rescaled(
+    gradients: Mapping[Site, Sequence[Tensor]], folds: Sequence[Fold], scalings: Mapping[str, Scaling]
+) -> Mapping[Site, Sequence[Tensor]]:
+    """`gradients` as `round_rows` takes them, of linears whose outputs are now divided by what `apply_scales` chose."""
+    found = dict(gradients)
+    for fold in folds:
+        scaling = scalings.get(fold.feeder)
+        if fold.kind == "linear" and scaling is not None and scaling.relative_error < 1:
+            for site in [site for site in found if site.parameter == fold.feeder]:
+                factors = torch.ones(sum(len(part) for part in found[site]))
+                factors[fold.start : fold.stop] = scaling.factors
+                by_part = torch.split(factors, [len(part) for part in found[site]])
+                found[site] = [part * by[:, None] * by for part, by in zip(found[site], by_part, strict=True)]
+    return found
+
+
 def _search(weights: Sequence[Tensor], known: Moments, fold: Fold, grid: Grid, steps: Steps) -> Scaling:
     if steps.kind == "int8":
         return search_smoothing(weights, known.rows, known.largest, fold.source, fold.num_factors, grid.scale_dtype)
@@ -99,8 +117,13 @@ def _fitted(weights: Sequence[Tensor], known: Moments, fold: Fold, grid: Grid) -
     return fit_scales(weights, unexplained, fold.source, fold.num_factors, grid)
 
 
-def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: Steps) -> list[Solved]:
-    """Quantize linears float32 [N_i, K] that share an input. Raises ValueError for weights or inputs that are not finite."""
+def solve_group(
+    weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: Steps, gradients: Sequence[Tensor] | None = None
+) -> list[Solved]:
+    """Quantize linears float32 [N_i, K] that share an input. Raises ValueError for weights or inputs that are not finite.
+
+    `gradients`: second moments of the loss' gradient by what they give, as `round_rows` takes them, all rows one below the other.
+    """
     stacked = torch.cat(list(weights))
     if not bool(torch.isfinite(stacked).all()):
         raise ValueError("the weights hold NaN or infinite values: the checkpoint is damaged, download it again")
@@ -111,7 +134,7 @@ def solve_group(weights: Sequence[Tensor], moments: Moments, grid: Grid, steps: 
         return [_eight_bit(weight, hessian, moments.count, grid, steps) for weight in weights]
     if steps.orders and moments.count >= FEW_TOKENS:
         stacked = aimed(stacked, moments, steps.toward_float)
-        best, how = _best_gptq(stacked, hessian, grid, steps)
+        best, how = _best_gptq(stacked, hessian, grid, steps, gradients)
     else:
         best = round_to_nearest(stacked, grid, hessian.diagonal())
         how = f"nearest: saw {moments.count} tokens" if steps.orders else "nearest"
@@ -160,14 +183,23 @@ def _eight_bit(weight: Tensor, hessian: Tensor, num_tokens: int, grid: Grid, ste
     return Solved(found, _relative_error(weight, dequantize(found), hessian), "nearest", num_tokens)
 
 
-def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps) -> tuple[GroupedWeight, str]:
-    tried: list[tuple[GroupedWeight, str]] = []
+def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps, gradients: Sequence[Tensor] | None) -> tuple[GroupedWeight, str]:
+    ready: list[tuple[Callable[[Tensor], GroupedWeight], str]] = []
     for order in steps.orders:
         for damp in steps.damps:
             with suppress(NotPositiveDefiniteError):
-                found = gptq(weight, hessian, grid, order=order, damp=damp)
-                tried += [(found, f"gptq, {order}, damp {damp:g}")] if bool(found.scale.isfinite().all()) else []
-    if not tried:
-        return round_to_nearest(weight, grid, hessian.diagonal()), "nearest: no Cholesky factor"
-    best, how = tried[0] if len(tried) == 1 else min(tried, key=lambda one: output_error(weight, dequantize(one[0]), hessian))
-    return refine(weight, damped(hessian, _FIT_DAMP), best, rounds=steps.refine_rounds), how
+                ready.append((gptq_for(hessian, grid, order=order, damp=damp), f"gptq, {order}, damp {damp:g}"))
+    refined_under = damped(hessian, _FIT_DAMP)
+    chosen: Counter[str] = Counter()
+
+    def rounded(rows: Tensor) -> GroupedWeight:
+        tried = [(found, how) for found, how in ((solve(rows), how) for solve, how in ready) if bool(found.scale.isfinite().all())]
+        if not tried:
+            chosen["nearest: no Cholesky factor"] += len(rows)
+            return round_to_nearest(rows, grid, hessian.diagonal())
+        best, how = tried[0] if len(tried) == 1 else min(tried, key=lambda one: output_error(rows, dequantize(one[0]), hessian))
+        chosen[how] += len(rows)
+        return refine(rows, refined_under, best, rounds=steps.refine_rounds)
+
+    found = rounded(weight) if gradients is None else round_rows(weight, gradients, rounded)
+    return found, chosen.most_common(1)[0][0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from .kv_ranges import KVRanges
 from .moments import Collector
 from .routers import find_routers
 from .sites import Site, find_sites
-from .solve import Solved, Steps, apply_scales, solve_group
+from .solve import Solved, Steps, apply_scales, rescaled, solve_group
 from .stages import see_stage
 from .streams import Hidden, Inputs
 from .work import BlockResult, WorkFolder
@@ -64,7 +64,7 @@ def block_name(index: int) -> str:
 class Walk:
     """Two streams of hidden states go through the blocks: the float model's, and that of the blocks as they were quantized.
 
-    `importance`, block by block: how much what sites give for each token counts; all the same without it.
+    `importance` of a block: how much what its sites give counts; all the same without it.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Walk:
         floats: Hidden,
         quantized: Hidden,
         grid_of: GroupSizes,
-        importance: Sequence[Importance] | None = None,
+        importance: Callable[[int], Importance] | None = None,
     ) -> None:
-        self._importance = importance
+        self._importance_of = importance or (lambda index: Importance())
         self._model, self._inputs, self._probe, self._work, self._grid_of = model, inputs, probe, work, grid_of
         self._floats, self._quantized = floats, quantized
         inputs.start(floats)
@@ -111,7 +111,8 @@ class Walk:
             grid = None if site in structure.routers else self._grid_of(prefix + str(site), n, k)
             if grid is not None:
                 grids[site] = grid
-        collector, ranges = Collector(structure.sites, self._importance_of(index)), KVRanges()
+        importance = self._importance_of(index).on(self._model.device)
+        collector, ranges = Collector(structure.sites, importance.tokens), KVRanges()
         with collector.collecting(block):
             for _ in self._inputs.run(index, block, self._quantized):
                 pass
@@ -120,7 +121,8 @@ class Walk:
         before = {key: value.data.clone() for key, value in block.named_parameters() if steps.scale and key not in quantized}
         stored = {name: self._model.names.stored_as(prefix + name) for name in before}
         scalings = apply_scales(block, structure.folds, collector, grids, stored, steps) if steps.scale else {}
-        solved = self._solved_sites(index, block, collector, grids, steps)
+        importance = replace(importance, outputs=rescaled(importance.outputs, structure.folds, scalings))
+        solved = self._solved_sites(index, block, collector, grids, steps, importance)
         changed = {
             key: value.data.to(stored[key]).float()
             for key, value in block.named_parameters()
@@ -151,11 +153,11 @@ class Walk:
         return result
 
     def _solved_sites(
-        self, index: int, block: nn.Module, collector: Collector, grids: Mapping[Site, Grid], steps: Steps
+        self, index: int, block: nn.Module, collector: Collector, grids: Mapping[Site, Grid], steps: Steps, importance: Importance
     ) -> dict[Site, Solved]:
         """What becomes of the sites, which `collector` saw in the block as it is. It may have other weights afterwards."""
         if not steps.toward_float:
-            return _solve_sites(block, list(grids), collector, grids, steps)
+            return _solve_sites(block, list(grids), collector, grids, steps, importance)
         run, floats, quantized = self._inputs.run_chunk, self._floats, self._quantized
         runs = [
             (partial(run, i, index, block, floats), partial(run, i, index, block, quantized))
@@ -168,17 +170,14 @@ class Walk:
         for stage in collector.by_input(list(grids)):
             seen = None
             if all(collector.sees_each_token(site, len(runs), tokens) for site in stage):
-                seen = see_stage(block, stage, plain, values, self._importance_of(index), runs)
+                seen = see_stage(block, stage, plain, values, importance.tokens, runs)
             if seen is not None:
                 collector.forget(stage)
-            now = _solve_sites(block, stage, seen or collector, grids, steps)
+            now = _solve_sites(block, stage, seen or collector, grids, steps, importance)
             plain |= {site: site.weight(block).clone() for site in stage}
             values |= {site: dequantize(now[site].weight) for site in stage}
             found |= now
         return found
-
-    def _importance_of(self, index: int) -> Importance:
-        return self._importance[index] if self._importance else {}
 
     def _advance_floats(self, index: int, block: nn.Module) -> None:
         for chunk, out in self._inputs.run(index, block, self._floats):
@@ -195,11 +194,14 @@ class Walk:
         return off / size if size else 0.0
 
 
-def _solve_sites(block: nn.Module, sites: Sequence[Site], seen: Collector, grids: Mapping[Site, Grid], steps: Steps) -> dict[Site, Solved]:
+def _solve_sites(
+    block: nn.Module, sites: Sequence[Site], seen: Collector, grids: Mapping[Site, Grid], steps: Steps, importance: Importance
+) -> dict[Site, Solved]:
     found: dict[Site, Solved] = {}
     for group in seen.groups(sites):
         weights = [site.weight(block) for site in group]
-        found |= zip(group, solve_group(weights, seen.of(group[0], weights[0].shape[1]), grids[group[0]], steps), strict=True)
+        moments, gradients = seen.of(group[0], weights[0].shape[1]), importance.outputs.get(group[0])  # its group is itself alone
+        found |= zip(group, solve_group(weights, moments, grids[group[0]], steps, gradients), strict=True)
     return found
 
 

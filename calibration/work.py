@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.grouped_linear import GroupedWeight
 from .devices import CPU
+from .importance import Importance
 from .sites import Site
 
 
@@ -141,20 +142,28 @@ class WorkFolder:
             tokens: Tensor = file.get_tensor("tokens")
             return tokens
 
-    def save_importance(self, importance: Sequence[Mapping[Site, Tensor]]) -> None:
-        sites = [(index, site) for index, block in enumerate(importance) for site in block]
-        tensors = {str(number): importance[index][site].contiguous() for number, (index, site) in enumerate(sites)}
-        about = [[index, site.parameter, site.expert, site.transposed] for index, site in sites]
-        metadata = {"blocks": str(len(importance)), "sites": json.dumps(about)}
-        self._place("importance", lambda file: save_file(tensors, file, metadata=metadata))
+    def save_importance(self, importance: Sequence[Importance]) -> None:
+        tensors: dict[str, Tensor] = {}
+        about: list[list[Any]] = []
+        for index, block in enumerate(importance):
+            for number, (site, sizes) in enumerate(block.tokens.items()):
+                parts = block.outputs[site]
+                about.append([index, site.parameter, site.expert, site.transposed, len(parts)])
+                tensors[f"{index}/{number}"] = sizes.contiguous()
+                tensors |= {f"{index}/{number}/{i}": part for i, part in enumerate(parts)}
+        self._place("importance", lambda file: save_file(tensors, file, metadata={"sites": json.dumps(about)}))
 
-    def load_importance(self) -> list[Mapping[Site, Tensor]]:
+    def load_importance(self, index: int) -> Importance:
+        """Of a block."""
         with safe_open(self.path / "importance.safetensors", framework="pt") as file:
-            metadata = file.metadata()
-            found: list[dict[Site, Tensor]] = [{} for _ in range(int(metadata["blocks"]))]
-            for number, (index, *site) in enumerate(json.loads(metadata["sites"])):
-                found[index][Site(*site)] = file.get_tensor(str(number))
-        return [*found]
+            of_block = [about for about in json.loads(file.metadata()["sites"]) if about[0] == index]
+            tokens: dict[Site, Tensor] = {}
+            outputs: dict[Site, list[Tensor]] = {}
+            for number, (_, *about, parts) in enumerate(of_block):
+                site = Site(*about)
+                tokens[site] = file.get_tensor(f"{index}/{number}")
+                outputs[site] = [file.get_tensor(f"{index}/{number}/{i}") for i in range(parts)]
+        return Importance(tokens, outputs)
 
     def _place(self, name: str, write: Any) -> None:
         part = self.path / f"{name}.part"

@@ -1,4 +1,4 @@
-"""How much each token counts for a linear: against hooks on transformers' own model; and what becomes of it in the moments."""
+"""How much each token and each output of a linear counts: against hooks on transformers' own model; and what becomes of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from octavo.calibration.importance import token_importance
+from octavo.calibration import importance
+from octavo.calibration.importance import Importance, find_importance
 from octavo.calibration.moments import Collector
 from octavo.calibration.sites import Site
 from octavo.calibration.work import WorkFolder
@@ -22,43 +23,58 @@ TOKENS = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_see
 
 
 def by_hooks(folder: Path, modules: type[nn.Module], seed: int) -> dict[str, Tensor]:
-    """[S, T] by module path, of a loss of tokens drawn as `token_importance` draws them."""
+    """Gradients [S, T, N] by module path, of a loss of tokens drawn as `find_importance` draws them."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     seen: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, modules) and name != "lm_head":
             module.register_full_backward_hook(
-                lambda _, given, gives, name=name: seen.setdefault(name, []).append(gives[0].reshape(TOKENS.shape[1], -1).norm(dim=1))
+                lambda _, given, gives, name=name: seen.setdefault(name, []).append(gives[0].reshape(TOKENS.shape[1], -1))
             )
     draw = torch.Generator().manual_seed(seed)
     for row in TOKENS:
         logits = model(row[None]).logits[0]
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
         nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-    sizes = {name: torch.stack(rows) for name, rows in seen.items()}
-    return {name: size / size.mean() for name, size in sizes.items()}
+    return {name: torch.stack(rows) for name, rows in seen.items()}
 
 
+@pytest.mark.parametrize("most", [2048, 40])
 @pytest.mark.parametrize(("name", "linears"), [("llama", 7), ("gpt2", 4)])
-def test_it_is_the_size_of_the_gradient_by_what_a_linear_gives(name: str, linears: int, tmp_path: Path) -> None:
+def test_it_is_the_gradient_by_what_a_linear_gives(
+    name: str, linears: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importance, "_MOST_OUTPUTS", most)
     make(name, tmp_path)
     model = opened(tmp_path)
-    found = token_importance(model, TOKENS, seed=7)
+    found = find_importance(model, TOKENS, seed=7)
     kind: Any = nn.Linear if name == "llama" else type(model.blocks[0].attn.c_attn)
     expected = by_hooks(tmp_path, kind, seed=7)
-    assert [len(block) for block in found] == [linears] * len(model.blocks)
+    assert [len(block.tokens) for block in found] == [linears] * len(model.blocks)
     for index, block in enumerate(found):
-        for site, sizes in block.items():
-            torch.testing.assert_close(sizes, expected[model.block_prefix(index) + str(site)], rtol=2e-3, atol=1e-4)
+        assert list(block.outputs) == list(block.tokens)
+        for site, sizes in block.tokens.items():
+            gradient = expected[model.block_prefix(index) + str(site)].double()
+            size = gradient.norm(dim=2)
+            torch.testing.assert_close(sizes.double(), size / size.mean(), rtol=2e-3, atol=1e-4)
+            outputs = torch.einsum("stn,stm->nm", gradient / size[..., None], gradient)
+            outputs /= outputs.diagonal().mean()
+            at = 0
+            for part in block.outputs[site]:
+                assert len(part) <= most
+                rows = slice(at, at + len(part))
+                torch.testing.assert_close(part.double(), outputs[rows, rows], rtol=2e-3, atol=1e-3)
+                at = rows.stop
+            assert at == len(outputs)
     assert all(parameter.is_meta for block in model.blocks for parameter in block.parameters())
 
 
 def test_experts_are_left_out_and_what_every_token_passes_is_not(tmp_path: Path) -> None:
     make("mixtral", tmp_path)
-    found = token_importance(opened(tmp_path), TOKENS, seed=0)
+    found = find_importance(opened(tmp_path), TOKENS, seed=0)
     for block in found:
-        assert any("q_proj" in str(site) for site in block)
-        assert not any(site.expert is not None for site in block)
+        assert any("q_proj" in str(site) for site in block.tokens)
+        assert not any(site.expert is not None for site in [*block.tokens, *block.outputs])
 
 
 def test_a_row_counts_as_much_as_it_is_important() -> None:
@@ -79,8 +95,17 @@ def test_a_row_counts_as_much_as_it_is_important() -> None:
 
 
 def test_it_comes_back_from_the_work_folder(tmp_path: Path) -> None:
-    importance = [{Site("a.weight"): torch.rand(2, 3), Site("b", None, True): torch.rand(2, 3)}, {}, {Site("a.weight"): torch.rand(2, 3)}]
-    WorkFolder(tmp_path / "work", {}, resume=False).save_importance(importance)
-    found = WorkFolder(tmp_path / "work", {}, resume=True).load_importance()
-    assert [list(block) for block in found] == [list(block) for block in importance]
-    assert all(torch.equal(a[site], b[site]) for a, b in zip(importance, found, strict=True) for site in a)
+    def half(size: int) -> Tensor:
+        return torch.rand(size, size).half()
+
+    a, b = Site("a.weight"), Site("b", None, True)
+    first = Importance({a: torch.rand(2, 3), b: torch.rand(2, 3)}, {a: [half(4)], b: [half(5), half(4)]})
+    blocks = [first, Importance(), Importance({a: torch.rand(2, 3)}, {a: [half(4)]})]
+    WorkFolder(tmp_path / "work", {}, resume=False).save_importance(blocks)
+    work = WorkFolder(tmp_path / "work", {}, resume=True)
+    for index, block in enumerate(blocks):
+        found = work.load_importance(index)
+        assert list(found.tokens) == list(block.tokens)
+        assert all(torch.equal(found.tokens[site], block.tokens[site]) for site in block.tokens)
+        for site, parts in block.outputs.items():
+            assert all(torch.equal(one, part) for one, part in zip(found.outputs[site], parts, strict=True))

@@ -14,6 +14,7 @@ from octavo.calibration import budget, quantize_run, run_texts
 from octavo.calibration.quantize_run import plan, quantize
 from octavo.calibration.recipe import Recipe
 from octavo.calibration.self_text import SilentModelError
+from octavo.calibration.solve import Steps
 from octavo.calibration.tune_model import Tuned, tune_model
 
 from .test_quantize import FAST, digests, with_tokenizer
@@ -73,7 +74,8 @@ def test_it_sees_as_many_samples_as_it_has_steps(llama: Path, text: Path, tmp_pa
 def test_stopped_in_it_and_resumed_it_gives_the_same_bytes(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {**OPTIONS, "group_size": -1}  # so coarse that tuning helps
+    options = {**OPTIONS, "group_size": -1}
+    monkeypatch.setitem(budget._METHODS, "best", lambda recipe: Steps())  # so coarse that tuning helps
     seen = watched(monkeypatch)
     quantize(str(llama), tmp_path / "whole", **options, calibration=str(text))
     assert "tuning did not help" not in caplog.text  # else nothing of it would be compared
