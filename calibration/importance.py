@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,16 +57,10 @@ def find_importance(model: FloatModel, tokens: Tensor, *, seed: int, on_sample: 
     sizes: list[dict[Site, list[Tensor]]] = [{} for _ in model.blocks]
     products: list[dict[Site, list[Tensor]]] = [{} for _ in model.blocks]
     for row in range(len(tokens)):
-        hidden, outputs = _run(model, tokens[[row]])
-        wanted = [y for _, _, y in outputs]
-        by_hidden = _of_drawn(model, hidden.detach(), draw)
-        gradients = torch.autograd.grad(hidden, wanted, by_hidden, allow_unused=True) if wanted else ()
-        for (index, site, _), gradient in zip(outputs, gradients, strict=True):
-            if gradient is not None:
-                rows = gradient.reshape(tokens.shape[1], -1)
-                size = rows.norm(dim=1)
-                sizes[index].setdefault(site, []).append(size.to(CPU))
-                _add_products(products[index].setdefault(site, []), rows / size.clamp(min=_TINY).sqrt()[:, None])
+        for index, site, gradient in _gradients(model, tokens[[row]], draw):
+            size = gradient.norm(dim=1)
+            sizes[index].setdefault(site, []).append(size.to(CPU))
+            _add_products(products[index].setdefault(site, []), gradient / size.clamp(min=_TINY).sqrt()[:, None])
         on_sample()
     for index in range(len(model.blocks)):
         model.free_block(index)
@@ -82,16 +76,31 @@ def _add_products(sums: list[Tensor], rows: Tensor) -> None:
         total.add_((part.t() @ part).to(CPU))
 
 
-def _averaged(sizes: Mapping[Site, list[Tensor]], products: Mapping[Site, list[Tensor]], samples: int) -> Importance:
+def _averaged(sizes: Mapping[Site, list[Tensor]], products: dict[Site, list[Tensor]], samples: int) -> Importance:
+    """`products` go on the way."""
     found: dict[Site, Tensor] = {}
     outputs: dict[Site, list[Tensor]] = {}
     for site, rows in sizes.items():
         size = torch.stack(rows)
+        parts = products.pop(site)
         if len(rows) == samples and 0 < float(size.mean()) < math.inf:
             found[site] = size / size.mean()
-            mean = float(torch.cat([part.diagonal() for part in products[site]]).mean())
-            outputs[site] = [part.div_(mean).half() for part in products[site]]
+            mean = float(torch.cat([part.diagonal() for part in parts]).mean())
+            outputs[site] = [part.div_(mean).half() for part in parts]
     return Importance(found, outputs)
+
+
+def _gradients(model: FloatModel, tokens: Tensor, draw: torch.Generator) -> Iterator[tuple[int, Site, Tensor]]:
+    """By what sites gave for `tokens` [1, T], which the answer hangs on: block, site, [T, N]."""
+    hidden, outputs = _run(model, tokens)
+    about, wanted = [(index, site) for index, site, _ in outputs], [y for _, _, y in outputs]
+    by_hidden = _of_drawn(model, hidden.detach(), draw)
+    found = list(torch.autograd.grad(hidden, wanted, by_hidden, allow_unused=True)) if wanted else []
+    del hidden, outputs, wanted  # and what was kept for the way back
+    for index, site in about:
+        gradient = found.pop(0)
+        if gradient is not None:
+            yield index, site, gradient.reshape(tokens.shape[1], -1)
 
 
 def _run(model: FloatModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Site, Tensor]]]:
