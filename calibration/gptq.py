@@ -78,10 +78,11 @@ def gptq_for(hessian: Tensor, grid: Grid, *, order: Order = "groups", damp: floa
     """`gptq` for any rows that are given such inputs. Raises NotPositiveDefiniteError."""
     columns = order_of(hessian, grid.group_size, order)
     factor = inverse_factor(hessian[columns][:, columns], damp)
-    importance = hessian.diagonal().reshape(1, -1, grid.group_size)
 
     def solve(weight: Tensor) -> GroupedWeight:
-        given = search(grouped(weight, grid.group_size), importance, grid) if order == "columns" else None
+        given = None
+        if order == "columns":
+            given = search(grouped(weight, grid.group_size), hessian.diagonal().reshape(1, -1, grid.group_size), grid)
         return _solve(weight, columns, factor, grid, given)
 
     return solve

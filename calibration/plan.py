@@ -156,7 +156,7 @@ def make_plan(
             "give --calibration FILE, or more --max-memory"
         )
     outer, room = _outer_bytes(model), free_bytes(model.device)
-    for_tuning, skipped, entries = 0, None, sum(entries_of(n) for path, (n, _) in linears.items() if "[" not in path)
+    for_tuning, skipped, entries = 0, None, sum(entries_of(n) for path, (n, _) in found.items() if "[" not in path)
     if budget.schedule is not None:
         for_tuning = bytes_needed(model, budget.schedule, recipe.seqlen)
         for_tuning += 4 * max(0, entries - 2 * weights)  # errors are weighed with a copy of the weights in place of three
@@ -287,6 +287,7 @@ def _block_bytes(model: FloatModel, linears: Mapping[str, tuple[int, int]], budg
             outputs = [n for path, (n, _) in linears.items() if path.startswith(prefix) and "[" not in path]
             moments += sum(map(entries_of, outputs))
             solving += _SQUARES_IN_DOUBLE * max(((entries_of(n) // n) ** 2 for n in outputs), default=0)
+            solving += len(budget.steps.orders) * len(budget.steps.damps) * max(squares, default=0) ** 2  # what each is made ready with
         active = sum(n + k for (n, k) in {path.split("[")[0]: shape for path, shape in linears.items() if path.startswith(prefix)}.values())
         return 4 * (weights + moments + solving + CHUNK_TOKENS * active)
 

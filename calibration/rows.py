@@ -8,6 +8,7 @@ et al., 2025, YAQA, arXiv 2505.22988. Knows neither how rows are rounded nor whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -16,39 +17,70 @@ from torch import Tensor
 from ..kernels.grouped_linear import GroupedWeight, dequantize
 from .gptq import NotPositiveDefiniteError, inverse_factor
 
-_PARTS = 8  # rows of one part do not make up for one another; 16 parts gain 1 % more of what E costs, in twice the time
-_FEWEST = 16  # rows of a part
-_DAMP = 0.1  # G comes from few texts, one token drawn at each place
+_SLICES = 8  # whose rows do not make up for one another; 16 gain 1 % more of what E costs, in twice the time
+_FEWEST = 16  # rows of a slice
+_DAMP = 0.1  # at each place one token is drawn of all that may follow
 
 
-def round_rows(weight: Tensor, gradients: Sequence[Tensor], rounded: Callable[[Tensor], GroupedWeight]) -> GroupedWeight:
+def round_rows(weight: Tensor, gradients: Sequence[Tensor], num_tokens: int, rounded: Callable[[Tensor], GroupedWeight]) -> GroupedWeight:
     """What becomes of `weight` float32 [N, K] where `rounded` turns rows [R, K] into the nearest that it finds for their inputs.
 
-    `gradients`: G of one part of the rows after the other, [N_i, N_i], which add up to N; between parts nothing is made up for. The order
-    within a part is by how much rows count. Rows of a part without a Cholesky factor are rounded by themselves.
+    `gradients`: G of one part of the rows after the other, [N_i, N_i], which add up to N; between parts nothing is made up for. It was
+    found from `num_tokens`: the fewer, the less is made of it. The order within a part is by how much rows count. Rows of a part without
+    a Cholesky factor are rounded by themselves.
     """
-    found, at = [], 0
+    parts, at = [], 0
     for moments in gradients:
-        found.append(_round_part(weight[at : at + len(moments)], moments, rounded))
+        parts.append(_Part(weight[at : at + len(moments)], moments, num_tokens))
         at += len(moments)
-    return _joined(found)
+    found: list[GroupedWeight] = []
+    while any(part.is_left for part in parts):  # a slice of each part at once: the fewer calls, the faster
+        targets = [part.targets for part in parts]
+        found.append(rounded(torch.cat(targets)))
+        errors = torch.cat(targets) - dequantize(found[-1])
+        for part, error in zip(parts, torch.split(errors, [len(target) for target in targets]), strict=True):
+            part.make_up_for(error)
+    return _joined(found).take(_places(parts))
 
 
-def _round_part(weight: Tensor, moments: Tensor, rounded: Callable[[Tensor], GroupedWeight]) -> GroupedWeight:
-    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    try:
-        factor = inverse_factor(moments[order][:, order], _DAMP)
-    except NotPositiveDefiniteError:
-        return rounded(weight)
-    left, size = weight[order], max(_FEWEST, -(-len(weight) // _PARTS))
-    found = []
-    for start in range(0, len(left), size):
-        rows = slice(start, start + size)
-        target = left[rows].contiguous()
-        found.append(rounded(target))
-        error = torch.linalg.solve_triangular(factor[rows, rows].t(), target - dequantize(found[-1]), upper=False)
-        left[start + size :].addmm_(factor[rows, start + size :].t(), error, alpha=-1)
-    return _joined(found).take(torch.argsort(order))
+class _Part:
+    """Rows that make up for one another, and how far they are rounded."""
+
+    def __init__(self, weight: Tensor, moments: Tensor, num_tokens: int) -> None:
+        self.order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+        self._left, self._at = weight[self.order], 0
+        self._factor: Tensor | None = None
+        with suppress(NotPositiveDefiniteError):
+            self._factor = inverse_factor(moments[self.order][:, self.order], _DAMP + len(moments) / num_tokens)
+        self.size = len(weight) if self._factor is None else max(_FEWEST, -(-len(weight) // _SLICES))
+
+    @property
+    def is_left(self) -> bool:
+        return self._at < len(self._left)
+
+    @property
+    def targets(self) -> Tensor:
+        """What the next rows are to become, [R, K]; none where all are done."""
+        return self._left[self._at : self._at + self.size]
+
+    def make_up_for(self, error: Tensor) -> None:
+        """The next rows became their targets less `error`."""
+        rows = slice(self._at, self._at + len(error))
+        self._at = rows.stop
+        if self._factor is not None and self.is_left:
+            spread = torch.linalg.solve_triangular(self._factor[rows, rows].t(), error, upper=False)
+            self._left[rows.stop :].addmm_(self._factor[rows, rows.stop :].t(), spread, alpha=-1)
+
+
+def _places(parts: Sequence[_Part]) -> Tensor:
+    """Where the rows of the weight are among those that were rounded, slice by slice of all parts, int64 [N]."""
+    done: list[Tensor] = []
+    for number in range(max(-(-len(part.order) // part.size) for part in parts)):
+        at = 0
+        for part in parts:
+            done.append(part.order[number * part.size : (number + 1) * part.size] + at)
+            at += len(part.order)
+    return torch.argsort(torch.cat(done))
 
 
 def _joined(parts: Sequence[GroupedWeight]) -> GroupedWeight:

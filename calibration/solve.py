@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from ..kernels.grouped_linear import GroupedWeight, dequantize
 from .awq import Scaling, fit_scales, output_error, search_scales
 from .eight_bit import Granularity, fp8_weight, int8_weight, search_smoothing
 from .folds import Fold
-from .gptq import DOUBLE_UP_TO, NotPositiveDefiniteError, Order, damped, gptq_for, inverse_factor
+from .gptq import DOUBLE_UP_TO, NotPositiveDefiniteError, Order, damped, gptq, gptq_for, inverse_factor
 from .grid import Grid, round_to_nearest
 from .moments import Collector, Moments
 from .refine import refine
@@ -134,7 +135,7 @@ def solve_group(
         return [_eight_bit(weight, hessian, moments.count, grid, steps) for weight in weights]
     if steps.orders and moments.count >= FEW_TOKENS:
         stacked = aimed(stacked, moments, steps.toward_float)
-        best, how = _best_gptq(stacked, hessian, grid, steps, gradients)
+        best, how = _best_gptq(stacked, hessian, moments.count, grid, steps, gradients)
     else:
         best = round_to_nearest(stacked, grid, hessian.diagonal())
         how = f"nearest: saw {moments.count} tokens" if steps.orders else "nearest"
@@ -183,17 +184,27 @@ def _eight_bit(weight: Tensor, hessian: Tensor, num_tokens: int, grid: Grid, ste
     return Solved(found, _relative_error(weight, dequantize(found), hessian), "nearest", num_tokens)
 
 
-def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps, gradients: Sequence[Tensor] | None) -> tuple[GroupedWeight, str]:
+def _best_gptq(
+    weight: Tensor, hessian: Tensor, num_tokens: int, grid: Grid, steps: Steps, gradients: Sequence[Tensor] | None
+) -> tuple[GroupedWeight, str]:
     ready: list[tuple[Callable[[Tensor], GroupedWeight], str]] = []
     for order in steps.orders:
         for damp in steps.damps:
-            with suppress(NotPositiveDefiniteError):
-                ready.append((gptq_for(hessian, grid, order=order, damp=damp), f"gptq, {order}, damp {damp:g}"))
+            how = f"gptq, {order}, damp {damp:g}"
+            if gradients is None:  # called once: what it is made ready with need not stay
+                ready.append((partial(gptq, hessian=hessian, grid=grid, order=order, damp=damp), how))
+            else:
+                with suppress(NotPositiveDefiniteError):
+                    ready.append((gptq_for(hessian, grid, order=order, damp=damp), how))
     refined_under = damped(hessian, _FIT_DAMP)
     chosen: Counter[str] = Counter()
 
     def rounded(rows: Tensor) -> GroupedWeight:
-        tried = [(found, how) for found, how in ((solve(rows), how) for solve, how in ready) if bool(found.scale.isfinite().all())]
+        tried: list[tuple[GroupedWeight, str]] = []
+        for solve, how in ready:
+            with suppress(NotPositiveDefiniteError):
+                found = solve(rows)
+                tried += [(found, how)] if bool(found.scale.isfinite().all()) else []
         if not tried:
             chosen["nearest: no Cholesky factor"] += len(rows)
             return round_to_nearest(rows, grid, hessian.diagonal())
@@ -201,5 +212,5 @@ def _best_gptq(weight: Tensor, hessian: Tensor, grid: Grid, steps: Steps, gradie
         chosen[how] += len(rows)
         return refine(rows, refined_under, best, rounds=steps.refine_rounds)
 
-    found = rounded(weight) if gradients is None else round_rows(weight, gradients, rounded)
-    return found, chosen.most_common(1)[0][0]
+    solved = rounded(weight) if gradients is None else round_rows(weight, gradients, num_tokens, rounded)
+    return solved, chosen.most_common(1)[0][0]

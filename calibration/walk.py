@@ -111,7 +111,8 @@ class Walk:
             grid = None if site in structure.routers else self._grid_of(prefix + str(site), n, k)
             if grid is not None:
                 grids[site] = grid
-        importance = self._importance_of(index).on(self._model.device)
+        known = self._importance_of(index)
+        importance = Importance(known.tokens, {site: known.outputs[site] for site in grids if site in known.outputs}).on(self._model.device)
         collector, ranges = Collector(structure.sites, importance.tokens), KVRanges()
         with collector.collecting(block):
             for _ in self._inputs.run(index, block, self._quantized):
