@@ -9,6 +9,7 @@ from torch import Tensor
 from octavo.kernels.cpu import wide_code, wide_linear
 from octavo.kernels.cpu.grouped_linear import pad_bias, panel_format
 from octavo.kernels.cpu.jit import host_machine, optimized
+from octavo.kernels.cpu.tile import WIDTH
 from octavo.kernels.grouped_linear import GroupedWeight, dequantize
 
 EPS = torch.finfo(torch.float32).eps
@@ -145,7 +146,8 @@ def test_sixteen_products_an_instruction() -> None:
     form = panel_format(make_weight(48, 128, 64, 4, "zeros"), paired=True)
     wide_code.compiled(form)  # sets LLVM up
     with_madd = wide_code.way() != "plain"
-    for machine in (host_machine(), *(host_machine(cpu) for cpu in ("znver3", "znver4") if with_madd)):
+    others = ("znver3", "znver4") if WIDTH == 8 else ("skylake-avx512", "znver4")  # LLVM ends the process where registers are narrower
+    for machine in (host_machine(), *(host_machine(cpu) for cpu in others if with_madd)):
         for kind in ("madd", "plain") if with_madd else ("plain",):
             text = machine.emit_assembly(optimized(wide_code.emit(form, kind), machine))  # type: ignore[arg-type]
             assert kind == "plain" or "vpmaddwd" in text or "vpdpwssd" in text
