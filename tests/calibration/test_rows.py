@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,8 @@ def test_the_walk_hands_a_solver_what_counts_of_its_outputs_as_they_are_rescaled
 
 
 def test_the_disk_is_counted_for_what_is_weighed_and_not_quantized(tmp_path: Path) -> None:
-    model, recipe = with_tokenizer("llama", tmp_path), {"method": "auto", "samples": 8, "seqlen": 32, "calibration": "self"}
-    whole, part = (quantize_run.plan(str(model), Recipe(**recipe, ignore=ignore)) for ignore in ((), ("mlp",)))  # type: ignore[arg-type]
+    model, recipe = with_tokenizer("llama", tmp_path), Recipe(method="auto", samples=8, seqlen=32, calibration="self")
+    whole, part = (quantize_run.plan(str(model), one) for one in (recipe, replace(recipe, ignore=("mlp",))))
     left = [one.work_bytes - 2 * int(1.1 * sum(n * k for n, k in one.linears.values())) for one in (whole, part)]
     assert left[0] == left[1] == 2 * sum(n * n for n, _ in whole.linears.values())
 
@@ -191,7 +192,7 @@ def test_rows_without_a_factor_are_rounded_as_by_themselves() -> None:
     assert torch.equal(dequantize(found), dequantize(gptq(weight, hessian, GRID)))
 
 
-def test_a_fold_that_divides_outputs_multiplies_what_counts_of_them(tmp_path: Path) -> None:
+def test_a_fold_that_divides_outputs_multiplies_what_counts_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("llama", tmp_path)
     tokens = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(5))
     model = opened(tmp_path)
@@ -211,7 +212,13 @@ def test_a_fold_that_divides_outputs_multiplies_what_counts_of_them(tmp_path: Pa
         fold.apply(block, scalings[fold.feeder].factors)
     changed = {name: value.data.clone() for name, value in block.named_parameters()}
     load = model.load_all
-    model.load_all = lambda: (load(), [block.get_parameter(name).data.copy_(value) for name, value in changed.items()])  # type: ignore[method-assign]
+
+    def load_changed() -> None:
+        load()
+        for name, value in changed.items():
+            block.get_parameter(name).data.copy_(value)
+
+    monkeypatch.setattr(model, "load_all", load_changed)
     after = find_importance(model, tokens, seed=1)[0].on(torch.device("cpu")).outputs
     for site, parts in after.items():
         expected = torch.block_diag(*found[site])
