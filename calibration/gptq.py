@@ -75,7 +75,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, order: Order = "groups"
 
 
 def gptq_for(hessian: Tensor, grid: Grid, *, order: Order = "groups", damp: float = 0.01) -> Callable[[Tensor], GroupedWeight]:
-    """`gptq` for any rows that are given such inputs. Raises NotPositiveDefiniteError."""
+    """`gptq` of any rows, float32 [N, K], for inputs with this hessian [K, K]: what hangs on the inputs alone is computed once. Raises
+    NotPositiveDefiniteError; what it gives raises ValueError for a K that groups do not divide."""
     columns = order_of(hessian, grid.group_size, order)
     factor = inverse_factor(hessian[columns][:, columns], damp)
 

@@ -25,9 +25,9 @@ _DAMP = 0.1  # at each place one token is drawn of all that may follow
 def round_rows(weight: Tensor, gradients: Sequence[Tensor], num_tokens: int, rounded: Callable[[Tensor], GroupedWeight]) -> GroupedWeight:
     """What becomes of `weight` float32 [N, K] where `rounded` turns rows [R, K] into the nearest that it finds for their inputs.
 
-    `gradients`: G of one part of the rows after the other, [N_i, N_i], which add up to N; between parts nothing is made up for. It was
-    found from `num_tokens`: the fewer, the less is made of it. The order within a part is by how much rows count. Rows of a part without
-    a Cholesky factor are rounded by themselves.
+    `gradients`: G of one part of the rows after the other, float32 [N_i, N_i], which add up to N, in any unit; between parts nothing is
+    made up for. It was found from `num_tokens`: the fewer, the less is made of it. The order within a part is by how much rows count.
+    Rows of a part without a Cholesky factor are rounded by themselves.
     """
     parts, at = [], 0
     for moments in gradients:

@@ -143,6 +143,7 @@ class WorkFolder:
             return tokens
 
     def save_importance(self, importance: Sequence[Importance]) -> None:
+        """Of all blocks, in dtypes as they are."""
         tensors: dict[str, Tensor] = {}
         about: list[list[Any]] = []
         for index, block in enumerate(importance):
@@ -154,7 +155,7 @@ class WorkFolder:
         self._place("importance", lambda file: save_file(tensors, file, metadata={"sites": json.dumps(about)}))
 
     def load_importance(self, index: int) -> Importance:
-        """Of a block."""
+        """Of block `index`, as it was saved; empty where it has no site that is weighed."""
         with safe_open(self.path / "importance.safetensors", framework="pt") as file:
             of_block = [about for about in json.loads(file.metadata()["sites"]) if about[0] == index]
             tokens: dict[Site, Tensor] = {}
