@@ -6,7 +6,7 @@ python -m tests.calibration.pretend_device MODEL OUT TEXT METHOD quantizes on it
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +89,33 @@ def register() -> torch.library.Library:
     return library
 
 
+def recording(solve_group: Callable[..., Any], seen: list[Tensor]) -> Callable[..., Any]:
+    """`solve_group`, and what it is given of the first three linears goes to `seen`: weights, second moments of inputs, of gradients."""
+    left = 3
+
+    def recorded(weights: Sequence[Tensor], moments: Any, grid: Any, steps: Any, gradients: Sequence[Tensor] | None = None) -> Any:
+        nonlocal left
+        if left > 0:
+            seen.extend(one.to("cpu").clone() for one in (*weights, moments.hessian, *(gradients or ())))
+        left -= len(weights)
+        return solve_group(weights, moments, grid, steps, gradients)
+
+    return recorded
+
+
 def main(model: str, out: str, text: str, method: str) -> None:
-    from octavo.calibration import budget, quantize_run
+    from octavo.calibration import budget, quantize_run, walk
     from octavo.calibration.quantize_report import to_json
 
     library = register()
+    seen: list[Tensor] = []
+    walk.solve_group = recording(walk.solve_group, seen)
     budget._TUNING_STEPS = FEW_STEPS
     quantize_run.device_of = lambda name: torch.device(NAME, 0)  # type: ignore[assignment]
     form: dict[str, Any] = {"method": method, "calibration": text, "samples": 8, "seqlen": 32, "measure_speed": False}
     result = quantize_run.quantize(model, out, **form, eval_text=Path(text))
     del library
+    torch.save(seen, f"{out}.given")
     print(to_json(result))
 
 

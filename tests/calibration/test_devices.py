@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
-from octavo.calibration import budget, quantize_run
+from octavo.calibration import budget, quantize_run, walk
 from octavo.calibration.devices import CPU, computing_on, device_of
 from octavo.calibration.quantize_run import quantize
 
-from .pretend_device import FEW_STEPS
+from .pretend_device import FEW_STEPS, recording
 from .test_quantize import llama, text
 
 __all__ = ["llama", "text"]
@@ -48,12 +49,15 @@ def test_a_device_of_its_own_gives_what_the_cpu_gives(
     llama: Path, text: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums may come in another order there. With `auto` a norm's or a code's rounding that falls to the other side of a tie changes all
-    that see what it became: rows after it, and linears. 11 % of a linear's error and 4 % of KL were seen to come of it, with AVX-512."""
+    that see what it became: rows after it, and linears. 11 % of a linear's error and 4 % of KL were seen to come of it, with AVX-512. What
+    the first linears are solved from differs by no more than such a norm, and what counts of their outputs, by less."""
     command = [sys.executable, "-m", "tests.calibration.pretend_device", str(llama), str(tmp_path / "far"), str(text), method]
     done = subprocess.run(command, check=False, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     far = json.loads(done.stdout)
     monkeypatch.setattr(budget, "_TUNING_STEPS", FEW_STEPS)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(walk, "solve_group", recording(walk.solve_group, seen))
     monkeypatch.setattr(quantize_run, "served", lambda model_path: False)  # measured as it is there, not by the engine
     near = quantize(
         str(llama), tmp_path / "near", method=method, calibration=str(text), samples=8, seqlen=32, measure_speed=False, eval_text=text
@@ -64,6 +68,11 @@ def test_a_device_of_its_own_gives_what_the_cpu_gives(
     assert far["modules"].keys() == near.modules.keys()
     for name, module in near.modules.items():
         assert far["modules"][name]["error"] == pytest.approx(module["error"], rel=0.2 if method == "auto" else 1e-3), name
+    given = torch.load(tmp_path / "far.given")
+    assert len(seen) == len(given) == (9 if method == "auto" else 4)
+    for number, (ours, theirs) in enumerate(zip(seen, given, strict=True)):
+        is_gradient = method == "auto" and number % 3 == 2
+        assert float((theirs - ours).norm() / ours.norm()) < (1e-4 if is_gradient else 1e-3), number
     written = [
         {name: tensor.shape for name, tensor in load_file(tmp_path / place / "model.safetensors").items()} for place in ("near", "far")
     ]
