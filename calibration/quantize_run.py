@@ -39,7 +39,7 @@ from .tune_model import tune_model
 from .tuning import TuningSchedule
 from .verify import DequantizingReader, VerificationError, check_logits, check_module
 from .walk import Walk, block_name, put, shapes
-from .work import Results, WorkFolder
+from .work import Results, WorkFolder, version_of_code
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +229,7 @@ class _Run:
             "weights": weights,
             "measured on": str(self.texts.eval_text),
             "device": self.device.type,
+            "version of octavo": version_of_code(),
         }
 
     # -- blocks -------------------------------------------------------------------------------------------------------

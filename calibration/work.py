@@ -5,6 +5,7 @@ Blocks are written whole and renamed into place: what is there is complete. A ru
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import __version__
 from ..kernels.grouped_linear import GroupedWeight
 from .devices import CPU
 from .importance import Importance
@@ -170,6 +172,14 @@ class WorkFolder:
         part = self.path / f"{name}.part"
         write(part)
         os.replace(part, self.path / f"{name}.safetensors")
+
+
+def version_of_code() -> str:
+    """Octavo's version, and what its quantizer's code hashes to: only the same code goes on to the same bytes."""
+    code = hashlib.blake2b(digest_size=4)
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(file.read_bytes())
+    return f"{__version__} ({code.hexdigest()})"
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -116,6 +116,21 @@ def test_a_limit_may_change_when_a_run_goes_on(llama: Path, text: Path, tmp_path
     assert result.holds
 
 
+def test_another_version_does_not_go_on(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**FAST, "method": "gptq", "calibration": str(text)}
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize_run, "version_of_code", lambda: "0.0.1 (0123abcd)")
+        patched.setattr(quantize_run, "write_weights", _stopped)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(llama), tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="an unfinished run with another version of octavo"):
+        quantize(str(llama), tmp_path / "out", **options, resume=True)
+
+
+def _stopped(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 def test_a_stop_while_files_are_moved(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, moved = tmp_path / "out", []
     options = {**FAST, "method": "rtn", "calibration": str(text)}
