@@ -1,37 +1,52 @@
-"""Which engines read a folder that was written, as far as it is known of each."""
+"""Which engines read a folder that is to be written, as far as it is known of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
-from .output import Written
+from ..quant.checkpoint.reader import TensorInfo
 from .recipe import Recipe
 
 _USUAL_GROUPS = (32, 64, 128, -1)
 
 
-def engines_of(written: Written, recipe: Recipe, group_size: int, *, served: bool) -> tuple[str, ...]:
-    """Those that are known to serve it; `served`: whether Octavo has the architecture."""
-    if written.transposed or written.stacked:
+def hard_storage(
+    tensors: Mapping[str, TensorInfo], targets: Mapping[str, str], modules: Iterable[str], transposed: Collection[str]
+) -> str | None:
+    """What a checkpoint has of the linears `modules`, by path, that no engine is known to read quantized; None where all are plain.
+
+    `targets`: the parameter that each of its `tensors` goes to; `transposed`: the linears that are stored [K, N].
+    """
+    paths = set(modules)
+    if not paths.isdisjoint(transposed):
+        return "weights that are stored transposed"
+    parameters = {path.partition("[")[0] for path in paths}
+    stacked = any(len(tensors[name].shape) > 2 and target.removesuffix(".weight") in parameters for name, target in targets.items())
+    return "experts that are one tensor in the checkpoint" if stacked else None
+
+
+def engines_of(hard: str | None, recipe: Recipe, group_size: int, *, served: bool) -> tuple[str, ...]:
+    """Those that are known to read it; `hard`: what `hard_storage` found; `served`: whether Octavo has the architecture."""
+    if hard is not None:
         return ()
     others = ("vllm", "sglang") if group_size in _USUAL_GROUPS or recipe.eight_bit else ()
     return (*(("octavo",) if served else ()), *others)
 
 
-def limits_of(written: Written, recipe: Recipe, group_size: int, *, empty: nn.Module, modules: Iterable[str]) -> list[str]:
+def limits_of(hard: str | None, recipe: Recipe, group_size: int, *, empty: nn.Module, modules: Iterable[str]) -> list[str]:
     """A sentence for each thing that keeps an engine from reading the folder.
 
-    `empty`: a transformers model like the original, on the meta device, of which nothing is left afterwards; `modules`: what was quantized.
+    `hard`: what `hard_storage` found; `empty`: a transformers model like the original, on the meta device, of which nothing is left
+    afterwards; `modules`: what is quantized.
     """
     found = []
-    if group_size not in _USUAL_GROUPS and not recipe.eight_bit:
-        found.append(f"groups of {group_size} are for Octavo and transformers: vLLM and SGLang read 32, 64 and 128")
-    if written.transposed or written.stacked:
-        what = "weights that are stored transposed" if written.transposed else "experts that are one tensor in the checkpoint"
-        found.append(f"the original has {what}: no engine is known to read them quantized; they were verified by Octavo's reader")
-    elif recipe.layout == "compressed-tensors" and (reason := _hindrance(empty, modules)) is not None:
+    if hard is not None:
+        found.append(f"the original has {hard}: no engine is known to read them quantized; Octavo's reader verifies them")
+    elif group_size not in _USUAL_GROUPS and not recipe.eight_bit:
+        found.append(f"vLLM and SGLang read groups of 32, 64 and 128, not of {group_size}")
+    if hard is None and recipe.layout == "compressed-tensors" and (reason := _hindrance(empty, modules)) is not None:
         found.append(f"transformers does not load this folder: {reason}")
     return found
 

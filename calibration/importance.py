@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .devices import CPU
+from .devices import CPU, give_back_memory
 from .float_model import Call, FloatModel
 from .sites import Site, watching
 from .tuning import LOGIT_ROWS
@@ -61,6 +61,7 @@ def find_importance(model: FloatModel, tokens: Tensor, *, seed: int, on_sample: 
             size = gradient.norm(dim=1)
             sizes[index].setdefault(site, []).append(size.to(CPU))
             _add_products(products[index].setdefault(site, []), gradient / size.clamp(min=_TINY).sqrt()[:, None])
+        give_back_memory()  # with graphs that come and go, 40 MB a sample of a 135M model stayed
         on_sample()
     for index in range(len(model.blocks)):
         model.free_block(index)

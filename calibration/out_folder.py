@@ -12,7 +12,10 @@ _PUBLISHING = "publishing"  # in WORK, while files are moved out of it
 
 def check_out(out: Path, *, resume: bool) -> None:
     """Raises ValueError where `out` holds something else than an unfinished run, or one that nobody asked to go on with."""
-    if not out.exists():
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if place != out:
+        if not place.is_dir():
+            raise ValueError(f"{out} cannot be made: {place} is a file")
         return
     if not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder")

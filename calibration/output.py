@@ -89,7 +89,6 @@ class Written:
     example: GroupedWeight
     transposed: frozenset[str]  # tensors of the original that are stored [K, N], where a quantized module is [N, K]
     kept: tuple[str, ...]  # modules of the blocks with matrices that stayed as they are, by the checkpoint's names
-    stacked: bool  # whether experts that the checkpoint has as one tensor became modules
 
 
 _IN_A_LIST = re.compile(r"\b\w+\.\d+\..*$")
@@ -194,7 +193,6 @@ def write_weights(
     example: GroupedWeight | None = None
     transposed: set[str] = set()
     kept: list[str] = []
-    stacked = False
 
     def keep(name: str, tensor: Tensor, group: dict[str, int]) -> None:
         shards.add(name, tensor)
@@ -206,7 +204,6 @@ def write_weights(
     for index, result in enumerate(results):
         block = by_source(model, index, result)
         transposed |= block.transposed
-        stacked = stacked or any(len(tensors[name].shape) > 2 for name in block.replaced)
         for name in of_block.get(index, []):
             if name in block.replaced:
                 linears["before"] += tensors[name].nbytes
@@ -229,7 +226,7 @@ def write_weights(
     linears["after"] = packed
     shards.close()
     assert example is not None
-    return Written(groups, packed, num_packed, example, frozenset(transposed), tuple(kept), stacked)
+    return Written(groups, packed, num_packed, example, frozenset(transposed), tuple(kept))
 
 
 def _as_stored(model: FloatModel, reader: WeightReader, name: str) -> Tensor:

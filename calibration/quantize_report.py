@@ -87,10 +87,11 @@ def sizes(result: QuantizeResult) -> list[tuple[str, float, float]]:
 
 def commands(result: QuantizeResult) -> list[str]:
     """Commands that serve the folder, of engines that read it."""
+    if_known = "" if "octavo" in result.engines else "  # if it has this architecture"
     known = {
         "octavo": f"octavo serve --model-path {result.out}",
-        "vllm": f"vllm serve {result.out}",
-        "sglang": f"python -m sglang.launch_server --model-path {result.out}",
+        "vllm": f"vllm serve {result.out}{if_known}",
+        "sglang": f"python -m sglang.launch_server --model-path {result.out}{if_known}",
     }
     return [command for engine, command in known.items() if engine in result.engines]
 
@@ -105,6 +106,10 @@ def write_reports(result: QuantizeResult, folder: Path, report: Path | None = No
     card.write_text(model_card(result), encoding="utf-8")
 
 
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def to_json(result: QuantizeResult) -> str:
     """All of a result as a JSON object, format 1."""
     content: dict[str, Any] = {"format": 1, **asdict(result), "out": str(result.out), "recipe": result.recipe.to_dict()}
@@ -116,7 +121,7 @@ def to_json(result: QuantizeResult) -> str:
 def model_card(result: QuantizeResult) -> str:
     """A README for the folder."""
     public = replace(result, model=Path(result.model).name, out=Path())  # others have other folders
-    table = "".join(f"| {name} | {value} |\n" for name, value in facts(public))
+    table = "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in facts(public))
     serve = f"```\n{chr(10).join(lines)}\n```" if (lines := commands(public)) else f"Serving: {_SERVED_BY_NONE}."
     asked = result.recipe.to_dict()
     file = result.recipe.calibration_file()

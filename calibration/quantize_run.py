@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..quant.checkpoint.hf_config import read_json
 from .budget import budget_of
 from .climb import climb
 from .devices import computing_on, device_name, device_of, give_back_memory, peak_bytes
-from .engines import engines_of, limits_of
+from .engines import engines_of, hard_storage, limits_of
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FloatModel
 from .float_text import served
@@ -27,7 +28,7 @@ from .kv_ranges import KVRanges
 from .original import Original, config_in
 from .out_folder import MODEL, WORK, check_out, publish
 from .output import Written, by_source, copy_tokenizer, quantization_config, with_fused, write_config, write_weights
-from .plan import VERIFIED_TOKENS, Plan, check_disk, make_plan, probe_inputs
+from .plan import VERIFIED_TOKENS, Plan, check_disk, make_plan, probe_inputs, told_bytes
 from .progress import Progress
 from .quality import Quality, Speed, by_engine, by_transformers, speed_of
 from .quantize_report import write_reports
@@ -71,6 +72,8 @@ def quantize(
     folder = Path(out)
     if report is not None and not report.absolute().parent.is_dir():
         raise ValueError(f"cannot write report {report}: its folder does not exist")
+    if report is not None and report.is_dir():
+        raise ValueError(f"cannot write report {report}: that is a folder, give a file")
     check_out(folder, resume=resume)
 
     def attempt(tried: Recipe) -> QuantizeResult:
@@ -131,14 +134,19 @@ class _Run:
         model = FloatModel(self.original.transformers_config(), self.reader, self.device)
         model.load_outer()
         ranges = KVRanges()
-        found = shapes(model, probe_inputs(model), ranges)
+        found, transposed = shapes(model, probe_inputs(model), ranges)
         if self.recipe.kv_cache is not None:
             if getattr(model.module.config.get_text_config(), "kv_lora_rank", None):  # type: ignore[union-attr, operator]
                 raise ValueError("kv_cache fp8: this model caches latent vectors, whose scales no format names; leave --kv-cache out")
             if not ranges.largest:
                 raise ValueError("kv_cache fp8: the model calls no attention whose keys and values could be seen; leave --kv-cache out")
         size = sum(info.nbytes for info in self.reader.tensors().values())
-        return model, make_plan(self.files.name, model, self.recipe, found, budget_of(self.recipe), size, served=self.served)
+        planned = make_plan(self.files.name, model, self.recipe, found, budget_of(self.recipe), size, served=self.served)
+        hard = hard_storage(self.reader.tensors(), model.names.targets, planned.linears, transposed)
+        group_size = planned.group_size
+        empty = FloatModel(self.original.transformers_config(), self.reader).module
+        limits = limits_of(hard, self.recipe, group_size, empty=empty, modules=planned.linears)
+        return model, replace(planned, engines=engines_of(hard, self.recipe, group_size, served=self.served), limits=tuple(limits))
 
     def all(self, place: Path, out: Path, *, measure_speed: bool, resume: bool) -> QuantizeResult:
         """Everything, in the work folder `place`; the model is made in its subfolder MODEL, and is meant to lie in `out` one day."""
@@ -181,9 +189,11 @@ class _Run:
         if len(tokens) < plan.budget.samples + plan.budget.own_samples:
             notes_of_run.append("tuning had the samples that were given alone: the model wrote none of its own")
         modules = {name: about for note in notes for name, about in note["modules"].items()}
-        empty = FloatModel(self.original.transformers_config(), self.reader).module
-        notes_of_run += limits_of(written, self.recipe, plan.group_size, empty=empty, modules=modules)
-        notes_of_run += self.notes
+        notes_of_run += [*plan.limits, *self.notes]
+        if self.recipe.max_memory is not None and (taken := _peak_bytes()) > self.recipe.max_memory:
+            notes_of_run.append(
+                f"it took {told_bytes(taken)}, more than the {told_bytes(self.recipe.max_memory)} that --max-memory allowed"
+            )
         if (few := self.texts.few_tokens(quality.num_tokens)) is not None:
             notes_of_run.append(few)
         return QuantizeResult(
@@ -195,7 +205,7 @@ class _Run:
             block_errors=_added([note["error"] for note in notes], [model.block_prefix(index)[:-1] for index in range(plan.num_blocks)]),
             kept=written.kept,
             notes=tuple(notes_of_run),
-            engines=engines_of(written, self.recipe, plan.group_size, served=self.served),
+            engines=plan.engines,
             groups=written.groups,
             bits_per_weight=8 * written.packed_bytes / written.num_packed,
             quality=quality,

@@ -18,7 +18,7 @@ from .float_text import batch_of, drawing
 from .original import Original
 from .progress import Progress
 from .recipe import Recipe
-from .samples import hub_texts, might_be_on_hub, read_texts, rows_of
+from .samples import hub_loader, hub_texts, might_be_on_hub, read_texts, rows_of
 from .self_text import Generate, OwnText, SilentModelError, write_samples
 from .work import WorkFolder, write_whole
 
@@ -55,11 +55,13 @@ class RunTexts:
         return tokens
 
     def check_calibration(self) -> None:
-        """Raises ValueError for a calibration file that will not do. Hub data sets are not looked at."""
+        """Raises ValueError for a calibration file that will not do. Of hub data sets, whether they could be read here is looked at."""
         if self.recipe.calibration == "self":
             _ = self.original.tokenizer
         elif self.recipe.calibration_file() is not None or not might_be_on_hub(self.recipe.calibration):
             self._text_rows()
+        else:
+            hub_loader(self.recipe.calibration)
 
     def samples(self, work: WorkFolder, identity: Mapping[str, Any], *, own: int) -> tuple[Tensor, Tensor]:
         """int64 [samples + own, seqlen] to calibrate on, the last `own` of them written by the model whatever text was given, and int64

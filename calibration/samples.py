@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,6 +148,19 @@ def might_be_on_hub(name: str) -> bool:
     return not (path.is_dir() or path.is_absolute() or name.startswith((".", "~")) or path.suffix.lower() in _FILE_ENDS)
 
 
+def hub_loader(name: str) -> Callable[..., Any]:
+    """What reads hub data sets. Raises ValueError where it is not installed."""
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise ValueError(
+            f"calibration {name!r} is no file here, and hub data sets are read with the package datasets, which is not installed: "
+            "pip install datasets, give a file, or take --calibration self"
+        ) from None
+    found: Callable[..., Any] = load_dataset
+    return found
+
+
 def hub_texts(name: str, tokenizer: Tokenizer) -> Iterator[str]:
     """The texts of the train split of a hub data set, NAME or NAME:CONFIG, as many as are asked for.
 
@@ -158,13 +171,7 @@ def hub_texts(name: str, tokenizer: Tokenizer) -> Iterator[str]:
         raise ValueError(f"calibration {name!r} is a folder: give a file of it")
     if not might_be_on_hub(name):
         raise ValueError(f"calibration {name!r}: there is no such file")
-    try:
-        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise ValueError(
-            f"calibration {name!r} is no file here, and hub data sets are read with the package datasets, which is not installed: "
-            "pip install datasets, give a file, or take --calibration self"
-        ) from None
+    load_dataset = hub_loader(name)
     try:
         dataset, _, config = name.partition(":")
         items = load_dataset(dataset, config or None, split="train", streaming=True)

@@ -222,11 +222,12 @@ def put(block: nn.Module, result: BlockResult) -> None:
         target.copy_(dequantize(weight.to(target.device)))
 
 
-def shapes(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> Mapping[str, tuple[int, int]]:
-    """[N, K] of every site by module path; `ranges` sees their attention. Blocks whose parameters have the same names and shapes are
-    looked at once. Raises UnknownArchitectureError for a block that does not run by itself."""
+def shapes(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> tuple[Mapping[str, tuple[int, int]], frozenset[str]]:
+    """[N, K] of every site by module path, and those that are stored [K, N]; `ranges` sees their attention. Blocks whose parameters have
+    the same names and shapes are looked at once. Raises UnknownArchitectureError for a block that does not run by itself."""
     found: dict[str, tuple[int, int]] = {}
-    known: dict[tuple[Any, ...], list[tuple[str, tuple[int, int]]]] = {}
+    transposed: set[str] = set()
+    known: dict[tuple[Any, ...], list[tuple[Site, tuple[int, int]]]] = {}
     for index, block in enumerate(model.blocks):
         signature = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
         if signature not in known:
@@ -241,10 +242,12 @@ def shapes(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> Mapping[str, 
                     "it cannot be quantized block by block"
                 ) from error
             known[signature] = [
-                (str(site), (site.weight(loaded).shape[0], site.weight(loaded).shape[1]))
+                (site, (site.weight(loaded).shape[0], site.weight(loaded).shape[1]))
                 for site in structure.sites
                 if site not in structure.routers
             ]
             model.free_block(index)
-        found |= {model.block_prefix(index) + name: shape for name, shape in known[signature]}
-    return found
+        prefix = model.block_prefix(index)
+        found |= {prefix + str(site): shape for site, shape in known[signature]}
+        transposed |= {prefix + str(site) for site, _ in known[signature] if site.transposed}
+    return found, frozenset(transposed)

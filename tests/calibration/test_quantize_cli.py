@@ -59,6 +59,7 @@ def test_a_run_prints_a_table_and_writes_reports(
     assert "model.layers.1.mlp.down_proj" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # it needs no other file
     card = (out / "README.md").read_text()
+    assert r"| KL(original \|\| quantized) | " in card  # a row of two cells
     assert "octavo serve" in card
     assert "vllm serve" not in card  # groups of 16 are not for it
     assert '"method": "gptq"' in card
@@ -70,6 +71,35 @@ def test_a_gate_that_does_not_hold_ends_with_3(llama: Path, text: Path, tmp_path
     assert "the quality gate does not hold: KL is" in printed.err
     assert "the quality gate is judged on 31 tokens only, which says little" in printed.out
     assert (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "granitemoe"])
+def test_what_no_engine_reads_is_told_before_the_work(name: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(name, tmp_path / "model", **({"num_local_experts": 4, "num_experts_per_tok": 2} if name == "granitemoe" else {}))
+    _write_tokenizer(tmp_path / "model", adds_bos=False, swapped=False)
+    told = {"gpt2": "weights that are stored transposed", "granitemoe": "experts that are one tensor in the checkpoint"}[name]
+    assert main(flags(tmp_path / "model", text, tmp_path / "out", "--method", "rtn", "--dry-run")) == 0
+    assert f"note              the original has {told}: no engine is known" in capsys.readouterr().out
+    assert main(flags(tmp_path / "model", text, tmp_path / "out", "--method", "rtn")) == 0
+    assert f"the original has {told}: no engine is known" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["engines"] == []
+
+
+def test_commands_of_other_engines_say_that_they_are_a_guess(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("gpt_neox", tmp_path / "model")
+    _write_tokenizer(tmp_path / "model", adds_bos=False, swapped=False)
+    assert main(flags(tmp_path / "model", text, tmp_path / "out", "--method", "rtn", "--group-size", "32")) == 0
+    assert f"vllm serve {tmp_path / 'out'}  # if it has this architecture" in capsys.readouterr().out
+
+
+def test_more_memory_than_allowed_is_told(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(llama, text, tmp_path / "out", "--method", "rtn", "--max-memory", "1MiB")) == 0
+    assert "more than the 1.0 MiB that --max-memory allowed" in capsys.readouterr().out
+
+
+def test_an_out_below_a_file(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(llama, text, text / "below" / "out", "--method", "rtn")) == 2
+    assert f"{text / 'below' / 'out'} cannot be made: {text} is a file" in capsys.readouterr().err
 
 
 def test_a_dry_run_tells_and_writes_nothing(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +120,7 @@ def test_a_dry_run_tells_and_writes_nothing(llama: Path, text: Path, tmp_path: P
         (["--max-ppl-increase", "a bit"], "is no share"),
         (["--max-ppl-increase", "5"], "'5' would be 500%: give 5% or 0.05"),
         (["--report", "no/such/folder/r.html"], "cannot write report no"),
+        (["--report", "/"], "cannot write report /: that is a folder"),
         (["--calibration", "missing.txt"], "calibration 'missing.txt': there is no such file"),
         (["--calibration", "missing.txt", "--dry-run"], "calibration 'missing.txt': there is no such file"),
         (["--calibration", "/"], "calibration '/' is a folder"),
