@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..quant.dense_kernels import cpu_has_bf16_units
+
 CPU = torch.device("cpu")
 
 
@@ -44,6 +46,34 @@ def give_back_memory() -> None:
 def peak_bytes(device: torch.device) -> int:
     """The most that tensors ever took on a device with a memory of its own; 0 for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def has_quick_halves(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 numbers faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and cpu_has_bf16_units()
+
+
+@contextmanager
+def quick_products(device: torch.device) -> Iterator[None]:
+    """Inside, a model multiplies bfloat16 numbers where that is faster; sums, norms and the hidden state stay float32. For running models
+    alone: what is computed of what they give must be outside, or in `exact_products`."""
+    if not has_quick_halves(device):
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16):
+        yield
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Inside, products are of what is multiplied, in `quick_products` too."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..quant.checkpoint.reader import WeightReader
 from ..quant.schemes.base import check_finite
-from .devices import CPU
+from .devices import CPU, quick_products
 
 _Gives = Callable[[Tensor], Any]
 # What blocks give: a hidden state, or a tuple that begins with it. The model's code tells by what it does.
@@ -70,9 +70,14 @@ class FloatModel:
         self.device = device
         for module in self.module.modules():
             module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None})
+        self.is_quick = False  # whether its blocks are known to run in `quick_products`
         self._reader = reader
         self.blocks_path, self.blocks = _find_blocks(self.module)
         self.names = _Names(self.module, reader)
+
+    def quickly(self) -> contextlib.AbstractContextManager[None]:
+        """The context for blocks to run in that need not be exact."""
+        return quick_products(self.device) if self.is_quick else contextlib.nullcontext()
 
     @functools.cached_property
     def hidden_shape(self) -> tuple[int, ...]:

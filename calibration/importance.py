@@ -101,7 +101,7 @@ def _gradients(model: FloatModel, tokens: Tensor, draw: torch.Generator) -> Iter
     for index, site in about:
         gradient = found.pop(0)
         if gradient is not None:
-            yield index, site, gradient.reshape(tokens.shape[1], -1)
+            yield index, site, gradient.reshape(tokens.shape[1], -1).float()
 
 
 def _run(model: FloatModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Site, Tensor]]]:
@@ -109,14 +109,14 @@ def _run(model: FloatModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Sit
     outputs: list[tuple[int, Site, Tensor]] = []
     hidden, calls = model.calls(tokens)
     hidden = hidden.detach().requires_grad_(True)
-    with torch.enable_grad():
+    with torch.enable_grad(), model.quickly():
         for index, (block, call) in enumerate(zip(model.blocks, calls, strict=True)):
             hidden, seen = _watched(block, call, hidden)
             times = Counter(site for site, _ in seen)
             outputs += [
                 (index, site, y) for site, y in seen if site.expert is None and y.shape[:-1].numel() == tokens.numel() and times[site] == 1
             ]
-    return hidden, outputs
+    return hidden.float(), outputs
 
 
 def _watched(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Tensor, list[tuple[Site, Tensor]]]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from .devices import exact_products
 from .sites import Site, is_same, watching
 
 KEPT_ROWS = 256
@@ -103,10 +104,12 @@ class Collector:
             first = self._shared[site] = self._last[0] if same and self._last is not None else site
         if first == site:
             self._last = (site, x)
-        if self._owner(site) == site:
+        if self._owner(site) != site:
+            return
+        with exact_products(x.device):
             importance = self._importance[site][at : at + len(rows)] if site in self._importance else None
-            wanted = None if meant is None else meant.reshape(rows.shape)
-            self._moments.setdefault(site, Moments(rows.shape[1])).add(rows, importance, wanted)
+            wanted = None if meant is None else meant.reshape(rows.shape).float()
+            self._moments.setdefault(site, Moments(rows.shape[1])).add(rows.float(), importance, wanted)
 
     def _owner(self, site: Site) -> Site:
         """Whose moments are those of a site that was seen."""

@@ -39,11 +39,12 @@ from .streams import Hidden, Inputs
 from .tune_model import tune_model
 from .tuning import TuningSchedule
 from .verify import DequantizingReader, VerificationError, check_logits, check_module
-from .walk import Walk, block_name, put, shapes
+from .walk import Walk, block_name, put, survey
 from .work import Results, WorkFolder, version_of_code
 
 logger = logging.getLogger(__name__)
 
+_QUICK_BITS = 4  # of codes whose errors are so much larger than bfloat16's that blocks may run in it
 _NOT_IDENTITY = ("max_memory", "max_ppl_increase", "max_kl")  # may differ when a run goes on
 
 
@@ -134,15 +135,16 @@ class _Run:
         model = FloatModel(self.original.transformers_config(), self.reader, self.device)
         model.load_outer()
         ranges = KVRanges()
-        found, transposed = shapes(model, probe_inputs(model), ranges)
+        found = survey(model, probe_inputs(model), ranges)
+        model.is_quick = found.runs_quick and not self.recipe.eight_bit and self.recipe.bits <= _QUICK_BITS
         if self.recipe.kv_cache is not None:
             if getattr(model.module.config.get_text_config(), "kv_lora_rank", None):  # type: ignore[union-attr, operator]
                 raise ValueError("kv_cache fp8: this model caches latent vectors, whose scales no format names; leave --kv-cache out")
             if not ranges.largest:
                 raise ValueError("kv_cache fp8: the model calls no attention whose keys and values could be seen; leave --kv-cache out")
         size = sum(info.nbytes for info in self.reader.tensors().values())
-        planned = make_plan(self.files.name, model, self.recipe, found, budget_of(self.recipe), size, served=self.served)
-        hard = hard_storage(self.reader.tensors(), model.names.targets, planned.linears, transposed)
+        planned = make_plan(self.files.name, model, self.recipe, found.shapes, budget_of(self.recipe), size, served=self.served)
+        hard = hard_storage(self.reader.tensors(), model.names.targets, planned.linears, found.transposed)
         group_size = planned.group_size
         empty = FloatModel(self.original.transformers_config(), self.reader).module
         limits = limits_of(hard, self.recipe, group_size, empty=empty, modules=planned.linears)
@@ -171,7 +173,7 @@ class _Run:
             raise
         floats = self._hidden(plan, len(tokens), model, work, "floats")
         with self._timed("blocks"):
-            self._walk(model, Inputs(model, tokens, cut=plan.budget.solve_samples), work, plan, floats)
+            self._walk(model, Inputs(model, tokens, cut=plan.budget.solve_samples, quick=True), work, plan, floats)
         results = Results(work, [block_name(index) for index in range(plan.num_blocks)])
         if plan.budget.schedule is not None:
             with self._timed("tuning"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ class Hidden:
 class Inputs:
     """The samples, and what every block is called with beside the hidden state, chunk by chunk."""
 
-    def __init__(self, model: FloatModel, tokens: Tensor, *, cut: int | None = None) -> None:
-        """`cut`: a number of samples at which a chunk ends, so that streams may have no more."""
-        self.tokens = tokens
+    def __init__(self, model: FloatModel, tokens: Tensor, *, cut: int | None = None, quick: bool = False) -> None:
+        """`cut`: a number of samples at which a chunk ends, so that streams may have no more. `quick`: whether blocks
+        need not be exact; what watches them may see bfloat16 numbers then."""
+        self.tokens, self._quick = tokens, quick
         rows = max(1, CHUNK_TOKENS // tokens.shape[1])
         ends = sorted({*range(rows, len(tokens), rows), len(tokens), cut or len(tokens)})
         self.chunks = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
@@ -84,7 +86,8 @@ class Inputs:
     @torch.no_grad()
     def run_chunk(self, number: int, index: int, block: nn.Module, hidden: Hidden) -> Tensor:
         """The output of block `index` for one chunk."""
-        return self._calls[number][index].run(block, hidden[self.chunks[number]])
+        with self._model.quickly() if self._quick else nullcontext():
+            return self._calls[number][index].run(block, hidden[self.chunks[number]]).float()
 
     def num_chunks(self, hidden: Hidden) -> int:
         """How many chunks `hidden` has."""

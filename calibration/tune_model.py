@@ -67,9 +67,10 @@ def tune_model(
 
     def forward(rows: Tensor) -> Tensor:
         hidden, calls = model.calls(rows)
-        for block, call in zip(model.blocks, calls, strict=True):
-            hidden = call.run(block, hidden)
-        return hidden
+        with model.quickly():
+            for block, call in zip(model.blocks, calls, strict=True):
+                hidden = call.run(block, hidden)
+        return hidden.float()
 
     def logits_of(hidden: Tensor) -> Tensor:
         return model.logits(torch.zeros(1, len(hidden), dtype=torch.int64), hidden[None])[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.grouped_linear import dequantize
-from .devices import CPU, computing_on, give_back_memory
+from .devices import CPU, computing_on, give_back_memory, quick_products
 from .eight_bit import input_scale
 from .float_model import FloatModel, UnknownArchitectureError
 from .folds import Fold, find_folds
@@ -42,6 +42,13 @@ class Structure:
 
 def structure_of(model: FloatModel, inputs: Inputs, index: int, block: nn.Module, *, with_folds: bool) -> Structure:
     """Sites and folds of a loaded block, found with a random hidden state in place of those of `inputs`' first chunk: a few tokens do."""
+    run = _probe(model, inputs, index, block)
+    sites = find_sites(block, run)
+    routers = frozenset(find_routers(block, sites, run))
+    return Structure(tuple(sites), tuple(find_folds(block, sites, run)) if with_folds else (), routers)
+
+
+def _probe(model: FloatModel, inputs: Inputs, index: int, block: nn.Module) -> Callable[[], Tensor]:
     call = inputs.call(index)
     draw = torch.Generator().manual_seed(index)
     rows = inputs.chunks[0].stop
@@ -51,9 +58,7 @@ def structure_of(model: FloatModel, inputs: Inputs, index: int, block: nn.Module
     def run() -> Tensor:
         return call.run(block, hidden)
 
-    sites = find_sites(block, run)
-    routers = frozenset(find_routers(block, sites, run))
-    return Structure(tuple(sites), tuple(find_folds(block, sites, run)) if with_folds else (), routers)
+    return run
 
 
 def block_name(index: int) -> str:
@@ -222,11 +227,21 @@ def put(block: nn.Module, result: BlockResult) -> None:
         target.copy_(dequantize(weight.to(target.device)))
 
 
-def shapes(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> tuple[Mapping[str, tuple[int, int]], frozenset[str]]:
-    """[N, K] of every site by module path, and those that are stored [K, N]; `ranges` sees their attention. Blocks whose parameters have
-    the same names and shapes are looked at once. Raises UnknownArchitectureError for a block that does not run by itself."""
+@dataclass(frozen=True)
+class Survey:
+    """What a model's blocks have, by module path: sites and their [N, K], those of them that are stored [K, N]."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    transposed: frozenset[str]
+    runs_quick: bool  # whether all blocks do in `quick_products`, with the same sites
+
+
+def survey(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> Survey:
+    """Look at every block, once at those whose parameters have the same names and shapes; `ranges` sees their attention. Raises
+    UnknownArchitectureError for a block that does not run by itself."""
     found: dict[str, tuple[int, int]] = {}
     transposed: set[str] = set()
+    runs_quick = True
     known: dict[tuple[Any, ...], list[tuple[Site, tuple[int, int]]]] = {}
     for index, block in enumerate(model.blocks):
         signature = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
@@ -241,6 +256,7 @@ def shapes(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> tuple[Mapping
                     f"{model.block_prefix(index)[:-1]} of {name} does not run by itself ({type(error).__name__}: {error}): "
                     "it cannot be quantized block by block"
                 ) from error
+            runs_quick = runs_quick and _runs_quick(_probe(model, inputs, index, loaded), loaded, structure.sites, model.device)
             known[signature] = [
                 (site, (site.weight(loaded).shape[0], site.weight(loaded).shape[1]))
                 for site in structure.sites
@@ -250,4 +266,12 @@ def shapes(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> tuple[Mapping
         prefix = model.block_prefix(index)
         found |= {prefix + str(site): shape for site, shape in known[signature]}
         transposed |= {prefix + str(site) for site, _ in known[signature] if site.transposed}
-    return found, frozenset(transposed)
+    return Survey(found, frozenset(transposed), runs_quick)
+
+
+def _runs_quick(run: Callable[[], Tensor], block: nn.Module, sites: Sequence[Site], device: torch.device) -> bool:
+    try:
+        with quick_products(device):
+            return set(find_sites(block, run)) == set(sites) and bool(run().isfinite().all())
+    except Exception:  # the block's own code, which may know one dtype alone
+        return False

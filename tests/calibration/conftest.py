@@ -17,6 +17,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
+from octavo.calibration import devices
+
 BOS = 256
 MakeModel = Callable[..., tuple[Path, Any]]
 
@@ -34,6 +36,12 @@ def _write_tokenizer(folder: Path, *, adds_bos: bool, swapped: bool) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on every machine; test_quick_products.py and what runs in processes of its own multiply as the machine does best."""
+    monkeypatch.setattr(devices, "has_quick_halves", lambda device: False)
 
 
 @pytest.fixture(scope="session")
