@@ -60,7 +60,7 @@ def climb(attempt: Callable[[Recipe], Result], recipe: Recipe) -> Result:
         if result.holds:
             return result
         kept = worst_blocks(errors, count)
-        logger.warning("the gate does not hold with the best effort: leaving %s as they are", ", ".join(kept))
+        logger.warning("the gate does not hold with the best effort: leaving as they are: %s", ", ".join(kept))
         result = attempt(replace(ladder[-1], ignore=(*recipe.ignore, *(f"^{re.escape(path)}\\." for path in kept))))
     return result
 

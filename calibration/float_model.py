@@ -25,7 +25,7 @@ from .devices import CPU, quick_products
 _Gives = Callable[[Tensor], Any]
 # What blocks give: a hidden state, or a tuple that begins with it. The model's code tells by what it does.
 _GIVES: tuple[_Gives, ...] = (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None))
-_FLOATS = ("F32", "F16", "BF16", "F64")
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class UnknownArchitectureError(ValueError):
@@ -98,6 +98,12 @@ class FloatModel:
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks_path}.{index}."
 
+    def stored_of(self, index: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The tensors that the checkpoint has for a block: the parameter, by its name in the block, that each goes to, and its shape."""
+        prefix, tensors = self.block_prefix(index), self._reader.tensors()
+        targets = [(target, name) for name, target in self.names.targets.items() if target.startswith(prefix)]
+        return tuple(sorted((target.removeprefix(prefix), tuple(tensors[name].shape)) for target, name in targets))
+
     def outer_linears(self) -> list[str]:
         """Paths of linears outside the blocks, by the model and, where it has other names, by the checkpoint; and of matrices of the
         checkpoint that this model has no place for, which another engine may have."""
@@ -153,7 +159,7 @@ class FloatModel:
         if not tensor.is_floating_point():
             return tensor
         check_finite(name, tensor)
-        in_blocks = self._reader.tensors()[name].stored not in _FLOATS
+        in_blocks = self._reader.tensors()[name].stored not in FLOATS
         return tensor.to(self.names.stored[self.names.targets[name]]) if in_blocks else tensor
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -299,7 +305,7 @@ class _Names:
                 target = name
             if target in state:
                 self.targets[name] = target
-                self.stored[target] = info.dtype if info.stored in _FLOATS else torch.bfloat16
+                self.stored[target] = info.dtype if info.stored in FLOATS else torch.bfloat16
                 if pattern is not None:
                     self._converted.add(name)
             elif len(info.shape) >= 2 and name.endswith(".weight"):

@@ -25,7 +25,7 @@ def check_out(out: Path, *, resume: bool) -> None:
     if others and not (resume and (out / WORK / _PUBLISHING).is_file()):
         raise ValueError(f"{out} is not empty ({', '.join(sorted(others)[:3])}): give another folder, or empty it")
     if (out / WORK).exists() and not resume:
-        raise ValueError(f"{out} holds an unfinished run: add --resume to go on with it, or delete {out / WORK}")
+        raise ValueError(f"{out} holds an unfinished run: add --resume (resume=True) to go on with it, or delete {out / WORK}")
 
 
 def publish(made: Path, out: Path) -> None:

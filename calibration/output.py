@@ -265,6 +265,16 @@ def write_config(out: Path, config: Mapping[str, Any], quantization: Mapping[str
     (out / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def tokenizer_files(files: ModelFiles) -> list[Path]:
+    """What `copy_tokenizer` copies; none of a GGUF file."""
+    if files.kind == "gguf":
+        return []
+    has_code = "auto_map" in (read_json(files.config_path) if files.config_path is not None else {})
+    patterns = (*TOKENIZER_PATTERNS, "additional_chat_templates/*.jinja", *(["*.py"] if has_code else []))
+    found = [file for pattern in patterns for file in sorted(files.root.glob(pattern))]
+    return [file for file in found if file.is_file() and file.name not in _NOT_TOKENIZER]
+
+
 def copy_tokenizer(files: ModelFiles, out: Path) -> None:
     """Tokenizer, chat template and generation config, as they are; made from a GGUF file's where there is nothing else."""
     if files.kind == "gguf":
@@ -273,10 +283,7 @@ def copy_tokenizer(files: ModelFiles, out: Path) -> None:
         assert files.gguf_file is not None
         AutoTokenizer.from_pretrained(files.root, gguf_file=files.gguf_file.name).save_pretrained(out)
         return
-    has_code = "auto_map" in (read_json(files.config_path) if files.config_path is not None else {})
-    for pattern in (*TOKENIZER_PATTERNS, "additional_chat_templates/*.jinja", *(["*.py"] if has_code else [])):
-        for file in sorted(files.root.glob(pattern)):
-            if file.is_file() and file.name not in _NOT_TOKENIZER:
-                place = out / file.relative_to(files.root)
-                place.parent.mkdir(exist_ok=True)
-                shutil.copy2(file, place)
+    for file in tokenizer_files(files):
+        place = out / file.relative_to(files.root)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, place)

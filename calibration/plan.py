@@ -247,10 +247,11 @@ def probe_inputs(model: FloatModel) -> Inputs:
     return inputs
 
 
-def check_disk(plan: Plan, out: Path, *, present: int = 0) -> None:
-    """Raises OSError where the disk has less room than the run will need, `present` bytes of which are there already."""
+def check_disk(plan: Plan, out: Path, *, beside: int = 0, present: int = 0) -> None:
+    """Raises OSError where the disk has less room than the run will need, with `beside` bytes that the plan does not know of, and
+    `present` of them there already."""
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(place).free, plan.bytes_after + plan.work_bytes - present
+    free, needed = shutil.disk_usage(place).free, plan.bytes_after + plan.work_bytes + beside - present
     if free < needed:
         raise OSError(
             f"{place} has {told_bytes(free)} free, and this run needs about {told_bytes(needed)}: make room, or give --out elsewhere"

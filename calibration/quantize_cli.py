@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import signal
 import sys
@@ -13,7 +14,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from .command import BAD_INPUT, FAILED, INTERRUPTED, CommandParser, fail
-from .out_folder import WORK
+from .out_folder import WORK, check_out
 from .quantize_flags import add_flags, recipe_of
 from .quantize_report import summary
 from .quantize_result import GateError
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace, *, prog: str) -> int:
                 told = f"; the finished blocks are in {args.out}: give the same command with --resume to go on" if unfinished else ""
                 return fail(prog, f"stopped{told}", INTERRUPTED)
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC and args.out is not None:
+                text = f"the disk of {args.out} is full: make room there, and give the same command with --resume to go on"
             return fail(prog, text, BAD_INPUT if isinstance(error, ValueError | TypeError) else FAILED)
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -74,6 +77,8 @@ class _CtrlC:
 def _run(args: argparse.Namespace) -> int:
     recipe = recipe_of(args)
     if args.dry_run:
+        if args.out is not None:
+            check_out(args.out, resume=args.resume)
         print(plan(args.model_path, recipe, eval_text=args.eval, device=args.device).describe())
         return 0
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

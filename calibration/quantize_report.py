@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from .quantize_flags import REPORT
 from .quantize_page import page_of
 from .quantize_result import QuantizeResult
@@ -101,18 +103,30 @@ def write_reports(result: QuantizeResult, folder: Path, report: Path | None = No
     page = report or folder / REPORT
     data = folder / "report.json"
     card = folder / "README.md"
-    data.write_text(to_json(result) + "\n", encoding="utf-8")
+    data.write_text(to_json(result, folder) + "\n", encoding="utf-8")
     page.write_text(page_of(result, facts(result), sizes(result), commands(result)), encoding="utf-8")
     card.write_text(model_card(result), encoding="utf-8")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def to_json(result: QuantizeResult) -> str:
-    """All of a result as a JSON object, format 1."""
-    content: dict[str, Any] = {"format": 1, **asdict(result), "out": str(result.out), "recipe": result.recipe.to_dict()}
+def to_json(result: QuantizeResult, folder: Path) -> str:
+    """All of a result as a JSON object, format 1, with the SHA-256 of the weight files that were verified, in `folder`."""
+    content: dict[str, Any] = {
+        "format": 1,
+        "octavo": __version__,
+        **asdict(result),
+        "out": str(result.out),
+        "recipe": result.recipe.to_dict(),
+    }
+    content["sha256"] = {file.name: _digest(file) for file in sorted(folder.glob("*.safetensors"))}
     if result.quality is not None:
         content["quality"]["ppl_increase"] = result.quality.ppl_increase
     return json.dumps(content, indent=1)

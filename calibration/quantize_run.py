@@ -21,13 +21,13 @@ from .climb import climb
 from .devices import computing_on, device_name, device_of, give_back_memory, peak_bytes
 from .engines import engines_of, hard_storage, limits_of
 from .eval_run import DEFAULT_SEQLEN
-from .float_model import FloatModel
+from .float_model import FLOATS, FloatModel
 from .float_text import served
 from .importance import Importance, find_importance
 from .kv_ranges import KVRanges
 from .original import Original, config_in
 from .out_folder import MODEL, WORK, check_out, publish
-from .output import Written, by_source, copy_tokenizer, quantization_config, with_fused, write_config, write_weights
+from .output import Written, by_source, copy_tokenizer, quantization_config, tokenizer_files, with_fused, write_config, write_weights
 from .plan import VERIFIED_TOKENS, Plan, check_disk, make_plan, probe_inputs, told_bytes
 from .progress import Progress
 from .quality import Quality, Speed, by_engine, by_transformers, speed_of
@@ -45,16 +45,17 @@ from .work import Results, WorkFolder, version_of_code
 logger = logging.getLogger(__name__)
 
 _QUICK_BITS = 4  # of codes whose errors are so much larger than bfloat16's that blocks may run in it
+_REPORT_BYTES = 4 << 20  # of the reports and configs, at most
 _NOT_IDENTITY = ("max_memory", "max_ppl_increase", "max_kl")  # may differ when a run goes on
 
 
 def quantize(
-    model_path: str | None,
+    model_path: str | Path | None,
     out: str | Path,
     *,
     recipe: Recipe | Mapping[str, Any] | Any | None = None,
     eval_text: str | Path | None = None,
-    report: Path | None = None,
+    report: str | Path | None = None,
     measure_speed: bool = True,
     resume: bool = False,
     device: str = "auto",
@@ -69,22 +70,31 @@ def quantize(
     Raises ValueError for what cannot be (named with its remedy), OSError for files, GateError where the recipe's gate does not hold,
     VerificationError where the folder does not read back as what was meant.
     """
+    if not isinstance(model_path, str | Path | None):
+        raise ValueError(f"model_path {model_path!r} is not valid: give a folder, a GGUF file or a hub id")
+    if not isinstance(out, str | Path):
+        raise ValueError(f"out {out!r} is not valid: give a folder")
     chosen, text = _recipe_of(recipe, options), None if eval_text is None else Path(eval_text)
-    folder = Path(out)
-    if report is not None and not report.absolute().parent.is_dir():
-        raise ValueError(f"cannot write report {report}: its folder does not exist")
-    if report is not None and report.is_dir():
-        raise ValueError(f"cannot write report {report}: that is a folder, give a file")
+    folder, page = Path(out), None if report is None else Path(report)
+    if page is not None and not page.absolute().parent.is_dir():
+        raise ValueError(f"cannot write report {page}: its folder does not exist")
+    if page is not None and page.is_dir():
+        raise ValueError(f"cannot write report {page}: that is a folder, give a file")
     check_out(folder, resume=resume)
+    model_name, took = None if model_path is None else str(model_path), list[float]()
 
     def attempt(tried: Recipe) -> QuantizeResult:
-        run = _Run(model_path, tried, eval_text=text, device=device)
-        return run.all(folder / WORK / attempt_name(chosen, tried), folder, measure_speed=measure_speed, resume=resume)
+        began, run = time.perf_counter(), _Run(model_name, tried, eval_text=text, device=device)
+        found = run.all(folder / WORK / attempt_name(chosen, tried), folder, measure_speed=measure_speed, resume=resume)
+        took.append(time.perf_counter() - began)
+        return found
 
     result = climb(attempt, chosen)
+    if len(took) > 1:
+        result = replace(result, seconds={"attempts before": sum(took[:-1]), **result.seconds})
     made = folder / WORK / attempt_name(chosen, result.recipe) / MODEL
     try:
-        write_reports(result, made, report)
+        write_reports(result, made, page)
     except OSError as error:  # the model is there
         logger.warning("the reports were not all written: %s", error)
     publish(made, folder)
@@ -148,12 +158,20 @@ class _Run:
         group_size = planned.group_size
         empty = FloatModel(self.original.transformers_config(), self.reader).module
         limits = limits_of(hard, self.recipe, group_size, empty=empty, modules=planned.linears)
+        limits += [told for told in (self._quantized_before(), self.texts.same_text()) if told is not None]
         return model, replace(planned, engines=engines_of(hard, self.recipe, group_size, served=self.served), limits=tuple(limits))
+
+    def _quantized_before(self) -> str | None:
+        kinds = sorted({info.stored for info in self.reader.tensors().values() if info.stored not in FLOATS})
+        if self.files.kind != "gguf" or not kinds:
+            return None
+        return f"the original, a GGUF file, was quantized before ({', '.join(kinds)}): what that lost is not counted"
 
     def all(self, place: Path, out: Path, *, measure_speed: bool, resume: bool) -> QuantizeResult:
         """Everything, in the work folder `place`; the model is made in its subfolder MODEL, and is meant to lie in `out` one day."""
         model, plan = self.plan()
-        check_disk(plan, out, present=sum(file.stat().st_size for file in place.rglob("*") if file.is_file()))
+        beside = sum(file.stat().st_size for file in tokenizer_files(self.files)) + _REPORT_BYTES
+        check_disk(plan, out, beside=beside, present=sum(file.stat().st_size for file in place.rglob("*") if file.is_file()))
         work = WorkFolder(place, self._identity(), resume=resume)
         plan = plan.as_decided(work.decided({"tuned": plan.budget.schedule is not None})["tuned"])
         logger.info("%s", plan.describe())
@@ -165,15 +183,16 @@ class _Run:
         try:
             with self._timed("samples"):
                 tokens, held_back = self.texts.samples(work, self._identity(), own=plan.budget.own_samples)
-        except ValueError:  # nothing is done that --resume could go on with
-            shutil.rmtree(work.path)
-            for folder in (work.path.parent, out):
-                with suppress(OSError):  # other things lie there
-                    folder.rmdir()
+            floats = self._hidden(plan, len(tokens), model, work, "floats")
+            with self._timed("blocks"):
+                self._walk(model, Inputs(model, tokens, cut=plan.budget.solve_samples, quick=True), work, plan, floats)
+        except (ValueError, TypeError):
+            if not work.has(block_name(0)):  # nothing is done that --resume could go on with
+                shutil.rmtree(work.path)
+                for folder in (work.path.parent, out):
+                    with suppress(OSError):  # other things lie there
+                        folder.rmdir()
             raise
-        floats = self._hidden(plan, len(tokens), model, work, "floats")
-        with self._timed("blocks"):
-            self._walk(model, Inputs(model, tokens, cut=plan.budget.solve_samples, quick=True), work, plan, floats)
         results = Results(work, [block_name(index) for index in range(plan.num_blocks)])
         if plan.budget.schedule is not None:
             with self._timed("tuning"):

@@ -65,25 +65,25 @@ class Recipe:
         _choice("kv_cache", self.kv_cache, (None, "fp8"))
         _choice("activations", self.activations, ("dynamic", "static"))
         _choice("weight_scales", self.weight_scales, ("channel", "tensor", "block"))
-        if type(self.bits) is not int:
-            raise ValueError(f"bits {self.bits!r} is not valid: give a whole number")
+        object.__setattr__(self, "ignore", _patterns(self.ignore))
+        object.__setattr__(self, "calibration", _name(self.calibration))
+        for name in ("bits", "samples", "seqlen", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not valid: give a whole number")
+        if self.symmetric not in (None, True, False) or type(self.symmetric) is int:
+            raise ValueError(f"symmetric {self.symmetric!r} is not valid: give True, False or None")
         for name, least in (("samples", MIN_SAMPLES), ("seqlen", MIN_SEQLEN)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} is not valid: give at least {least}")
-        if self.group_size != "auto" and (not isinstance(self.group_size, int) or (self.group_size < 8 and self.group_size != -1)):
+        if self.group_size != "auto" and (type(self.group_size) is not int or (self.group_size < 8 and self.group_size != -1)):
             raise ValueError(
                 f"group_size {self.group_size!r} is not valid: give auto, -1 (one group a row), or 8 and more, such as 64 or 128"
             )
         self._check_form()
-        for pattern in self.ignore:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"ignore {pattern!r} is no regular expression: {error}") from None
         for name in ("max_ppl_increase", "max_kl", "max_memory"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int | float) or not 0 < value < float("inf")):
-                raise ValueError(f"{name} {value} is not valid: give a number above 0")
+            if value is not None and (type(value) not in (int, float) or not 0 < value < float("inf")):
+                raise ValueError(f"{name} {value!r} is not valid: give a number above 0")
 
     def _check_form(self) -> None:
         if self.method != "fp8" and (self.activations, self.weight_scales) != ("dynamic", "channel"):
@@ -177,10 +177,7 @@ class Recipe:
                 raise ValueError(
                     f"a recipe has no {key!r}" + (f"; did you mean {near[0]!r}?" if near else f": it has {', '.join(sorted(known))}")
                 )
-        given = dict(values)
-        if "ignore" in given:
-            given["ignore"] = (given["ignore"],) if isinstance(given["ignore"], str) else tuple(given["ignore"])
-        return cls(**given)
+        return cls(**values)
 
     @classmethod
     def from_gptq_config(cls, config: Any, **changes: Any) -> Self:
@@ -190,7 +187,9 @@ class Recipe:
         ValueError for a config of another method, for options that would change the result and are not taken, for texts given in place of
         a name, and for `desc_act` with a group size, which engines refuse.
         """
-        method = getattr(config, "quant_method", "gptq")
+        if not hasattr(config, "quant_method"):
+            raise ValueError(f"{config!r} is no recipe: give a Recipe, a dictionary of its fields, or a transformers GPTQConfig")
+        method = config.quant_method
         method = getattr(method, "value", method)
         if method != "gptq":
             raise ValueError(f"a transformers config of method {method} is not taken: give a GPTQConfig, or this recipe's own fields")
@@ -218,6 +217,25 @@ class Recipe:
         """The file of the calibration text; None where it is none."""
         path = Path(self.calibration).expanduser()
         return path if self.calibration != "self" and path.is_file() else None
+
+
+def _patterns(ignore: Any) -> tuple[str, ...]:
+    """One pattern or several, checked."""
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore) if isinstance(ignore, list | tuple) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"ignore {ignore!r} is not valid: give a regular expression, or several")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"ignore {pattern!r} is no regular expression: {error}") from None
+    return patterns
+
+
+def _name(calibration: Any) -> str:
+    if not isinstance(calibration, str | Path) or not str(calibration).strip():
+        raise ValueError(f"calibration {calibration!r} is not valid: give a file, self, or the name of a hub data set")
+    return str(calibration)
 
 
 def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -25,6 +25,7 @@ from .work import WorkFolder, write_whole
 logger = logging.getLogger(__name__)
 
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
+_MOST_HELD_BACK = 64  # rows
 _EVAL_TOKENS = 1 << 14
 _LEAST_EVAL_TOKENS = 16
 _ENOUGH_TOKENS = 4096  # to judge on: with fewer, the perplexity of equal models differs by percents from text to text
@@ -91,6 +92,13 @@ class RunTexts:
         rows = work.load_tokens()
         return torch.cat([rows[: self._samples], rows[given:]]), rows[self._samples : given]
 
+    def same_text(self) -> str | None:
+        """What is to be said where quality is measured on the text that is calibrated on."""
+        given = self.recipe.calibration_file()
+        if given is None or self.eval_text is None or not given.samefile(self.eval_text):
+            return None
+        return f"quality is measured on {self.eval_text}, which is calibrated on too: that flatters; leave --eval out, or give another text"
+
     def few_tokens(self, count: int | None = None) -> str | None:
         """What is to be said of quality that is measured on `count` tokens (None: on what there is); None for enough of them."""
         if count is None:
@@ -107,7 +115,7 @@ class RunTexts:
 
     @property
     def _held_back(self) -> int:
-        return 0 if self.eval_text is not None else max(1, round(self.recipe.samples * _HELD_BACK))
+        return 0 if self.eval_text is not None else min(_MOST_HELD_BACK, max(1, round(self.recipe.samples * _HELD_BACK)))
 
     def _own_rows(self, file: Path, identity: Mapping[str, Any], count: int) -> Tensor:
         original, recipe = self.original, self.recipe

@@ -237,14 +237,16 @@ class Survey:
 
 
 def survey(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> Survey:
-    """Look at every block, once at those whose parameters have the same names and shapes; `ranges` sees their attention. Raises
-    UnknownArchitectureError for a block that does not run by itself."""
+    """Look at every block, once at those that are alike: parameters and what the checkpoint has for them have the same names and shapes.
+    `ranges` sees their attention. Raises UnknownArchitectureError for a block that does not run by itself, or that the checkpoint lacks a
+    part of."""
     found: dict[str, tuple[int, int]] = {}
     transposed: set[str] = set()
     runs_quick = True
     known: dict[tuple[Any, ...], list[tuple[Site, tuple[int, int]]]] = {}
     for index, block in enumerate(model.blocks):
-        signature = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+        parameters = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+        signature = (parameters, model.stored_of(index))
         if signature not in known:
             loaded = model.load_block(index)
             try:

@@ -116,7 +116,7 @@ def main(model: str, out: str, text: str, method: str) -> None:
     result = quantize_run.quantize(model, out, **form, eval_text=Path(text))
     del library
     torch.save(seen, f"{out}.given")
-    print(to_json(result))
+    print(to_json(result, result.out))
 
 
 if __name__ == "__main__":

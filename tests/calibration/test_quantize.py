@@ -234,6 +234,8 @@ def test_auto_climbs_until_the_gate_holds(llama: Path, text: Path, tmp_path: Pat
         quantize(str(llama), tmp_path / "all", **options, max_kl=least)
     last = failed.value.result
     assert last.recipe.effort == "best"
+    assert last.seconds["attempts before"] > last.seconds["blocks"]  # three of them
+    assert "attempts before" not in fast.seconds
     assert len(last.modules) == 7  # the worse of the two blocks stayed as it was
     assert sorted(path.name for path in (tmp_path / "all").iterdir() if path.name.startswith(".")) == []
     with Engine(str(tmp_path / "all"), show_progress=False) as engine:
@@ -270,15 +272,30 @@ def test_a_model_that_is_quantized_already(llama: Path, text: Path, tmp_path: Pa
         quantize(str(tmp_path / "once"), tmp_path / "twice", **FAST)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(value: float, llama: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "block"), [(float("nan"), 0), (float("inf"), 1)])
+def test_weights_that_are_no_numbers(value: float, block: int, llama: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(llama, folder)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    weights[f"model.layers.{block}.mlp.up_proj.weight"][3, 4] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight holds 1 .* NaN or infinite"):
+    with pytest.raises(ValueError, match=rf"model.layers.{block}.mlp.up_proj.weight holds 1 .* NaN or infinite"):
         quantize(str(folder), tmp_path / "out", **FAST, method="gptq", calibration=str(text))
+    assert (tmp_path / "out").exists() == (block > 0)  # where no block was done, there is nothing to go on with
+
+
+def test_a_block_that_is_not_whole_is_seen_before_the_work(llama: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    recipe = Recipe(method="gptq", calibration=str(text), samples=8, seqlen=32, group_size=16)
+    save_file({**weights, name: weights[name][:-8].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj.weight has another shape than the config says"):
+        plan(str(folder), recipe)
+    save_file({key: value for key, value in weights.items() if key != name}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the checkpoint lacks .*up_proj.weight, which LlamaForCausalLM needs"):
+        plan(str(folder), recipe)
 
 
 def test_what_reads_back_differently_is_an_error(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import signal
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import octavo
 from octavo.__main__ import main
-from octavo.calibration import quantize_cli
+from octavo.calibration import quantize_cli, quantize_run
 from octavo.calibration.quantize_flags import _share, _size
 
 from .architectures import make
@@ -51,6 +54,8 @@ def test_a_run_prints_a_table_and_writes_reports(
         assert part in printed
     report = json.loads((out / "report.json").read_text())
     assert report["format"] == 1
+    assert report["octavo"] == octavo.__version__
+    assert report["sha256"] == {"model.safetensors": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()}
     assert report["quality"]["kl_mean"] > 0
     assert len(report["modules"]) == 14
     assert all(note["largest_weight"] > 0 and note["largest_input"] > 0 for note in report["modules"].values())
@@ -102,6 +107,44 @@ def test_an_out_below_a_file(llama: Path, text: Path, tmp_path: Path, capsys: py
     assert f"{text / 'below' / 'out'} cannot be made: {text} is a file" in capsys.readouterr().err
 
 
+def test_a_dry_run_looks_at_out(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(flags(llama, text, tmp_path, "--dry-run")) == 2
+    assert "is not empty (notes.txt)" in capsys.readouterr().err
+
+
+def test_quality_on_the_text_of_the_calibration_is_told(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "which is calibrated on too: that flatters"
+    assert main(flags(llama, text, tmp_path / "out", "--method", "rtn", "--eval", str(text))) == 0
+    assert told in capsys.readouterr().out
+    (tmp_path / "other.txt").write_text(text.read_text())
+    assert main(flags(llama, text, tmp_path / "out", "--eval", str(tmp_path / "other.txt"), "--dry-run")) == 2  # not empty
+    assert main(flags(llama, text, tmp_path / "more", "--eval", str(tmp_path / "other.txt"), "--dry-run")) == 0
+    assert told not in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "some/source")
+
+    monkeypatch.setattr(quantize_run, "copy_tokenizer", full)
+    assert main(flags(llama, text, tmp_path / "out", "--method", "rtn")) == 1
+    error = capsys.readouterr().err
+    assert f"the disk of {tmp_path / 'out'} is full: make room there, and give the same command with --resume to go on" in error
+    assert "some/source" not in error
+    monkeypatch.undo()
+    assert main(flags(llama, text, tmp_path / "out", "--method", "rtn", "--resume")) == 0
+
+
+def test_more_samples_than_are_used_ask_for_no_more_text(llama: Path, text: Path, tmp_path: Path) -> None:
+    many = ["--samples", "100000", "--seqlen", "32", "--dry-run"]
+    assert main(flags(llama, text, tmp_path / "out", *many)) == 0
+
+
 def test_a_dry_run_tells_and_writes_nothing(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags(llama, text, tmp_path / "out", "--dry-run")) == 0
     printed = capsys.readouterr().out
@@ -125,10 +168,10 @@ def test_a_dry_run_tells_and_writes_nothing(llama: Path, text: Path, tmp_path: P
         (["--calibration", "missing.txt", "--dry-run"], "calibration 'missing.txt': there is no such file"),
         (["--calibration", "/"], "calibration '/' is a folder"),
         (["--eval", "missing.txt", "--dry-run"], "there is no file missing.txt"),
-        (["--samples", "4000", "--dry-run"], "which makes"),
+        (["--samples", "4000", "--seqlen", "128", "--dry-run"], "which makes"),
         (["--method", "fp8", "--bits", "4", "--group-size", "auto"], "method fp8 makes weights of 8 bits, not 4: leave --bits out"),
         (["--eval", "missing.txt"], "there is no file missing.txt"),
-        (["--samples", "4000"], "which makes"),
+        (["--samples", "4000", "--seqlen", "128"], "which makes"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -193,6 +236,7 @@ def test_a_gguf_file_is_planned_from(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["quantize", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "210 linears" in printed
+    assert "note              the original, a GGUF file, was quantized before (Q4_" in printed
 
 
 def test_sizes_and_shares() -> None:

@@ -85,6 +85,12 @@ def test_what_is_missing_of_a_text_is_told_so_that_it_helps(llama: Path, tmp_pat
     quantize(str(llama), tmp_path / "out", **{**options, "effort": "fast", "samples": int(found[1])})
 
 
+def test_paths_may_be_strings_and_texts_may_be_paths(llama: Path, text: Path, tmp_path: Path) -> None:
+    options = {**FAST, "method": "rtn", "calibration": text}
+    quantize(llama, str(tmp_path / "out"), **options, report=str(tmp_path / "page.html"))
+    assert "<html" in (tmp_path / "page.html").read_text()
+
+
 # -- stops ------------------------------------------------------------------------------------------------------------
 
 
