@@ -37,7 +37,8 @@ def budget_of(recipe: Recipe) -> Budget:
     effort = "best" if recipe.method == "best" else recipe.effort
     solve = _EIGHT_BIT_SAMPLES if recipe.eight_bit else _SOLVE_SAMPLES[effort]
     steps = _TUNING_STEPS[effort] if recipe.method in ("auto", "best") else 0
-    schedule = TuningSchedule(steps=steps, seed=recipe.seed) if steps else None
+    rate = _TUNING_RATES[effort]
+    schedule = TuningSchedule(steps=steps, seed=recipe.seed, scale_rate=rate, norm_rate=rate) if steps else None
     solve = min(solve, recipe.samples)
     samples = solve if schedule is None else min(recipe.samples, max(solve, _TUNING_SAMPLES[effort]))
     own = max(0, steps - samples) if effort == "best" else 0
@@ -50,6 +51,11 @@ _EIGHT_BIT_SAMPLES = 16
 _TUNING_SAMPLES = {"fast": 0, "default": 48, "best": _ALL}
 _TOWARD_FLOAT = 0.3  # the whole costs more than it gains (benchmarks/README.md)
 _TUNING_STEPS = {"fast": 0, "default": 48, "best": 256}
+_TUNING_RATES = {
+    "fast": 0.0,
+    "default": 3e-4,
+    "best": 1e-3,
+}  # of a few steps no more: at 1e-3, 48 lost what they gained (benchmarks/README.md)
 
 
 def _steps(recipe: Recipe) -> Steps:

@@ -29,8 +29,8 @@ class TuningSchedule:
 
     steps: int
     batch: int = 1
-    scale_rate: float = 1e-3
-    norm_rate: float = 1e-3
+    scale_rate: float
+    norm_rate: float
     seed: int = 0
 
     def rate(self, step: int) -> float:

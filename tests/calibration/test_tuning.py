@@ -89,9 +89,9 @@ def test_tuning_brings_the_model_nearer(symmetric: bool) -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    schedule = TuningSchedule(steps=40)
+    schedule = TuningSchedule(steps=40, scale_rate=1e-3, norm_rate=1e-3)
     rates = [schedule.rate(step) for step in range(1, 41)]
     assert max(rates) <= 1
     assert rates[0] < rates[4]
     assert rates[-1] == pytest.approx(0.05)
-    assert TuningSchedule(steps=1).rate(1) > 0
+    assert TuningSchedule(steps=1, scale_rate=1e-3, norm_rate=1e-3).rate(1) > 0
