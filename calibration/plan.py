@@ -155,7 +155,8 @@ def make_plan(
     after = others * width + int(weights * ((8 if recipe.eight_bit else recipe.bits) + overhead) / 8)
     if recipe.calibration == "self" and _BASE_BYTES + bytes_before > max_memory:
         raise ValueError(
-            f"the model, {bytes_before / _GIB:.1f} GiB whole, cannot write its own calibration text in {max_memory / _GIB:.1f} GiB: "
+            f"the model, {bytes_before / _GIB:.1f} GiB whole beside {_BASE_BYTES / _GIB:.1f} for Python and torch, cannot write its own "
+            f"calibration text in {max_memory / _GIB:.1f} GiB: "
             "give --calibration FILE, or more --max-memory"
         )
     outer, room = _outer_bytes(model), free_bytes(model.device)
