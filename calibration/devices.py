@@ -55,14 +55,19 @@ def has_quick_halves(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_has_bf16_units()
 
 
+def quick_dtype(device: torch.device) -> torch.dtype:
+    """What a model multiplies in `quick_products`."""
+    return torch.bfloat16 if has_quick_halves(device) else torch.float32
+
+
 @contextmanager
 def quick_products(device: torch.device) -> Iterator[None]:
     """Inside, a model multiplies bfloat16 numbers where that is faster; sums, norms and the hidden state stay float32. For running models
     alone: what is computed of what they give must be outside, or in `exact_products`."""
-    if not has_quick_halves(device):
+    if (dtype := quick_dtype(device)) is torch.float32:
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, dtype):
         yield
 
 

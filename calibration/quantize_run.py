@@ -18,7 +18,7 @@ from torch import Tensor
 from ..quant.checkpoint.hf_config import read_json
 from .budget import budget_of
 from .climb import climb
-from .devices import computing_on, device_name, device_of, give_back_memory, peak_bytes
+from .devices import computing_on, device_of, give_back_memory, peak_bytes, quick_dtype
 from .engines import engines_of, hard_storage, limits_of
 from .eval_run import DEFAULT_SEQLEN
 from .float_model import FLOATS, FloatModel
@@ -158,8 +158,11 @@ class _Run:
         group_size = planned.group_size
         empty = FloatModel(self.original.transformers_config(), self.reader).module
         limits = limits_of(hard, self.recipe, group_size, empty=empty, modules=planned.linears)
+        blocks_in = quick_dtype(self.device) if model.is_quick else torch.float32
+        device = planned.device if blocks_in is torch.float32 else f"{planned.device}, blocks in {str(blocks_in).removeprefix('torch.')}"
         limits += [told for told in (self._quantized_before(), self.texts.same_text()) if told is not None]
-        return model, replace(planned, engines=engines_of(hard, self.recipe, group_size, served=self.served), limits=tuple(limits))
+        engines = engines_of(hard, self.recipe, group_size, served=self.served)
+        return model, replace(planned, device=device, engines=engines, limits=tuple(limits))
 
     def _quantized_before(self) -> str | None:
         kinds = sorted({info.stored for info in self.reader.tensors().values() if info.stored not in FLOATS})
@@ -235,7 +238,7 @@ class _Run:
             verified=verified,
             estimated_peak_bytes=plan.peak_bytes,
             peak_bytes=_peak_bytes(),
-            device=device_name(self.device),
+            device=plan.device,
             device_peak_bytes=peak_bytes(self.device),
             seconds=self.seconds,
         )

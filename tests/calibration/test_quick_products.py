@@ -108,9 +108,11 @@ def test_gradients_hardly_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["gptq", "auto", "best"])
 def test_quality_is_the_same(method: str, text: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {**FAST, "method": method, "calibration": str(text)}
-    quick = quantize(str(llama), tmp_path / "quick", **options).quality
+    quick_run = quantize(str(llama), tmp_path / "quick", **options)
     monkeypatch.setattr(devices, "has_quick_halves", lambda device: False)
-    exact = quantize(str(llama), tmp_path / "exact", **options).quality
+    exact_run = quantize(str(llama), tmp_path / "exact", **options)
+    assert (quick_run.device, exact_run.device) == ("cpu, blocks in bfloat16", "cpu")
+    quick, exact = quick_run.quality, exact_run.quality
     assert quick.original_perplexity == exact.original_perplexity  # measured in float32 either way
     assert quick.kl_mean < 1.3 * exact.kl_mean  # of few tokens: it was less, too
 
