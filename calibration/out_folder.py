@@ -10,9 +10,14 @@ WORK, MODEL = ".quantize", "model"  # inside the output folder, until a run is d
 _PUBLISHING = "publishing"  # in WORK, while files are moved out of it
 
 
+def existing(out: Path) -> Path:
+    """`out`, or the nearest above it that is there: a folder or a file."""
+    return next(path for path in (out, *out.absolute().parents) if path.exists())
+
+
 def check_out(out: Path, *, resume: bool) -> None:
     """Raises ValueError where `out` holds something else than an unfinished run, or one that nobody asked to go on with."""
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    place = existing(out)
     if place != out:
         if not place.is_dir():
             raise ValueError(f"{out} cannot be made: {place} is a file")

@@ -20,6 +20,7 @@ from .float_model import FloatModel
 from .gptq import DOUBLE_UP_TO
 from .grid import Grid
 from .importance import entries_of
+from .out_folder import existing
 from .output import FUSED, SHARD_BYTES
 from .recipe import Recipe
 from .streams import CHUNK_TOKENS, Hidden, Inputs
@@ -251,7 +252,7 @@ def probe_inputs(model: FloatModel) -> Inputs:
 def check_disk(plan: Plan, out: Path, *, beside: int = 0, present: int = 0) -> None:
     """Raises OSError where the disk has less room than the run will need, with `beside` bytes that the plan does not know of, and
     `present` of them there already."""
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    place = existing(out)
     free, needed = shutil.disk_usage(place).free, plan.bytes_after + plan.work_bytes + beside - present
     if free < needed:
         raise OSError(
