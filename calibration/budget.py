@@ -51,11 +51,7 @@ _EIGHT_BIT_SAMPLES = 16
 _TUNING_SAMPLES = {"fast": 0, "default": 48, "best": _ALL}
 _TOWARD_FLOAT = 0.3  # the whole costs more than it gains (benchmarks/README.md)
 _TUNING_STEPS = {"fast": 0, "default": 48, "best": 256}
-_TUNING_RATES = {
-    "fast": 0.0,
-    "default": 3e-4,
-    "best": 1e-3,
-}  # of a few steps no more: at 1e-3, 48 lost what they gained (benchmarks/README.md)
+_TUNING_RATES = {"fast": 0.0, "default": 3e-4, "best": 1e-3}  # 48 steps at 1e-3 lost what they gained (benchmarks/README.md)
 
 
 def _steps(recipe: Recipe) -> Steps:

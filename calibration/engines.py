@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -35,18 +35,20 @@ def engines_of(hard: str | None, recipe: Recipe, group_size: int, *, served: boo
     return (*(("octavo",) if served else ()), *others)
 
 
-def limits_of(hard: str | None, recipe: Recipe, group_size: int, *, empty: nn.Module, modules: Iterable[str]) -> list[str]:
+def limits_of(
+    hard: str | None, recipe: Recipe, group_size: int, *, make_empty: Callable[[], nn.Module], modules: Iterable[str]
+) -> list[str]:
     """A sentence for each thing that keeps an engine from reading the folder.
 
-    `hard`: what `hard_storage` found; `empty`: a transformers model like the original, on the meta device, of which nothing is left
-    afterwards; `modules`: what is quantized.
+    `hard`: what `hard_storage` found; `make_empty` makes a transformers model like the original, on the meta device, where one is needed;
+    `modules`: what is quantized.
     """
     found = []
     if hard is not None:
         found.append(f"the original has {hard}: no engine is known to read them quantized; Octavo's reader verifies them")
     elif group_size not in _USUAL_GROUPS and not recipe.eight_bit:
         found.append(f"vLLM and SGLang read groups of 32, 64 and 128, not of {group_size}")
-    if hard is None and recipe.layout == "compressed-tensors" and (reason := _hindrance(empty, modules)) is not None:
+    if hard is None and recipe.layout == "compressed-tensors" and (reason := _hindrance(make_empty(), modules)) is not None:
         found.append(f"transformers does not load this folder: {reason}")
     return found
 

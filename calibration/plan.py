@@ -62,7 +62,7 @@ class Plan:
     device: str
     evaluates_whole: bool  # both models in memory at once, in Octavo's Engine; else block by block
     engines: tuple[str, ...] = ()  # that are known to read what is written
-    limits: tuple[str, ...] = ()  # a sentence for each thing that keeps one from it
+    notes: tuple[str, ...] = ()  # what there is to know before the work: what keeps an engine from it, what flatters its quality
 
     def as_decided(self, tuned: bool) -> Plan:
         """The same plan with the last pass or without, as it was decided when the run began: it must give the same bytes."""
@@ -113,7 +113,7 @@ class Plan:
                 f"about {told_bytes(self.peak_bytes)} of the {told_bytes(self.max_memory)} allowed"
                 + ("; the largest block alone takes more than that" if self.peak_bytes > self.max_memory else ""),
             ),
-            *(("note", limit) for limit in self.limits),
+            *(("note", note) for note in self.notes),
         ]
         return "\n".join(f"{name:<18}{value}" for name, value in rows)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..quant.checkpoint.hf_config import read_json
 from .budget import budget_of
@@ -156,13 +156,15 @@ class _Run:
         planned = make_plan(self.files.name, model, self.recipe, found.shapes, budget_of(self.recipe), size, served=self.served)
         hard = hard_storage(self.reader.tensors(), model.names.targets, planned.linears, found.transposed)
         group_size = planned.group_size
-        empty = FloatModel(self.original.transformers_config(), self.reader).module
-        limits = limits_of(hard, self.recipe, group_size, empty=empty, modules=planned.linears)
+        known = limits_of(hard, self.recipe, group_size, make_empty=self._empty, modules=planned.linears)
         blocks_in = quick_dtype(self.device) if model.is_quick else torch.float32
         device = planned.device if blocks_in is torch.float32 else f"{planned.device}, blocks in {str(blocks_in).removeprefix('torch.')}"
-        limits += [told for told in (self._quantized_before(), self.texts.same_text()) if told is not None]
+        known += [told for told in (self._quantized_before(), self.texts.same_text()) if told is not None]
         engines = engines_of(hard, self.recipe, group_size, served=self.served)
-        return model, replace(planned, device=device, engines=engines, limits=tuple(limits))
+        return model, replace(planned, device=device, engines=engines, notes=tuple(known))
+
+    def _empty(self) -> nn.Module:
+        return FloatModel(self.original.transformers_config(), self.reader).module
 
     def _quantized_before(self) -> str | None:
         kinds = sorted({info.stored for info in self.reader.tensors().values() if info.stored not in FLOATS})
@@ -213,7 +215,7 @@ class _Run:
         if len(tokens) < plan.budget.samples + plan.budget.own_samples:
             notes_of_run.append("tuning had the samples that were given alone: the model wrote none of its own")
         modules = {name: about for note in notes for name, about in note["modules"].items()}
-        notes_of_run += [*plan.limits, *self.notes]
+        notes_of_run += [*plan.notes, *self.notes]
         if self.recipe.max_memory is not None and (taken := _peak_bytes()) > self.recipe.max_memory:
             notes_of_run.append(
                 f"it took {told_bytes(taken)}, more than the {told_bytes(self.recipe.max_memory)} that --max-memory allowed"
