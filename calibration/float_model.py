@@ -87,8 +87,7 @@ class FloatModel:
     @property
     def context_length(self) -> int | None:
         """Tokens that the model was made for together; None where its config says nothing."""
-        length: int | None = getattr(self.module.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
-        return length
+        return context_of(self.module.config)
 
     @property
     def vocab_size(self) -> int:
@@ -198,6 +197,12 @@ class FloatModel:
         raise UnknownArchitectureError(
             f"{type(self.module).__name__} does not hand a block's output to the next as it is: it cannot be quantized block by block"
         ) from cause
+
+
+def context_of(config: Any) -> int | None:
+    """Tokens that a model of transformers' `config` was made for together; None where it says nothing."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
 
 
 def _free(modules: Iterable[nn.Module]) -> None:

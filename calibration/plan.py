@@ -104,7 +104,7 @@ class Plan:
             ("left as they are", ", ".join(["embedding and head", *([_some(self.kept)] if self.kept else [])])),
             (
                 "calibration",
-                f"{self.budget.samples} x {recipe.seqlen} tokens: {recipe.calibration}; activations {where}{weighed}",
+                f"{self.budget.samples} x {recipe.row_tokens} tokens: {recipe.calibration}; activations {where}{weighed}",
             ),
             ("tuning", tuning),
             ("written", f"about {told_bytes(self.bytes_after)}, and {told_bytes(self.work_bytes)} meanwhile"),
@@ -138,9 +138,6 @@ def make_plan(
     Raises ValueError where nothing is to be quantized, a group size does not fit, naming every linear that it does not, or memory is too
     small for what was asked.
     """
-    if model.context_length is not None and recipe.seqlen > model.context_length:
-        context = model.context_length
-        raise ValueError(f"seqlen {recipe.seqlen} is beyond the model's context of {context} tokens: give --seqlen {context} or less")
     _check_ignore(recipe, found)
     linears = {path: shape for path, shape in found.items() if not recipe.ignores(path) and not any(size % _PACKED for size in shape)}
     if not linears:
@@ -163,7 +160,7 @@ def make_plan(
     outer, room = _outer_bytes(model), free_bytes(model.device)
     for_tuning, skipped, entries = 0, None, sum(entries_of(n) for path, (n, _) in found.items() if "[" not in path)
     if budget.schedule is not None:
-        for_tuning = bytes_needed(model, budget.schedule, recipe.seqlen)
+        for_tuning = bytes_needed(model, budget.schedule, recipe.row_tokens)
         for_tuning += 4 * max(0, entries - 2 * weights)  # errors are weighed with a copy of the weights in place of three
         if _BASE_BYTES + for_tuning > max_memory:
             needed = (_BASE_BYTES + for_tuning) / _GIB
@@ -178,7 +175,7 @@ def make_plan(
             f"{model.device} has {room / _GIB:.1f} GiB free, and the largest block needs about {block / _GIB:.1f}: give --device cpu"
         )
     fixed = _BASE_BYTES + outer + block
-    streams = (budget.samples + budget.own_samples + budget.solve_samples) * recipe.seqlen * math.prod(model.hidden_shape) * 4
+    streams = (budget.samples + budget.own_samples + budget.solve_samples) * recipe.row_tokens * math.prod(model.hidden_shape) * 4
     beside_streams = max(fixed, _BASE_BYTES + for_tuning)
     on_disk = beside_streams + streams > max_memory
     both = _BASE_BYTES + 2 * _ENGINE_BYTES + bytes_before + after + _EVAL_LOGIT_COPIES * DEFAULT_SEQLEN * model.vocab_size * 4

@@ -55,7 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"rows of text at most; --effort says how many of them are used (default: {default.samples})",
     )
-    add("--seqlen", type=at_least(1), metavar="N", help=f"tokens in a row (default: {default.seqlen})")
+    add("--seqlen", type=at_least(1), metavar="N", help="tokens in a row (default: 512, or the model's context where that is less)")
     add("--seed", type=at_least(0), metavar="N", help=f"of everything drawn (default: {default.seed})")
     add(
         "--max-memory",

@@ -21,7 +21,7 @@ from .climb import climb
 from .devices import computing_on, device_of, give_back_memory, peak_bytes, quick_dtype
 from .engines import engines_of, hard_storage, limits_of
 from .eval_run import DEFAULT_SEQLEN
-from .float_model import FLOATS, FloatModel
+from .float_model import FLOATS, FloatModel, context_of
 from .float_text import served
 from .importance import Importance, find_importance
 from .kv_ranges import KVRanges
@@ -132,8 +132,9 @@ def plan(model_path: str | None, recipe: Recipe, *, eval_text: Path | None = Non
 
 class _Run:
     def __init__(self, model_path: str | None, recipe: Recipe, *, eval_text: Path | None, device: str) -> None:
-        self.recipe, self.device = recipe, device_of(device)
+        self.device = device_of(device)
         self.original = Original(model_path)
+        self.recipe = recipe = recipe.within(context_of(self.original.transformers_config()))
         self.files, self.reader = self.original.files, self.original.reader
         self.served = served(model_path)
         self.seconds: dict[str, float] = {}
@@ -246,7 +247,7 @@ class _Run:
         )
 
     def _hidden(self, plan: Plan, samples: int, model: FloatModel, work: WorkFolder, name: str) -> Hidden:
-        shape = (samples, self.recipe.seqlen, *model.hidden_shape)
+        shape = (samples, self.recipe.row_tokens, *model.hidden_shape)
         return Hidden(shape, work.path / f"{name}.bin" if plan.on_disk else None, self.device)
 
     @contextmanager
@@ -349,7 +350,7 @@ class _Run:
             tokens = texts.eval_tokens
             seqlen, text = min(DEFAULT_SEQLEN, len(tokens), model.context_length or DEFAULT_SEQLEN), texts.eval_text.name
         else:
-            tokens, seqlen = held_back.flatten().tolist(), recipe.seqlen
+            tokens, seqlen = held_back.flatten().tolist(), recipe.row_tokens
             text = "text of the model's own" if recipe.calibration == "self" else f"samples held back from {recipe.calibration}"
         if plan.evaluates_whole:
             model.free_outer()  # both models will be in memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -22,6 +22,7 @@ _EIGHT_BIT = ("fp8", "int8")
 # What transformers calls data sets in a GPTQConfig, as the hub does.
 _TRANSFORMERS_DATASETS = {"wikitext2": "wikitext:wikitext-2-raw-v1", "c4": "allenai/c4:en", "c4-new": "allenai/c4:en"}
 MIN_SEQLEN, MIN_SAMPLES = 16, 1
+_SEQLEN = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Recipe:
                     thorough until the gate holds
     group_size      inputs that share a scale; "auto": 64, or what divides every linear, at most 128
     format          of the checkpoint; auto: awq for asymmetric 4 bits, gptq for symmetric ones, compressed-tensors for the others
+    seqlen          tokens in a row; "auto": 512, or the model's context where that is less
     symmetric       one zero point for all; None: what every engine reads (asymmetric for awq, symmetric for the others)
     calibration     "self": the model writes its own; else a text, JSONL or chat file, or a hub data set (NAME or NAME:CONFIG)
     activations     of fp8: inputs rounded by a scale found for each token as it comes ("dynamic") or from calibration ("static")
@@ -48,7 +50,7 @@ class Recipe:
     symmetric: bool | None = None
     calibration: str = "self"
     samples: int = 128
-    seqlen: int = 512
+    seqlen: int | Literal["auto"] = "auto"
     seed: int = 0
     kv_cache: KVCache | None = None
     activations: Literal["dynamic", "static"] = "dynamic"
@@ -68,13 +70,14 @@ class Recipe:
         object.__setattr__(self, "ignore", _patterns(self.ignore))
         object.__setattr__(self, "calibration", _name(self.calibration))
         for name in ("bits", "samples", "seqlen", "seed"):
-            if type(getattr(self, name)) is not int:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not valid: give a whole number")
+            value = getattr(self, name)
+            if type(value) is not int and (name, value) != ("seqlen", "auto"):
+                raise ValueError(f"{name} {value!r} is not valid: give a whole number")
         if self.symmetric not in (None, True, False) or type(self.symmetric) is int:
             raise ValueError(f"symmetric {self.symmetric!r} is not valid: give True, False or None")
         for name, least in (("samples", MIN_SAMPLES), ("seqlen", MIN_SEQLEN)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} is not valid: give at least {least}")
+            if (value := getattr(self, name)) != "auto" and value < least:
+                raise ValueError(f"{name} {value} is not valid: give at least {least}")
         if self.group_size != "auto" and (type(self.group_size) is not int or (self.group_size < 8 and self.group_size != -1)):
             raise ValueError(
                 f"group_size {self.group_size!r} is not valid: give auto, -1 (one group a row), or 8 and more, such as 64 or 128"
@@ -157,6 +160,19 @@ class Recipe:
         import torch
 
         return torch.bfloat16 if self.layout == "compressed-tensors" else torch.float16
+
+    @property
+    def row_tokens(self) -> int:
+        """`seqlen`, decided; for a model only after `within`."""
+        return _SEQLEN if self.seqlen == "auto" else self.seqlen
+
+    def within(self, context: int | None) -> Self:
+        """The recipe for a model of so many tokens' context, if that is known. Raises ValueError for a `seqlen` beyond it."""
+        if context is None or self.row_tokens <= context:
+            return self
+        if self.seqlen != "auto":
+            raise ValueError(f"seqlen {self.seqlen} is beyond the model's context of {context} tokens: give --seqlen {context} or less")
+        return replace(self, seqlen=context)
 
     @property
     def lowest_zero(self) -> int:

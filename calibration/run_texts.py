@@ -102,7 +102,7 @@ class RunTexts:
     def few_tokens(self, count: int | None = None) -> str | None:
         """What is to be said of quality that is measured on `count` tokens (None: on what there is); None for enough of them."""
         if count is None:
-            count = self._held_back * self.recipe.seqlen if self.eval_tokens is None else len(self.eval_tokens)
+            count = self._held_back * self.recipe.row_tokens if self.eval_tokens is None else len(self.eval_tokens)
         if count >= _ENOUGH_TOKENS:
             return None
         gated = self.recipe.max_ppl_increase is not None or self.recipe.max_kl is not None
@@ -119,15 +119,15 @@ class RunTexts:
 
     def _own_rows(self, file: Path, identity: Mapping[str, Any], count: int) -> Tensor:
         original, recipe = self.original, self.recipe
-        key = {**identity, "recipe": [recipe.seqlen, recipe.seed]}
+        key = {**identity, "recipe": [recipe.row_tokens, recipe.seed]}
         found = json.loads(file.read_text()) if file.is_file() else {}
         text = OwnText(found["tokens"], found["asked"]) if found.get("of") == key else OwnText()
-        batch = batch_of(original.transformers_config(), recipe.seqlen)
-        with ExitStack() as opened, Progress("writing text", count * recipe.seqlen, "tokens") as bar:
+        batch = batch_of(original.transformers_config(), recipe.row_tokens)
+        with ExitStack() as opened, Progress("writing text", count * recipe.row_tokens, "tokens") as bar:
 
             @functools.cache  # what lies in the file may be enough
             def draws() -> Generate:
-                return opened.enter_context(drawing(original.model_path, str(original.files.root), recipe.seqlen, batch, self.device))
+                return opened.enter_context(drawing(original.model_path, str(original.files.root), recipe.row_tokens, batch, self.device))
 
             def generate(prompts: Sequence[Sequence[int]], num_tokens: int, seed: int) -> Sequence[Sequence[int]]:
                 original.check_vocabulary(max(max(prompt, default=0) for prompt in prompts))
@@ -137,7 +137,7 @@ class RunTexts:
                 generate,
                 original.tokenizer,
                 samples=count,
-                seqlen=recipe.seqlen,
+                seqlen=recipe.row_tokens,
                 seed=recipe.seed,
                 batch=batch,
                 text=text,
@@ -154,7 +154,7 @@ class RunTexts:
             texts,
             tokenizer,
             samples=self._samples + self._held_back,
-            seqlen=recipe.seqlen,
+            seqlen=recipe.row_tokens,
             where=recipe.calibration,
             of=recipe.samples + self._held_back,
             beside=self._held_back,

@@ -31,8 +31,17 @@ def test_a_group_size_that_does_not_fit_names_every_linear(llama: Path, tmp_path
 
 
 def test_rows_longer_than_the_context(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="seqlen 512 is beyond the model's context of 128 tokens"):
-        quantize(str(llama), tmp_path / "out", group_size=16)
+    with pytest.raises(ValueError, match="seqlen 512 is beyond the model's context of 128 tokens: give --seqlen 128 or less"):
+        quantize(str(llama), tmp_path / "out", group_size=16, seqlen=512)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("calibration", ["self", "file"])
+def test_a_context_that_is_shorter_than_usual_rows(calibration: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    given = str(text) if calibration == "file" else "self"
+    done = quantize(str(llama), tmp_path / "out", method="rtn", group_size=16, samples=8, calibration=given, measure_speed=False)
+    assert done.recipe.seqlen == 128
+    assert done.quality.num_tokens == 127  # one row was held back
 
 
 def test_a_folder_that_is_not_empty(llama: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ NO_NUMBERS = [
     {"samples": "12"},
     {"seqlen": None},
     {"seqlen": 64.0},
+    {"seqlen": "all"},
     {"seed": "x"},
     {"max_kl": True},
     {"symmetric": "no"},
@@ -42,6 +43,13 @@ def test_what_is_no_number_is_refused_by_name(fields: dict[str, Any]) -> None:
 def test_one_pattern_is_a_pattern() -> None:
     assert Recipe.from_dict({"ignore": "down_proj"}).ignore == ("down_proj",)
     assert Recipe(ignore="down_proj").ignore == ("down_proj",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "context", "wanted"), [("auto", 128, 128), ("auto", 4096, 512), ("auto", None, 512), (64, 128, 64), (600, None, 600)]
+)
+def test_rows_are_as_long_as_the_context_allows(seqlen: Any, context: int | None, wanted: int) -> None:
+    assert Recipe(seqlen=seqlen).within(context).row_tokens == wanted
 
 
 def test_a_path_is_a_name() -> None:
