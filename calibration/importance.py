@@ -113,9 +113,8 @@ def _run(model: FloatModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Sit
         for index, (block, call) in enumerate(zip(model.blocks, calls, strict=True)):
             hidden, seen = _watched(block, call, hidden)
             times = Counter(site for site, _ in seen)
-            outputs += [
-                (index, site, y) for site, y in seen if site.expert is None and y.shape[:-1].numel() == tokens.numel() and times[site] == 1
-            ]
+            whole = [(site, y) for site, y in seen if site.expert is None and y.shape[:-1].numel() == tokens.numel() and times[site] == 1]
+            outputs += [(index, site, y) for site, y in whole if y.requires_grad]  # some choose what attention sees, and have no gradient
     return hidden.float(), outputs
 
 

@@ -30,7 +30,7 @@ _GPT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_MLA: dict[str, Any] = {
+MLA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
@@ -39,8 +39,8 @@ _MLA: dict[str, Any] = {
     "v_head_dim": 16,
     "head_dim": 8,
 }
-_MLA |= {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-_MLA |= {"first_k_dense_replace": 1, "n_shared_experts": 1}
+MLA |= {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+MLA |= {"first_k_dense_replace": 1, "n_shared_experts": 1}
 _OSS: dict[str, Any] = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
@@ -66,7 +66,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmo2": WIDE,  # norms behind the linears alone
     "mixtral": {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2},  # experts in one tensor, several in the checkpoint
     "qwen2_moe": {**WIDE, **_EXPERTS, "shared_expert_intermediate_size": 64},
-    "deepseek_v3": {**WIDE, **_MLA},  # low ranks between the linears, the first block dense
+    "deepseek_v3": {**WIDE, **MLA},  # low ranks between the linears, the first block dense
     "gpt_oss": {**WIDE, **_OSS},  # experts transposed, in one tensor in the checkpoint too
     "lfm2": {**WIDE, "layer_types": ["conv", "full_attention"]},  # blocks of two kinds
     "exaone": WIDE,  # calls itself a Llama, and has other names in its checkpoint

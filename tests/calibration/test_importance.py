@@ -16,7 +16,7 @@ from octavo.calibration.moments import Collector
 from octavo.calibration.sites import Site
 from octavo.calibration.work import WorkFolder
 
-from .architectures import VOCAB, make
+from .architectures import MLA, VOCAB, make
 from .test_float_model import opened
 
 TOKENS = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(5))
@@ -109,3 +109,13 @@ def test_it_comes_back_from_the_work_folder(tmp_path: Path) -> None:
         assert all(torch.equal(found.tokens[site], block.tokens[site]) for site in block.tokens)
         for site, parts in block.outputs.items():
             assert all(torch.equal(one, part) for one, part in zip(found.outputs[site], parts, strict=True))
+
+
+def test_what_only_chooses_has_no_gradient(tmp_path: Path) -> None:
+    """An indexer gives what tokens attention looks at, and the answer hangs on nothing of it smoothly."""
+    make("deepseek_v32", tmp_path, **MLA)
+    model = opened(tmp_path)
+    for block in find_importance(model, TOKENS, seed=7):
+        names = {str(site) for site in block.tokens}
+        assert "self_attn.o_proj" in names
+        assert not any("indexer" in name for name in names)
