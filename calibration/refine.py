@@ -1,6 +1,6 @@
 """Refining quantized weights under the second moments of their inputs: codes one column at a time, scales in closed form. Knows no method.
 
-Both lower sum over rows of (w - q) H (w - q)^T and never raise it. Coordinate descent on codes after GPTQ: Behdin et al., 2023, QuantEase,
+All lower sum over rows of (w - q) H (w - q)^T and never raise it. Coordinate descent on codes after GPTQ: Behdin et al., 2023, QuantEase,
 arXiv 2309.01885. Scales by least squares over all groups of a row at once.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.grouped_linear import GroupedWeight
-from .grid import Grid, writable
+from ..kernels.grouped_linear import GroupedWeight, dequantize
+from .grid import Grid, Ranges, encode, grouped, writable
 
 _BLOCK = 64  # columns whose gradients are kept up to date one by one; those of the others come with one product
 _RIDGE = 1e-4  # of the mean diagonal, on what a row's scales are solved from
@@ -25,6 +25,37 @@ def refine(weight: Tensor, hessian: Tensor, quantized: GroupedWeight, *, rounds:
     for _ in range(rounds):
         quantized = refine_codes(weight, hessian, refine_scales(weight, hessian, quantized), sweeps=2)
     return refine_scales(weight, hessian, quantized) if rounds else quantized
+
+
+def refine_nearest(weight: Tensor, hessian: Tensor, quantized: GroupedWeight, *, rounds: int) -> GroupedWeight:
+    """Scales, and then `rounds` of the nearest codes under them and scales again: where codes are to stay the nearest, ranges are all that
+    can make up for what inputs do together. Of each row the best is kept."""
+    codes, scales = quantized.codes.clone(), quantized.scale.clone()
+    for at in range(0, len(weight), _ROWS):
+        rows = slice(at, at + _ROWS)
+        best = refine_scales(weight[rows], hessian, quantized.take(torch.arange(at, min(at + _ROWS, len(weight)))))
+        least = _row_errors(weight[rows], hessian, best)
+        for _ in range(rounds):
+            found = refine_scales(weight[rows], hessian, _encoded(weight[rows], best))
+            error = _row_errors(weight[rows], hessian, found)
+            better = (error < least)[:, None]
+            best = replace(best, codes=torch.where(better, found.codes, best.codes), scale=torch.where(better, found.scale, best.scale))
+            least = torch.minimum(error, least)
+        codes[rows], scales[rows] = best.codes, best.scale
+    return replace(quantized, codes=codes, scale=scales)
+
+
+def _row_errors(weight: Tensor, hessian: Tensor, quantized: GroupedWeight) -> Tensor:
+    error = dequantize(quantized) - weight
+    return (error @ hessian).mul_(error).sum(1)
+
+
+def _encoded(weight: Tensor, quantized: GroupedWeight) -> GroupedWeight:
+    """`weight` [N, K] by the nearest codes under the ranges of `quantized`."""
+    g = quantized.group_size
+    grid = Grid(quantized.bits, g, quantized.zeros is None, quantized.scale.dtype)
+    ranges = Ranges(quantized.scale.float(), _zeros(quantized))
+    return replace(quantized, codes=encode(grouped(weight, g), ranges, grid).flatten(1).to(torch.uint8))
 
 
 def _zeros(quantized: GroupedWeight) -> Tensor:

@@ -19,12 +19,13 @@ from .folds import Fold
 from .gptq import DOUBLE_UP_TO, NotPositiveDefiniteError, Order, damped, gptq, gptq_for, inverse_factor
 from .grid import Grid, round_to_nearest
 from .moments import Collector, Moments
-from .refine import refine
+from .refine import refine, refine_nearest
 from .rows import round_rows
 from .sites import Site
 
 _FIT_DAMP = 0.01
 _AIM_DAMP = 0.01
+_NEAREST_ROUNDS = 2
 FEW_TOKENS = 64  # an expert that saw fewer rounds by itself: the moments of so few tokens would mislead
 
 
@@ -138,6 +139,8 @@ def solve_group(
         best, how = _best_gptq(stacked, hessian, moments.count, grid, steps, gradients)
     else:
         best = round_to_nearest(stacked, grid, hessian.diagonal())
+        if moments.count >= FEW_TOKENS:
+            best = refine_nearest(stacked, damped(hessian, _FIT_DAMP), best, rounds=_NEAREST_ROUNDS)
         how = f"nearest: saw {moments.count} tokens" if steps.orders else "nearest"
     values = dequantize(best)
     solved, at = [], 0

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo.calibration import refine as refine_file
 from octavo.calibration.awq import fit_scales, output_error, search_scales
 from octavo.calibration.gptq import ORDERS, NotPositiveDefiniteError, damped, gptq, inverse_factor, order_of
 from octavo.calibration.grid import Grid, decode, encode, grouped, min_max, round_to_nearest, search
-from octavo.calibration.refine import refine, refine_codes, refine_scales
-from octavo.kernels.grouped_linear import dequantize
+from octavo.calibration.refine import refine, refine_codes, refine_nearest, refine_scales
+from octavo.kernels.grouped_linear import GroupedWeight, dequantize
 
 GRIDS = [
     Grid(4, 32),
@@ -173,6 +174,28 @@ def test_refining_never_loses_and_mostly_wins(grid: Grid) -> None:
     assert int(found.codes.max()) <= grid.top
     for step in (refine_codes(weight, hessian, start, sweeps=1), refine_scales(weight, hessian, start)):
         assert output_error(weight, dequantize(step), hessian) <= before * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_ranges_of_nearest_codes_make_up_for_what_inputs_do_together(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = matrix(64, 64, 8), inputs(400, 64, 8)
+    hessian = x.t() @ x / len(x)
+    start = round_to_nearest(weight, grid, hessian.diagonal())
+
+    def errors(quantized: GroupedWeight) -> torch.Tensor:  # row by row, on the inputs themselves
+        return ((dequantize(quantized) - weight).double() @ x.t().double()).square().sum(1)
+
+    once, found = (refine_nearest(weight, hessian, start, rounds=rounds) for rounds in (0, 3))
+    assert bool((errors(once) <= errors(start) * (1 + 1e-4)).all())
+    assert bool((errors(found) <= errors(once) * (1 + 1e-4)).all())
+    assert float((errors(once) / errors(start)).log().mean()) < -0.01
+    assert float((errors(found) / errors(once)).log().mean()) < -0.005
+    assert found.scale.dtype == grid.scale_dtype
+    assert int(found.codes.max()) <= grid.top
+    monkeypatch.setattr(refine_file, "_ROWS", 7)
+    again = refine_nearest(weight, hessian, start, rounds=3)
+    assert torch.equal(again.codes, found.codes)
+    assert torch.equal(again.scale, found.scale)
 
 
 def test_refined_codes_cannot_be_bettered_one_by_one() -> None:
