@@ -49,6 +49,11 @@ def _storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def _span(tensor: Tensor) -> int:
+    """How many numbers of its memory a tensor reaches over."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same part of the same memory."""
     return _storage_of(a) == _storage_of(b) and a.storage_offset() == b.storage_offset() and a.shape == b.shape
@@ -57,9 +62,10 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 class _Watch(TorchFunctionMode):
     def __init__(self, block: nn.Module, watcher: Watcher, outputs: bool) -> None:
         super().__init__()
-        self._by_storage = {
-            _storage_of(parameter): (name, parameter) for name, parameter in block.named_parameters() if parameter.dim() in (2, 3)
-        }
+        self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}  # several where one tensor of the checkpoint was cut into them
+        for name, parameter in block.named_parameters():
+            if parameter.dim() in (2, 3):
+                self._by_storage.setdefault(_storage_of(parameter), []).append((name, parameter))
         self._watcher, self._outputs = watcher, outputs
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -82,15 +88,21 @@ class _Watch(TorchFunctionMode):
         """One; or of weights [E, N, K], where x is [E, T, K], every expert's."""
         if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.is_meta:
             return []
-        name, parameter = self._by_storage.get(_storage_of(weight), (None, None))
-        if name is None or parameter is None or weight.dim() > parameter.dim() or weight.dim() < 2:
+        at = weight.storage_offset()
+        near = [
+            (name, held) for name, held in self._by_storage.get(_storage_of(weight), ()) if 0 <= at - held.storage_offset() < _span(held)
+        ]
+        if not near:
+            return []
+        name, parameter = near[0]
+        if weight.dim() > parameter.dim() or weight.dim() < 2:
             return []
         transposed = weight.stride(-1) != 1
         if weight.dim() == 3:
             return [Site(name, expert, transposed) for expert in range(weight.shape[0])]
         if parameter.dim() == 3:
             whole = weight.numel() * parameter.shape[0] == parameter.numel()
-            return [Site(name, weight.storage_offset() // parameter.stride(0), transposed)] if whole else []
+            return [Site(name, (at - parameter.storage_offset()) // parameter.stride(0), transposed)] if whole else []
         return [Site(name, None, transposed)] if weight.numel() == parameter.numel() else []
 
     def _tell(self, sites: Sequence[Site], rows: Tensor) -> None:

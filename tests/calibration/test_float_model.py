@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from octavo.calibration.float_model import FloatModel, UnknownArchitectureError
@@ -90,6 +91,31 @@ def found_folds(name: str, folders: dict[str, tuple[Path, Any]]) -> tuple[Any, A
     block, run = block_of(name, folders)
     sites = find_sites(block, run)
     return block, run, sites, find_folds(block, sites, run)
+
+
+def test_parameters_that_are_parts_of_one_tensor_are_told_apart() -> None:
+    """As they come where a checkpoint has one tensor for several linears: each begins where the one before it ends."""
+    memory = torch.randn(8 * 16 + 5 * 16 + 3 * 4 * 16)
+    first, second, experts = memory[:128].view(8, 16), memory[128:208].view(5, 16), memory[208:].view(3, 4, 16)
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.experts = nn.Parameter(first), nn.Parameter(second), nn.Parameter(experts)
+
+    block, x, seen = Cut(), torch.randn(7, 16), list[tuple[Site, int]]()
+
+    def run() -> torch.Tensor:
+        nn.functional.linear(x, block.second)
+        x @ block.experts[2].t()
+        return nn.functional.linear(x, block.first)
+
+    with watching(block, lambda site, y: seen.append((site, y.shape[1])), outputs=True):
+        run()
+    assert seen == [(Site("second"), 5), (Site("experts", 2), 4), (Site("first"), 8)]
+    assert find_sites(block, run) == [Site("second"), *(Site("experts", expert) for expert in range(3)), Site("first")]
+    for site, whole in ((Site("second"), second), (Site("experts", 2), experts[2]), (Site("first"), first)):
+        assert torch.equal(site.weight(block), whole)
 
 
 FEEDERS = {
