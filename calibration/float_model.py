@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,20 +35,36 @@ class UnknownArchitectureError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a block is called with beside the hidden state, which is its first argument or the keyword `hidden_name`."""
+    """What a block is called with beside the hidden state, which is its first argument or the keyword `hidden_name`.
+
+    `board`: the keyword of a mapping, one for all blocks of a pass, on which some leave what others read, such as keys and values.
+    `streams_first`: whether the block itself takes and gives [streams, B, T, H].
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     hidden_name: str | None
+    board: str | None = None
+    streams_first: bool = False
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden state [B, T, H] that the block makes of `hidden`."""
+    def run(self, block: nn.Module, hidden: Tensor, board: MutableMapping[str, Any] | None = None) -> Tensor:
+        """The hidden state [B, T, ...] that the block makes of `hidden`, with another `board` than that of the pass that was followed."""
+        hidden = hidden.movedim(2, 0) if self.streams_first else hidden
+        kwargs = self.kwargs if board is None or self.board is None else {**self.kwargs, self.board: board}
         if self.hidden_name is None:
-            out = block(hidden, *self.args, **self.kwargs)
+            out = block(hidden, *self.args, **kwargs)
         else:
-            out = block(*self.args, **{**self.kwargs, self.hidden_name: hidden})
+            out = block(*self.args, **{**kwargs, self.hidden_name: hidden})
         result: Tensor = out[0] if isinstance(out, tuple | list) else out
-        return result
+        return result.movedim(0, 2) if self.streams_first else result
+
+    def board_of(self, content: Mapping[str, Any]) -> MutableMapping[str, Any] | None:
+        """A board of the kind that blocks expect, with this on it; None where they have none."""
+        if self.board is None:
+            return None
+        made: MutableMapping[str, Any] = type(self.kwargs[self.board])()
+        made.update(content)
+        return made
 
 
 class FloatModel:
@@ -164,34 +181,45 @@ class FloatModel:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def calls(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """The hidden state [B, T, H] that enters the first block for `tokens` int64 [B, T], and what each block is called with."""
+        """The hidden state [B, T, ...] that enters the first block for `tokens` int64 [B, T], and what each block is called with."""
         recorder = self._followed(tokens, None)[1]
         if recorder.order != list(range(len(self.blocks))):
             raise UnknownArchitectureError(
                 f"{type(self.module).__name__} does not call its blocks once each, in their order: it cannot be quantized block by block"
             )
-        if recorder.first.shape[:2] != tokens.shape:
+        first = recorder.first.movedim(0, 2) if self._streams_first else recorder.first
+        if first.shape[:2] != tokens.shape:
             raise UnknownArchitectureError(
                 f"{type(self.module).__name__} gives its blocks other positions than its tokens have: it cannot be quantized so"
             )
-        return recorder.first, recorder.calls
+        name = _board_of(recorder.calls)
+        return first, [replace(call, board=name, streams_first=self._streams_first) for call in recorder.calls]
+
+    @functools.cached_property
+    def _streams_first(self) -> bool:
+        shape = self._followed(torch.zeros(1, 2, dtype=torch.int64), None)[1].first.shape
+        return len(shape) == 4 and shape[1:3] == (1, 2) != shape[:2]
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The logits [B, T, vocab_size] after the last block gave `hidden` for `tokens`."""
-        out: Tensor = self._followed(tokens, hidden)[0].logits
+        out: Tensor = self._followed(tokens, hidden.movedim(2, 0) if self._streams_first else hidden)[0].logits
         return out
 
-    def _followed(self, tokens: Tensor, replace: Tensor | None) -> tuple[Any, _Recorder]:
-        """What the model gives when its blocks hand their input on, the last one `replace`; and what was recorded."""
+    def _followed(self, tokens: Tensor, instead: Tensor | None) -> tuple[Any, _Recorder]:
+        """What the model gives when its blocks hand their input on, the last one `instead`; and what was recorded."""
         cause: Exception | None = None
         options: dict[str, Any] = {"input_ids": tokens.to(self.device), "use_cache": False}
-        if replace is None and "logits_to_keep" in inspect.signature(self.module.forward).parameters:
-            options["logits_to_keep"] = 1  # nobody looks at them, and of a large vocabulary they take GiB
-        for gives in _GIVES:
-            recorder = _Recorder(self.blocks, gives, replace)
+        keeping: list[dict[str, Any]] = [{}]
+        if "logits_to_keep" in inspect.signature(self.module.forward).parameters:  # told a number, some leave tokens out of blocks too
+            if instead is None:  # nobody looks at logits, and of a large vocabulary they take GiB
+                keeping = [{"logits_to_keep": 1}, {"logits_to_keep": torch.tensor([-1], device=self.device)}]
+            else:
+                keeping = [{}, {"logits_to_keep": torch.arange(tokens.shape[1], device=self.device)}]
+        for gives, kept in itertools.product(_GIVES, keeping):
+            recorder = _Recorder(self.blocks, gives, instead)
             try:
-                with recorder, torch.set_grad_enabled(replace is not None and torch.is_grad_enabled()):
-                    return self.module(**options), recorder
+                with recorder, torch.set_grad_enabled(instead is not None and torch.is_grad_enabled()):
+                    return self.module(**options, **kept), recorder
             except (_NotFollowing, TypeError, ValueError, IndexError, AttributeError) as error:  # it expects something else of a block
                 cause = cause or error
         raise UnknownArchitectureError(
@@ -213,15 +241,23 @@ def _free(modules: Iterable[nn.Module]) -> None:
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
+def _board_of(calls: Sequence[Call]) -> str | None:
+    """The keyword under which all blocks were given one and the same mapping with nothing in it, as yet."""
+    for name, value in calls[0].kwargs.items() if len(calls) > 1 else ():
+        if isinstance(value, MutableMapping) and not value and all(call.kwargs.get(name) is value for call in calls):
+            return name
+    return None
+
+
 class _NotFollowing(Exception):  # a signal, caught here
     """A block was handed something else than the one before it gave."""
 
 
 class _Recorder:
-    """Stands in for the blocks: each hands its hidden state on (the last one `replace`), and what it was called with is kept."""
+    """Stands in for the blocks: each hands its hidden state on (the last one `instead`), and what it was called with is kept."""
 
-    def __init__(self, blocks: Sequence[nn.Module], gives: _Gives, replace: Tensor | None) -> None:
-        self._blocks, self._gives, self._replace = blocks, gives, replace
+    def __init__(self, blocks: Sequence[nn.Module], gives: _Gives, instead: Tensor | None) -> None:
+        self._blocks, self._gives, self._instead = blocks, gives, instead
         self.calls: list[Call] = []
         self.order: list[int] = []  # of the blocks that were called
         self.first: Tensor = torch.empty(0)
@@ -249,8 +285,8 @@ class _Recorder:
             kept = {key: value for key, value in kwargs.items() if key != name}
             self.calls.append(Call(args[1:], kept, name))
             self.order.append(index)
-            if self._replace is not None and index == len(self._blocks) - 1:
-                hidden = self._replace
+            if self._instead is not None and index == len(self._blocks) - 1:
+                hidden = self._instead
             self._previous = hidden
             return self._gives(hidden)
 

@@ -132,8 +132,9 @@ def make_plan(
     bytes_before: int,
     *,
     served: bool,
+    left: int = 0,
 ) -> Plan:
-    """`served`: whether Octavo's Engine runs the architecture.
+    """`served`: whether Octavo's Engine runs the architecture. `left`: numbers a token that blocks leave for later ones, in memory.
 
     Raises ValueError where nothing is to be quantized, a group size does not fit, naming every linear that it does not, or memory is too
     small for what was asked.
@@ -175,8 +176,9 @@ def make_plan(
             f"{model.device} has {room / _GIB:.1f} GiB free, and the largest block needs about {block / _GIB:.1f}: give --device cpu"
         )
     fixed = _BASE_BYTES + outer + block
-    streams = (budget.samples + budget.own_samples + budget.solve_samples) * recipe.row_tokens * math.prod(model.hidden_shape) * 4
-    beside_streams = max(fixed, _BASE_BYTES + for_tuning)
+    tokens = (budget.samples + budget.own_samples + budget.solve_samples) * recipe.row_tokens
+    streams = tokens * math.prod(model.hidden_shape) * 4
+    beside_streams = max(fixed, _BASE_BYTES + for_tuning) + tokens * left * 4
     on_disk = beside_streams + streams > max_memory
     both = _BASE_BYTES + 2 * _ENGINE_BYTES + bytes_before + after + _EVAL_LOGIT_COPIES * DEFAULT_SEQLEN * model.vocab_size * 4
     whole = served and both <= max_memory

@@ -78,8 +78,8 @@ def by_transformers(
         inputs.start(hidden)
         for index in range(len(model.blocks)):
             block = model.load_block(index)
-            for chunk, out in inputs.run(index, block, hidden):
-                hidden[chunk] = out
+            for _ in inputs.advance(index, block, hidden):
+                pass
             model.free_block(index)
 
         @torch.no_grad()

@@ -154,7 +154,8 @@ class _Run:
             if not ranges.largest:
                 raise ValueError("kv_cache fp8: the model calls no attention whose keys and values could be seen; leave --kv-cache out")
         size = sum(info.nbytes for info in self.reader.tensors().values())
-        planned = make_plan(self.files.name, model, self.recipe, found.shapes, budget_of(self.recipe), size, served=self.served)
+        worth = budget_of(self.recipe)
+        planned = make_plan(self.files.name, model, self.recipe, found.shapes, worth, size, served=self.served, left=found.left)
         hard = hard_storage(self.reader.tensors(), model.names.targets, planned.linears, found.transposed)
         group_size = planned.group_size
         known = limits_of(hard, self.recipe, group_size, make_empty=self._empty, modules=planned.linears)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Hidden:
 
     def __init__(self, shape: tuple[int, ...], file: Path | None = None, device: torch.device = CPU) -> None:
         self.shape, self._file, self._device = shape, file, device
+        self.boards: dict[int, Mapping[str, Any]] = {}  # by chunk: what blocks left for those after them, see Call
         self._values = torch.empty(shape, device=CPU) if file is None else None
         if file is not None:
             with file.open("wb") as made:  # all of it now: a disk that is full is an error here, and a crash once it is mapped
@@ -67,7 +68,7 @@ class Inputs:
 
     def start(self, hidden: Hidden) -> None:
         """Put what enters the first block into `hidden`, and keep what the blocks are called with."""
-        self._calls = []
+        self._calls, hidden.boards = [], {}
         for chunk in self.chunks:
             first, calls = self._model.calls(self.tokens[chunk])
             hidden[chunk] = first
@@ -83,11 +84,26 @@ class Inputs:
         for number in range(self.num_chunks(hidden)):
             yield self.chunks[number], self.run_chunk(number, index, block, hidden)
 
-    @torch.no_grad()
     def run_chunk(self, number: int, index: int, block: nn.Module, hidden: Hidden) -> Tensor:
         """The output of block `index` for one chunk."""
+        return self._computed(number, index, block, hidden)[0]
+
+    def advance(self, index: int, block: nn.Module, hidden: Hidden) -> Iterator[tuple[slice, Tensor]]:
+        """`run`, and `hidden` becomes what it gives; block after block."""
+        for number in range(self.num_chunks(hidden)):
+            out, board = self._computed(number, index, block, hidden)
+            hidden[self.chunks[number]] = out
+            if board is not None:
+                hidden.boards[number] = {name: _moved(value, CPU) for name, value in board.items()}
+            yield self.chunks[number], out
+
+    @torch.no_grad()
+    def _computed(self, number: int, index: int, block: nn.Module, hidden: Hidden) -> tuple[Tensor, Mapping[str, Any] | None]:
+        """The output of block `index` for one chunk, and the board behind it."""
+        call, known = self._calls[number][index], hidden.boards.get(number, {})
+        board = call.board_of({name: _moved(value, self._model.device) for name, value in known.items()})
         with self._model.quickly() if self._quick else nullcontext():
-            return self._calls[number][index].run(block, hidden[self.chunks[number]]).float()
+            return call.run(block, hidden[self.chunks[number]], board).float(), board
 
     def num_chunks(self, hidden: Hidden) -> int:
         """How many chunks `hidden` has."""
@@ -96,6 +112,18 @@ class Inputs:
     def call(self, index: int) -> Call:
         """What block `index` is called with for the first chunk."""
         return self._calls[0][index]
+
+
+def tensors_on(board: Mapping[str, Any]) -> list[Tensor]:
+    """What blocks left on a board, see Call."""
+    values = [part for value in board.values() for part in (value if isinstance(value, tuple | list) else (value,))]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _same(a: Call, b: Call) -> bool:

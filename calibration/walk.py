@@ -25,7 +25,7 @@ from .routers import find_routers
 from .sites import Site, find_sites
 from .solve import Solved, Steps, apply_scales, rescaled, solve_group
 from .stages import see_stage
-from .streams import Hidden, Inputs
+from .streams import Hidden, Inputs, tensors_on
 from .work import BlockResult, WorkFolder
 
 GroupSizes = Callable[[str, int, int], Grid | None]  # module path, N, K -> its grid; None: it stays as it is
@@ -56,9 +56,16 @@ def _probe(model: FloatModel, inputs: Inputs, index: int, block: nn.Module) -> C
 
     @torch.no_grad()
     def run() -> Tensor:
-        return call.run(block, hidden)
+        out = call.run(block, hidden)
+        return out if call.board is None else _with_board(out, call.kwargs[call.board])
 
     return run
+
+
+def _with_board(out: Tensor, board: Mapping[str, Any]) -> Tensor:
+    """All that hangs on a block's weights, one after the other: what is left for other blocks must not change either. As large as `out`."""
+    largest = out.abs().max()
+    return torch.cat([out.flatten(), *(part.flatten() * (largest / part.abs().max().clamp(min=1e-30)) for part in tensors_on(board))])
 
 
 def block_name(index: int) -> str:
@@ -96,6 +103,8 @@ class Walk:
             block = self._model.load_block(index)
             if self._work.has(name):
                 result = self._work.load_block(name)
+                if self._probe.call(index).board is not None:
+                    _probe(self._model, self._probe, index, block)()  # leaves what later blocks read
                 self._advance_floats(index, block)
                 put(block, result)
                 self._advance_quantized(index, block)
@@ -186,14 +195,13 @@ class Walk:
         return found
 
     def _advance_floats(self, index: int, block: nn.Module) -> None:
-        for chunk, out in self._inputs.run(index, block, self._floats):
-            self._floats[chunk] = out
+        for _ in self._inputs.advance(index, block, self._floats):
+            pass
 
     def _advance_quantized(self, index: int, block: nn.Module) -> float:
         """Mean squared difference of the streams behind the block, relative to the float one's mean square."""
         off = size = 0.0
-        for chunk, out in self._inputs.run(index, block, self._quantized):
-            self._quantized[chunk] = out
+        for chunk, out in self._inputs.advance(index, block, self._quantized):
             want = self._floats[chunk]
             off += float((out - want).square().sum(dtype=torch.float64))
             size += float(want.square().sum(dtype=torch.float64))
@@ -234,6 +242,7 @@ class Survey:
     shapes: Mapping[str, tuple[int, int]]
     transposed: frozenset[str]
     runs_quick: bool  # whether all blocks do in `quick_products`, with the same sites
+    left: int  # numbers a token that blocks leave for those after them
 
 
 def survey(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> Survey:
@@ -247,7 +256,7 @@ def survey(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> Survey:
     for index, block in enumerate(model.blocks):
         parameters = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
         signature = (parameters, model.stored_of(index))
-        if signature not in known:
+        if signature not in known or inputs.call(index).board is not None:  # of those some read what others leave
             loaded = model.load_block(index)
             try:
                 with ranges.watching(loaded):
@@ -268,7 +277,9 @@ def survey(model: FloatModel, inputs: Inputs, ranges: KVRanges) -> Survey:
         prefix = model.block_prefix(index)
         found |= {prefix + str(site): shape for site, shape in known[signature]}
         transposed |= {prefix + str(site) for site, _ in known[signature] if site.transposed}
-    return Survey(found, frozenset(transposed), runs_quick)
+    first = inputs.call(0)
+    left = 0 if first.board is None else sum(part.numel() for part in tensors_on(first.kwargs[first.board]))
+    return Survey(found, frozenset(transposed), runs_quick, left // inputs.tokens.numel())
 
 
 def _runs_quick(run: Callable[[], Tensor], block: nn.Module, sites: Sequence[Site], device: torch.device) -> bool:
@@ -277,3 +288,5 @@ def _runs_quick(run: Callable[[], Tensor], block: nn.Module, sites: Sequence[Sit
             return set(find_sites(block, run)) == set(sites) and bool(run().isfinite().all())
     except Exception:  # the block's own code, which may know one dtype alone
         return False
+    finally:
+        run()  # what it leaves for other blocks is exact again

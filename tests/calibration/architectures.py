@@ -48,6 +48,9 @@ _OSS: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     "layer_types": ["sliding_attention", "full_attention"],
 }
+_FOUR: dict[str, Any] = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+_GEMMA: dict[str, Any] = {**WIDE, **_FOUR, "head_dim": 16, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16}
+_GEMMA_3N: dict[str, Any] = {"intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "laurel_rank": 16}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 # By transformers' model type; each brings something that Llama has not.
@@ -70,6 +73,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**WIDE, **_OSS},  # experts transposed, in one tensor in the checkpoint too
     "lfm2": {**WIDE, "layer_types": ["conv", "full_attention"]},  # blocks of two kinds
     "exaone": WIDE,  # calls itself a Llama, and has other names in its checkpoint
+    "gemma4_text": {**_GEMMA, "global_head_dim": 16},  # blocks that read the keys and values of those before, and something of each token
+    "gemma3n_text": {**_GEMMA, **_GEMMA_3N},  # and hidden states of four streams, the streams in front
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB, "state_size": 8},  # no attention
 }
 

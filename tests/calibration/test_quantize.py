@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from octavo import Engine
-from octavo.calibration import budget, quantize_run, walk
+from octavo.calibration import budget, quantize_run, streams, walk
 from octavo.calibration.quantize_result import GateError
 from octavo.calibration.quantize_run import plan, quantize
 from octavo.calibration.recipe import Recipe
@@ -141,12 +141,14 @@ def test_transformers_reads_compressed_tensors(llama: Path, text: Path, tmp_path
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("stop_at", [0, 1, "tuning"])
+@pytest.mark.parametrize(("name", "stop_at"), [("llama", 0), ("llama", 1), ("llama", "tuning"), ("gemma4_text", 3)])
 def test_what_was_stopped_goes_on_to_the_same_bytes(
-    stop_at: Any, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, stop_at: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(streams, "CHUNK_TOKENS", 64)
+    folder = with_tokenizer(name, tmp_path / "model")
     options = {**FAST, "method": "auto", "calibration": str(text)}
-    quantize(str(llama), tmp_path / "whole", **options)
+    quantize(str(folder), tmp_path / "whole", **options)
 
     with monkeypatch.context() as patched:
         if stop_at == "tuning":
@@ -161,12 +163,12 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(
 
             patched.setattr(walk, "solve_group", once)
         with pytest.raises(KeyboardInterrupt):
-            quantize(str(llama), tmp_path / "again", **options)
+            quantize(str(folder), tmp_path / "again", **options)
     with pytest.raises(ValueError, match="--resume"):
-        quantize(str(llama), tmp_path / "again", **options)
+        quantize(str(folder), tmp_path / "again", **options)
     with pytest.raises(ValueError, match="unfinished run with another recipe"):
-        quantize(str(llama), tmp_path / "again", **{**options, "seed": 1}, resume=True)
-    quantize(str(llama), tmp_path / "again", **options, resume=True)
+        quantize(str(folder), tmp_path / "again", **{**options, "seed": 1}, resume=True)
+    quantize(str(folder), tmp_path / "again", **options, resume=True)
     assert digests(tmp_path / "again") == digests(tmp_path / "whole")
 
 
