@@ -163,16 +163,16 @@ class Recipe:
 
     @property
     def row_tokens(self) -> int:
-        """`seqlen`, decided; for a model only after `within`."""
+        """`seqlen`, decided where `within` gave the recipe."""
         return _SEQLEN if self.seqlen == "auto" else self.seqlen
 
     def within(self, context: int | None) -> Self:
-        """The recipe for a model of so many tokens' context, if that is known. Raises ValueError for a `seqlen` beyond it."""
-        if context is None or self.row_tokens <= context:
-            return self
-        if self.seqlen != "auto":
+        """The recipe, its `seqlen` decided, for a model of so many tokens' context, if that is known. Raises ValueError for one beyond it."""
+        if self.seqlen == "auto":
+            return replace(self, seqlen=_SEQLEN if context is None else min(_SEQLEN, context))
+        if context is not None and self.seqlen > context:
             raise ValueError(f"seqlen {self.seqlen} is beyond the model's context of {context} tokens: give --seqlen {context} or less")
-        return replace(self, seqlen=context)
+        return self
 
     @property
     def lowest_zero(self) -> int:

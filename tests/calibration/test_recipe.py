@@ -49,7 +49,8 @@ def test_one_pattern_is_a_pattern() -> None:
     ("seqlen", "context", "wanted"), [("auto", 128, 128), ("auto", 4096, 512), ("auto", None, 512), (64, 128, 64), (600, None, 600)]
 )
 def test_rows_are_as_long_as_the_context_allows(seqlen: Any, context: int | None, wanted: int) -> None:
-    assert Recipe(seqlen=seqlen).within(context).row_tokens == wanted
+    decided = Recipe(seqlen=seqlen).within(context)
+    assert decided.seqlen == decided.row_tokens == wanted
 
 
 def test_a_path_is_a_name() -> None:
