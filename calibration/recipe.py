@@ -167,7 +167,7 @@ class Recipe:
         return _SEQLEN if self.seqlen == "auto" else self.seqlen
 
     def within(self, context: int | None) -> Self:
-        """The recipe, its `seqlen` decided, for a model of so many tokens' context, if that is known. Raises ValueError for one beyond it."""
+        """The recipe, `seqlen` decided, for a model with so many tokens of context (None: unknown). Raises ValueError for one beyond it."""
         if self.seqlen == "auto":
             return replace(self, seqlen=_SEQLEN if context is None else min(_SEQLEN, context))
         if context is not None and self.seqlen > context:
