@@ -12,8 +12,8 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,50 +21,14 @@ from torch import Tensor, nn
 
 from ..quant.checkpoint.reader import WeightReader
 from ..quant.schemes.base import check_finite
+from .calls import GIVES, Call, NotFollowingError, Recorder, board_of
 from .devices import CPU, quick_products
 
-_Gives = Callable[[Tensor], Any]
-# What blocks give: a hidden state, or a tuple that begins with it. The model's code tells by what it does.
-_GIVES: tuple[_Gives, ...] = (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None))
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class UnknownArchitectureError(ValueError):
     """A model whose blocks cannot be run one after the other."""
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What a block is called with beside the hidden state, which is its first argument or the keyword `hidden_name`.
-
-    `board`: the keyword of a mapping, one for all blocks of a pass, on which some leave what others read, such as keys and values.
-    `streams_first`: whether the block itself takes and gives [streams, B, T, H].
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    hidden_name: str | None
-    board: str | None = None
-    streams_first: bool = False
-
-    def run(self, block: nn.Module, hidden: Tensor, board: MutableMapping[str, Any] | None = None) -> Tensor:
-        """The hidden state [B, T, ...] that the block makes of `hidden`, with another `board` than that of the pass that was followed."""
-        hidden = hidden.movedim(2, 0) if self.streams_first else hidden
-        kwargs = self.kwargs if board is None or self.board is None else {**self.kwargs, self.board: board}
-        if self.hidden_name is None:
-            out = block(hidden, *self.args, **kwargs)
-        else:
-            out = block(*self.args, **{**kwargs, self.hidden_name: hidden})
-        result: Tensor = out[0] if isinstance(out, tuple | list) else out
-        return result.movedim(0, 2) if self.streams_first else result
-
-    def board_of(self, content: Mapping[str, Any]) -> MutableMapping[str, Any] | None:
-        """A board of the kind that blocks expect, with this on it; None where they have none."""
-        if self.board is None:
-            return None
-        made: MutableMapping[str, Any] = type(self.kwargs[self.board])()
-        made.update(content)
-        return made
 
 
 class FloatModel:
@@ -192,7 +156,7 @@ class FloatModel:
             raise UnknownArchitectureError(
                 f"{type(self.module).__name__} gives its blocks other positions than its tokens have: it cannot be quantized so"
             )
-        name = _board_of(recorder.calls)
+        name = board_of(recorder.calls)
         return first, [replace(call, board=name, streams_first=self._streams_first) for call in recorder.calls]
 
     @functools.cached_property
@@ -205,7 +169,7 @@ class FloatModel:
         out: Tensor = self._followed(tokens, hidden.movedim(2, 0) if self._streams_first else hidden)[0].logits
         return out
 
-    def _followed(self, tokens: Tensor, instead: Tensor | None) -> tuple[Any, _Recorder]:
+    def _followed(self, tokens: Tensor, instead: Tensor | None) -> tuple[Any, Recorder]:
         """What the model gives when its blocks hand their input on, the last one `instead`; and what was recorded."""
         cause: Exception | None = None
         options: dict[str, Any] = {"input_ids": tokens.to(self.device), "use_cache": False}
@@ -215,12 +179,12 @@ class FloatModel:
                 keeping = [{"logits_to_keep": 1}, {"logits_to_keep": torch.tensor([-1], device=self.device)}]
             else:
                 keeping = [{}, {"logits_to_keep": torch.arange(tokens.shape[1], device=self.device)}]
-        for gives, kept in itertools.product(_GIVES, keeping):
-            recorder = _Recorder(self.blocks, gives, instead)
+        for gives, kept in itertools.product(GIVES, keeping):
+            recorder = Recorder(self.blocks, gives, instead)
             try:
                 with recorder, torch.set_grad_enabled(instead is not None and torch.is_grad_enabled()):
                     return self.module(**options, **kept), recorder
-            except (_NotFollowing, TypeError, ValueError, IndexError, AttributeError) as error:  # it expects something else of a block
+            except (NotFollowingError, TypeError, ValueError, IndexError, AttributeError) as error:  # it expects something else of a block
                 cause = cause or error
         raise UnknownArchitectureError(
             f"{type(self.module).__name__} does not hand a block's output to the next as it is: it cannot be quantized block by block"
@@ -239,58 +203,6 @@ def _free(modules: Iterable[nn.Module]) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def _board_of(calls: Sequence[Call]) -> str | None:
-    """The keyword under which all blocks were given one and the same mapping with nothing in it, as yet."""
-    for name, value in calls[0].kwargs.items() if len(calls) > 1 else ():
-        if isinstance(value, MutableMapping) and not value and all(call.kwargs.get(name) is value for call in calls):
-            return name
-    return None
-
-
-class _NotFollowing(Exception):  # a signal, caught here
-    """A block was handed something else than the one before it gave."""
-
-
-class _Recorder:
-    """Stands in for the blocks: each hands its hidden state on (the last one `instead`), and what it was called with is kept."""
-
-    def __init__(self, blocks: Sequence[nn.Module], gives: _Gives, instead: Tensor | None) -> None:
-        self._blocks, self._gives, self._instead = blocks, gives, instead
-        self.calls: list[Call] = []
-        self.order: list[int] = []  # of the blocks that were called
-        self.first: Tensor = torch.empty(0)
-        self._previous: Tensor | None = None
-
-    def __enter__(self) -> _Recorder:
-        for index, block in enumerate(self._blocks):
-            block.forward = self._stand_in(index, inspect.signature(type(block).forward))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for block in self._blocks:
-            del block.forward
-
-    def _stand_in(self, index: int, signature: inspect.Signature) -> Callable[..., Any]:
-        names = list(signature.parameters)[1:]
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            name = None if args else names[0]
-            hidden = args[0] if args else kwargs[names[0]]
-            if index and (not isinstance(hidden, Tensor) or self._previous is None or hidden is not self._previous):
-                raise _NotFollowing
-            if not index:
-                self.first = hidden
-            kept = {key: value for key, value in kwargs.items() if key != name}
-            self.calls.append(Call(args[1:], kept, name))
-            self.order.append(index)
-            if self._instead is not None and index == len(self._blocks) - 1:
-                hidden = self._instead
-            self._previous = hidden
-            return self._gives(hidden)
-
-        return forward
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .calls import Call
 from .devices import CPU, give_back_memory
-from .float_model import Call, FloatModel
+from .float_model import FloatModel
 from .sites import Site, watching
 from .tuning import LOGIT_ROWS
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calls import Call
 from .devices import CPU
-from .float_model import Call, FloatModel
+from .float_model import FloatModel
 
 CHUNK_TOKENS = 4096  # computed at once
 
