@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.grouped_linear import GroupedWeight, dequantize
+from ..kernels.grouped_linear import GroupedWeight
 from .grid import Grid, Ranges, encode, grouped, writable
 
 _BLOCK = 64  # columns whose gradients are kept up to date one by one; those of the others come with one product
@@ -33,21 +33,14 @@ def refine_nearest(weight: Tensor, hessian: Tensor, quantized: GroupedWeight, *,
     codes, scales = quantized.codes.clone(), quantized.scale.clone()
     for at in range(0, len(weight), _ROWS):
         rows = slice(at, at + _ROWS)
-        best = refine_scales(weight[rows], hessian, quantized.take(torch.arange(at, min(at + _ROWS, len(weight)))))
-        least = _row_errors(weight[rows], hessian, best)
+        best, least = _with_scales(weight[rows], hessian, quantized.take(torch.arange(at, min(at + _ROWS, len(weight)))))
         for _ in range(rounds):
-            found = refine_scales(weight[rows], hessian, _encoded(weight[rows], best))
-            error = _row_errors(weight[rows], hessian, found)
-            better = (error < least)[:, None]
+            found, loss = _with_scales(weight[rows], hessian, _encoded(weight[rows], best))
+            better = (loss < least)[:, None]
             best = replace(best, codes=torch.where(better, found.codes, best.codes), scale=torch.where(better, found.scale, best.scale))
-            least = torch.minimum(error, least)
+            least = torch.minimum(loss, least)
         codes[rows], scales[rows] = best.codes, best.scale
     return replace(quantized, codes=codes, scale=scales)
-
-
-def _row_errors(weight: Tensor, hessian: Tensor, quantized: GroupedWeight) -> Tensor:
-    error = dequantize(quantized) - weight
-    return (error @ hessian).mul_(error).sum(1)
 
 
 def _encoded(weight: Tensor, quantized: GroupedWeight) -> GroupedWeight:
@@ -91,10 +84,15 @@ def refine_codes(weight: Tensor, hessian: Tensor, quantized: GroupedWeight, *, s
 
 def refine_scales(weight: Tensor, hessian: Tensor, quantized: GroupedWeight) -> GroupedWeight:
     """The scales of each row that fit its codes best, as they are written; rows that would lose by their rounding keep what they have."""
+    return _with_scales(weight, hessian, quantized)[0]
+
+
+def _with_scales(weight: Tensor, hessian: Tensor, quantized: GroupedWeight) -> tuple[GroupedWeight, Tensor]:
+    """What `refine_scales` gives, and what each row then loses, float64 [N], less w H w^T, which hangs on no code and no scale."""
     (n, k), g = weight.shape, quantized.group_size
     grid = Grid(quantized.bits, g, quantized.zeros is None, quantized.scale.dtype)
     levels = (quantized.codes.view(n, -1, g).float() - _zeros(quantized)[..., None]).flatten(1)
-    parts = []
+    parts, losses = [], []
     at_once = max(1, min(_ROWS, _MOST_ENTRIES // (k // g) ** 2))
     for at in range(0, n, at_once):
         rows = slice(at, at + at_once)
@@ -104,9 +102,11 @@ def refine_scales(weight: Tensor, hessian: Tensor, quantized: GroupedWeight) -> 
         diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + 1e-20
         solved = torch.nan_to_num(torch.linalg.solve(ridged, wanted)).float()
         found, old = writable(solved, grid).to(quantized.scale.dtype), quantized.scale[rows]
-        better = _loss(normal, wanted, found) < _loss(normal, wanted, old)
+        loss, kept = _loss(normal, wanted, found), _loss(normal, wanted, old)
+        better = loss < kept
         parts.append(torch.where(better[:, None], found, old))
-    return replace(quantized, scale=torch.cat(parts))
+        losses.append(torch.where(better, loss, kept))
+    return replace(quantized, scale=torch.cat(parts)), torch.cat(losses)
 
 
 def _normal_equations(weight: Tensor, hessian: Tensor, levels: Tensor, g: int) -> tuple[Tensor, Tensor]:
@@ -124,6 +124,6 @@ def _normal_equations(weight: Tensor, hessian: Tensor, levels: Tensor, g: int) -
 
 
 def _loss(normal: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
-    """What scales [N, G] lose in each row, less w H w^T, which no scale changes."""
+    """What scales [N, G] lose in each row, less w H w^T."""
     s = scale.double()
     return torch.einsum("ng,ngh,nh->n", s, normal, s) - 2 * (s * wanted).sum(1)
