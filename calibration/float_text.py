@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .self_text import TEMPERATURE, TOP_P, Generate
+from .self_text import TEMPERATURE, Generate
 
 if TYPE_CHECKING:
     from octavo import Engine
@@ -51,10 +51,7 @@ def drawing(model_path: str | None, root: str, seqlen: int, batch: int, device: 
     with engine:
 
         def generate(prompts: Sequence[Sequence[int]], count: int, seed: int) -> Sequence[Sequence[int]]:
-            params = [
-                {"max_new_tokens": count, "temperature": TEMPERATURE, "top_p": TOP_P, "sampling_seed": seed + i}
-                for i in range(len(prompts))
-            ]
+            params = [{"max_new_tokens": count, "temperature": TEMPERATURE, "sampling_seed": seed + i} for i in range(len(prompts))]
             return [
                 result["output_ids"] for result in engine.generate(input_ids=[list(prompt) for prompt in prompts], sampling_params=params)
             ]
@@ -88,7 +85,7 @@ def _by_transformers(root: str, device: torch.device) -> Generate:
             begun = list(prompt) if context is None else list(prompt[: context // 2])
             given = torch.tensor([begun], device=device)
             room = count if context is None else min(count, context - len(begun))
-            drawn = model.generate(given, max_new_tokens=room, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0)
+            drawn = model.generate(given, max_new_tokens=room, do_sample=True, temperature=TEMPERATURE, top_p=1.0, top_k=0)
             answers.append(drawn[0, len(begun) :].tolist())
         return answers
 

@@ -1,7 +1,8 @@
 """Calibration text that the model writes itself, so that none need be downloaded (after Liu et al., 2023, LLM-QAT, arXiv 2305.17888).
 
-What it writes has the distribution that it will be used on. Many short texts serve better than few long ones, in which small models lose
-themselves (benchmarks/README.md). Knows how to ask for text, and nothing of who generates it.
+What it writes has the distribution that it will be used on; it is drawn as it is, neither sharpened nor cut off. Many short texts serve
+better than few long ones, in which small models lose themselves (benchmarks/README.md). Knows how to ask for text, and nothing of who
+generates it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,31 @@ OPENINGS = (
     "El libro fue escrito",
     "город расположен",
     "这本书",
+    "<!DOCTYPE html>\n<html>\n<head>\n<title>",
+    "<p>The <b>",
+    '<?xml version="1.0"?>\n<',
+    "== History ==\n\n",
+    "# Getting started\n\n## ",
+    "| Year | Title | Notes |\n|---|---|---|\n| ",
+    "\\section{Introduction}\n",
+    '{"name": "',
+    "$ git log\n",
+    "SELECT name, ",
+    "Usage: copy [options] <source> <target>\n",
+    "Dear <name>,\n\nThank you for",
+    "Replace <user> and <host> with",
+    "He was educated at",
+    "The species, a member of the family",
+    "The song received generally positive reviews from",
+    "In the second half of the game,",
+    "The squadron was re-equipped with",
+    "The church was built in",
+    "Her first novel,",
+    "The highway begins at",
+    "Early in the morning of 12 March,",
+    "The episode was written by",
+    "The main characters are",
+    "The king died in",
 )
 QUESTIONS = (
     "Explain how vaccines work.",
@@ -71,11 +97,11 @@ QUESTIONS = (
     "Write an email asking for a day off.",
     "What is 17 times 24? Show each step.",
 )
-TEMPERATURE, TOP_P = 0.9, 0.95
+TEMPERATURE = 1.0
 ANSWER_TOKENS = 64  # at most, after an opening or a question
 _LEAST_TOKENS = 16  # a text, on average: of a model that writes less, not enough comes together
 _DATE = "26 Jul 2024"  # for Llama's templates, which tell the model today's: the same run gives the same text tomorrow
-_CHAT_SHARE = 12  # every so-manieth prompt is a question, where there is a chat template
+_CHAT_SHARE = 16  # every so-manieth prompt is a question, where there is a chat template
 
 Generate = Callable[[Sequence[Sequence[int]], int, int], Sequence[Sequence[int]]]  # prompts, tokens to draw, seed -> what follows each
 
