@@ -72,9 +72,12 @@ def _engine(model_path: str | None, batch: int, max_total_tokens: int, device: t
 
 
 def _by_transformers(root: str, device: torch.device) -> Generate:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     model: Any = AutoModelForCausalLM.from_pretrained(root, dtype="auto", trust_remote_code=False).eval().to(device)
+    given = model.generation_config
+    # What else its makers advise, such as penalties, would bend what it writes.
+    model.generation_config = GenerationConfig(eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @torch.no_grad()
@@ -83,9 +86,9 @@ def _by_transformers(root: str, device: torch.device) -> Generate:
         answers = []
         for prompt in prompts:  # one at a time: padding is not every architecture's to read
             begun = list(prompt) if context is None else list(prompt[: context // 2])
-            given = torch.tensor([begun], device=device)
+            prefix = torch.tensor([begun], device=device)
             room = count if context is None else min(count, context - len(begun))
-            drawn = model.generate(given, max_new_tokens=room, do_sample=True, temperature=TEMPERATURE, top_p=1.0, top_k=0)
+            drawn = model.generate(prefix, max_new_tokens=room, do_sample=True, temperature=TEMPERATURE, top_p=1.0, top_k=0)
             answers.append(drawn[0, len(begun) :].tolist())
         return answers
 

@@ -1,8 +1,8 @@
 """Calibration text that the model writes itself, so that none need be downloaded (after Liu et al., 2023, LLM-QAT, arXiv 2305.17888).
 
-What it writes has the distribution that it will be used on; it is drawn as it is, neither sharpened nor cut off. Many short texts serve
-better than few long ones, in which small models lose themselves (benchmarks/README.md). Knows how to ask for text, and nothing of who
-generates it.
+What it writes has the distribution that it will be used on: it is drawn at temperature 1, neither cut off nor penalised. Many short texts
+serve better than few long ones, in which small models lose themselves (benchmarks/README.md). Knows how to ask for text, and nothing of
+who generates it.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from octavo.calibration.float_text import drawing
 from octavo.calibration.samples import NotEnoughTextError, hub_texts, read_texts, rows_of
 from octavo.calibration.self_text import ANSWER_TOKENS, OwnText, write_samples
 
@@ -186,6 +187,24 @@ def test_what_a_model_is_asked_through_its_template(template: str, follows: str 
     texts = [tokenizer.decode(prompt) for prompt in asked]
     assert len(texts) >= 128  # with eight questions
     assert any(text.endswith(follows) for text in texts) if follows else all(text.startswith("<s>") for text in texts)
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_text_is_drawn_whatever_the_model_card_advises(served: bool, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.calibration.float_text.served", lambda model_path: served)
+    folder, _ = make_model()
+    prompts, seed = [[5, 6, 7], [8, 9]], 3
+
+    def drawn() -> Sequence[Sequence[int]]:
+        with drawing(str(folder), str(folder), 64, 2, torch.device("cpu")) as generate:
+            return generate(prompts, 24, seed)
+
+    plain = drawn()
+    advice = {"repetition_penalty": 8.0, "min_p": 0.5, "top_p": 0.1, "top_k": 1, "temperature": 0.1, "do_sample": True}
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | advice))
+    assert drawn() == plain
+    assert len({token for text in plain for token in text}) > 20
 
 
 def test_a_model_that_writes_nothing(with_bos: Any) -> None:
