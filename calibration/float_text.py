@@ -77,7 +77,7 @@ def _by_transformers(root: str, device: torch.device) -> Generate:
     model: Any = AutoModelForCausalLM.from_pretrained(root, dtype="auto", trust_remote_code=False).eval().to(device)
     given = model.generation_config
     # What else its makers advise, such as penalties, would bend what it writes.
-    model.generation_config = GenerationConfig(eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id, use_cache=given.use_cache)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @torch.no_grad()
