@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -26,10 +27,15 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].split("=")[0]
             flags = {flag.strip("-"): flag for flag in self._option_string_actions}
-            near = difflib.get_close_matches(name.strip("-"), flags, n=1)  # without dashes, which all flags share
             what = "unknown flag" if name.startswith("-") else "unexpected argument"
-            self.error(f"{what} {name}; " + (f"did you mean {flags[near[0]]}?" if near else "--help lists the flags"))
+            self.error(f"{what} {name}; {self._advice(name, flags)}")
         return args
+
+    def _advice(self, name: str, flags: Mapping[str, str]) -> str:
+        if not name.startswith("-") and "model-path" in flags and ("/" in name or Path(name).exists()):
+            return f"did you mean --model-path {name}?"
+        near = difflib.get_close_matches(name.strip("-"), flags, n=1)  # without dashes, which all flags share
+        return f"did you mean {flags[near[0]]}?" if near else "--help lists the flags"
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message.removeprefix('argument ')}\n")

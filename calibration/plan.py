@@ -23,8 +23,10 @@ from .importance import entries_of
 from .out_folder import existing
 from .output import FUSED, SHARD_BYTES
 from .recipe import Recipe
+from .run_texts import EVAL_TOKENS
 from .streams import CHUNK_TOKENS, Hidden, Inputs
 from .tune_model import bytes_needed
+from .tuning import LOGIT_ROWS
 
 _GROUP_SIZES = (64, 128, 32, 16)  # what is tried where nobody said, and what is offered
 _PACKED = 8  # outputs and inputs come in whole words of eight
@@ -36,6 +38,7 @@ _PROBE_TOKENS = 24
 _WEIGHT_COPIES = 8  # float32 [N, K] at once while a linear is solved
 _SQUARES, _SQUARES_IN_DOUBLE = 6, 10  # and [K, K], in float32; of narrow linears some are float64
 _EVAL_LOGIT_COPIES = 8  # of a window's: both models', and what is made of them
+_APART_LOGIT_COPIES = 4  # of a part's, where both models are measured block by block
 VERIFIED_TOKENS = 128  # of one sample, that go through the model as it was written
 _VERIFY_LOGIT_COPIES = 4
 _ENGINE_BYTES = 300 << 20  # of an Engine, beside its weights
@@ -183,12 +186,14 @@ def make_plan(
     both = _BASE_BYTES + 2 * _ENGINE_BYTES + bytes_before + after + _EVAL_LOGIT_COPIES * DEFAULT_SEQLEN * model.vocab_size * 4
     whole = served and both <= max_memory
     verifying = _BASE_BYTES + 2 * outer + block + _VERIFY_LOGIT_COPIES * VERIFIED_TOKENS * model.vocab_size * 4
+    apart = _BASE_BYTES + 2 * outer + block + _APART_LOGIT_COPIES * LOGIT_ROWS * model.vocab_size * 4
+    apart += 0 if on_disk else 2 * EVAL_TOKENS * math.prod(model.hidden_shape) * 4
     writing = _BASE_BYTES + outer + min(after, SHARD_BYTES)
     peak = max(
         beside_streams + (0 if on_disk else streams),
         verifying,
         writing,
-        both if whole else 0,
+        both if whole else apart,
         _BASE_BYTES + bytes_before if recipe.calibration == "self" else 0,
     )
     return Plan(

@@ -16,6 +16,7 @@ import torch
 from .evaluate import LogitsSource, Piece, Scores, score_windows
 from .float_model import FloatModel
 from .streams import Hidden, Inputs
+from .tuning import LOGIT_ROWS
 from .windows import windows_of
 
 _POOL_BEYOND = 64  # tokens a sequence: pages are not filled to the last
@@ -29,6 +30,7 @@ class Quality:
     num_tokens: int
     seqlen: int
     by: str  # who computed: "octavo" or "transformers"
+    kv_cache: str | None = None  # what the quantized model's cache held; None: what the model computes in
     perplexity: float
     original_perplexity: float
     kl_mean: float
@@ -40,11 +42,13 @@ class Quality:
         return self.perplexity / self.original_perplexity - 1
 
 
-def by_engine(original: str, quantized: Path, tokens: Sequence[int], *, seqlen: int, text: str, device: str) -> Quality:
-    """With Octavo's Engine, which reads and computes both as it would serve them."""
+def by_engine(
+    original: str, quantized: Path, tokens: Sequence[int], *, seqlen: int, text: str, device: str, kv_cache: str | None = None
+) -> Quality:
+    """With Octavo's Engine, which reads and computes both as it would serve them. `kv_cache`: what the quantized model's holds."""
     from octavo import evaluate
 
-    options = {"device": device, "num_threads": torch.get_num_threads()}
+    options = {"device": device, "num_threads": torch.get_num_threads(), "kv_cache_dtype": kv_cache or "auto"}
     found = evaluate(str(quantized), reference=original, token_ids=tokens, seqlen=seqlen, show_progress=True, engine_options=options)
     assert found.reference_perplexity is not None
     assert found.kl_mean is not None
@@ -54,6 +58,7 @@ def by_engine(original: str, quantized: Path, tokens: Sequence[int], *, seqlen: 
         num_tokens=found.num_tokens,
         seqlen=seqlen,
         by="octavo",
+        kv_cache=kv_cache,
         perplexity=found.perplexity,
         original_perplexity=found.reference_perplexity,
         kl_mean=found.kl_mean,
@@ -64,32 +69,41 @@ def by_engine(original: str, quantized: Path, tokens: Sequence[int], *, seqlen: 
 def by_transformers(
     original: FloatModel, quantized: FloatModel, tokens: Sequence[int], *, seqlen: int, text: str, scratch: Path | None = None
 ) -> Quality:
-    """With transformers in float32, one block in memory at a time; all but the blocks must be loaded. Only whole windows are measured.
+    """With transformers in float32, one block in memory at a time; all but the blocks must be loaded.
 
     `scratch`: a folder for the hidden states, which are in memory without one.
     """
-    windows = windows_of(len(tokens) // seqlen * seqlen, seqlen=seqlen, stride=seqlen)
-    rows = torch.tensor([tokens[window.start : window.end] for window in windows])
-    number = {tuple(row): i for i, row in enumerate(rows.tolist())}
+    windows = windows_of(len(tokens), seqlen=seqlen, stride=seqlen)
+    cut = [list(tokens[window.start : window.end]) for window in windows]
+    whole = [row for row in cut if len(row) == len(cut[0])]
+    parts = [torch.tensor(rows) for rows in (whole, cut[len(whole) :]) if rows]  # the last window may be shorter
+    places = {tuple(row): (part, i) for part, rows in enumerate(parts) for i, row in enumerate(rows.tolist())}
 
     def source(model: FloatModel, name: str) -> LogitsSource:
-        hidden = Hidden((*rows.shape, *model.hidden_shape), None if scratch is None else scratch / name, model.device)
-        inputs = Inputs(model, rows)
-        inputs.start(hidden)
+        behind = [
+            Hidden((*rows.shape, *model.hidden_shape), None if scratch is None else scratch / f"{name}-{part}.bin", model.device)
+            for part, rows in enumerate(parts)
+        ]
+        inputs = [Inputs(model, rows) for rows in parts]
+        for of_part, hidden in zip(inputs, behind, strict=True):
+            of_part.start(hidden)
         for index in range(len(model.blocks)):
             block = model.load_block(index)
-            for _ in inputs.advance(index, block, hidden):
-                pass
+            for of_part, hidden in zip(inputs, behind, strict=True):
+                for _ in of_part.advance(index, block, hidden):
+                    pass
             model.free_block(index)
 
-        @torch.no_grad()
         def logits(ids: Sequence[int]) -> Iterable[Piece]:
-            row = [number[tuple(ids)]]
-            yield 0, model.logits(rows[row], hidden[row])[0]
+            part, i = places[tuple(ids)]
+            for at in range(0, len(ids), LOGIT_ROWS):
+                rows = slice(at, at + LOGIT_ROWS)
+                with torch.no_grad():
+                    yield at, model.logits(parts[part][[i], rows], behind[part][[i]][:, rows])[0]
 
         return logits
 
-    scores: Scores = score_windows(tokens, windows, source(quantized, "quantized-eval.bin"), source(original, "original-eval.bin"))
+    scores: Scores = score_windows(tokens, windows, source(quantized, "quantized-eval"), source(original, "original-eval"))
     assert scores.reference_perplexity is not None
     assert scores.kl is not None
     assert scores.agreement is not None

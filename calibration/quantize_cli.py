@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from .command import BAD_INPUT, FAILED, INTERRUPTED, CommandParser, fail
 from .out_folder import WORK, check_out
@@ -21,6 +21,11 @@ from .quantize_result import GateError
 from .quantize_run import plan, quantize
 
 GATE_FAILED = 3
+_NO_ROOM = {
+    errno.ENOSPC: ("the disk of {} is full", "make room there"),
+    errno.EDQUOT: ("your quota on the disk of {} is used up", "make room there"),
+    errno.EFBIG: ("a file in {} is larger than this process may write", "raise that limit (ulimit -f)"),
+}
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "octavo quantize") -> int:
@@ -34,35 +39,46 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "octavo quantize") ->
 
 def run(args: argparse.Namespace, *, prog: str) -> int:
     """What `main` does once the flags are parsed."""
-    with _CtrlC() as ctrl_c:
+    with _Stopped() as stopped:
         try:
             return _run(args)
         except GateError as error:
             print(summary(error.result), flush=True)
             return fail(prog, f"the quality gate does not hold: {error}", GATE_FAILED)
         except (KeyboardInterrupt, ValueError, TypeError, OSError, RuntimeError) as error:
-            if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
+            if stopped.pressed or isinstance(error, KeyboardInterrupt):
                 unfinished = args.out is not None and (args.out / WORK).exists()
                 told = f"; the finished blocks are in {args.out}: give the same command with --resume to go on" if unfinished else ""
                 return fail(prog, f"stopped{told}", INTERRUPTED)
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC and args.out is not None:
-                text = f"the disk of {args.out} is full: make room there, and give the same command with --resume to go on"
+            if isinstance(error, OSError) and error.errno in _NO_ROOM and args.out is not None:
+                text = _no_room(args, error.errno)
             return fail(prog, text, BAD_INPUT if isinstance(error, ValueError | TypeError) else FAILED)
         except Exception as error:
+            full = [number for number in _NO_ROOM if f"os error {number})" in str(error)]  # as safetensors words it
+            if full and args.out is not None:
+                return fail(prog, _no_room(args, full[0]), FAILED)
             place = traceback.extract_tb(error.__traceback__)[-1]
             what = f"{type(error).__name__} ({error}) at {place.filename}:{place.lineno}"
             return fail(prog, f"unexpected: {what}. Please report it with the model's config.json; what is finished stays in --out", FAILED)
 
 
-class _CtrlC:
-    """Remembers that Ctrl-C was pressed: code in C that is interrupted may raise something else than KeyboardInterrupt."""
+def _no_room(args: argparse.Namespace, number: int) -> str:
+    what, remedy = _NO_ROOM[number]
+    return f"{what.format(args.out)}: {remedy}, and give the same command with --resume to go on"
+
+
+class _Stopped:
+    """Remembers that Ctrl-C was pressed, or the process told to end: code in C that is interrupted may raise something else than
+    KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.pressed = False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._press) if threading.current_thread() is threading.main_thread() else None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._press) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _press(self, number: int, frame: FrameType | None) -> None:
@@ -70,8 +86,8 @@ class _CtrlC:
         raise KeyboardInterrupt
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -102,7 +118,7 @@ def _parser(prog: str) -> CommandParser:
         prog=prog,
         usage=f"{prog} [--model-path PATH] --out DIR [flags]",
         allow_abbrev=False,
-        description="Quantize a model to a folder that Octavo, vLLM, SGLang and transformers load, and measure what that costs.",
+        description="Quantize a model to a folder that Octavo, vLLM and SGLang load, and transformers too, and measure what that costs.",
         epilog=f"Example: {prog} --model-path ./my-model --method auto --out ./my-model-int4 --max-ppl-increase 3%",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )

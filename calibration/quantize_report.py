@@ -48,6 +48,9 @@ def facts(result: QuantizeResult) -> list[tuple[str, str]]:
         ),
     ]
     quality = result.quality
+    if recipe.kv_cache is not None:
+        measured = "quality is measured with such a cache" if quality.kv_cache is not None else "NOT in what is measured below"
+        rows.append(("KV cache", f"scales for {recipe.kv_cache}, which the engine is told to use when it starts; {measured}"))
     rows += [
         ("measured on", f"{quality.num_tokens:,} tokens of {quality.text}, windows of {quality.seqlen}, by {quality.by}"),
         ("perplexity", f"{quality.original_perplexity:.4f} -> {quality.perplexity:.4f} ({quality.ppl_increase:+.2%})"),
@@ -89,11 +92,12 @@ def sizes(result: QuantizeResult) -> list[tuple[str, float, float]]:
 
 def commands(result: QuantizeResult) -> list[str]:
     """Commands that serve the folder, of engines that read it."""
+    cache = "" if result.recipe.kv_cache is None else " --kv-cache-dtype fp8_e4m3"  # by that name in all three
     if_known = "" if "octavo" in result.engines else "  # if it has this architecture"
     known = {
-        "octavo": f"octavo serve --model-path {result.out}",
-        "vllm": f"vllm serve {result.out}{if_known}",
-        "sglang": f"python -m sglang.launch_server --model-path {result.out}{if_known}",
+        "octavo": f"octavo serve --model-path {result.out}{cache}",
+        "vllm": f"vllm serve {result.out}{cache}{if_known}",
+        "sglang": f"python -m sglang.launch_server --model-path {result.out}{cache}{if_known}",
     }
     return [command for engine, command in known.items() if engine in result.engines]
 

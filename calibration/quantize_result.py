@@ -55,6 +55,14 @@ class QuantizeResult:
         return self.gate is None
 
     @property
+    def next_step(self) -> str:
+        """What to try where the gate does not hold."""
+        if self.recipe.eight_bit:
+            return "Leave the worst as they are (ignore)"
+        thorough = "8 bits" if self.recipe.method in ("auto", "best") else "method auto, which climbs until the gate holds"
+        return f"Try {thorough}, or leave the worst as they are (ignore)"
+
+    @property
     def worst(self) -> list[tuple[str, float]]:
         """Modules by their error, the largest first."""
         return sorted(((name, float(note["error"])) for name, note in self.modules.items()), key=lambda item: -item[1])

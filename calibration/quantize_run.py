@@ -100,7 +100,7 @@ def quantize(
     publish(made, folder)
     if result.gate:
         worst = "".join(f"\n  {name}: {error:.3g}" for name, error in result.worst[:8])
-        raise GateError(f"{result.gate}. The modules that lose most (relative output error):{worst}", result)
+        raise GateError(f"{result.gate}. The modules that lose most (relative output error):{worst}\n{result.next_step}", result)
     return result
 
 
@@ -357,7 +357,13 @@ class _Run:
             model.free_outer()  # both models will be in memory
             try:
                 return by_engine(
-                    self.original.model_path or str(self.files.gguf_file), out, tokens, seqlen=seqlen, text=text, device=self.device.type
+                    self.original.model_path or str(self.files.gguf_file),
+                    out,
+                    tokens,
+                    seqlen=seqlen,
+                    text=text,
+                    device=self.device.type,
+                    kv_cache=recipe.kv_cache,
                 )
             except (ValueError, RuntimeError) as error:  # a config of a known architecture does not promise known weights
                 logger.warning("Octavo's engine does not read this model (%s): transformers evaluates it", error)

@@ -73,6 +73,8 @@ class Recipe:
             value = getattr(self, name)
             if type(value) is not int and (name, value) != ("seqlen", "auto"):
                 raise ValueError(f"{name} {value!r} is not valid: give a whole number")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed {self.seed} is not valid: give a number from 0 to {(1 << 63) - 1}")
         if self.symmetric not in (None, True, False) or type(self.symmetric) is int:
             raise ValueError(f"symmetric {self.symmetric!r} is not valid: give True, False or None")
         for name, least in (("samples", MIN_SAMPLES), ("seqlen", MIN_SEQLEN)):

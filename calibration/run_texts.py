@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _HELD_BACK = 1 / 8  # of the samples, on top of them, to measure on
 _MOST_HELD_BACK = 64  # rows
-_EVAL_TOKENS = 1 << 14
+EVAL_TOKENS = 1 << 14  # of a file, that quality is measured on
 _LEAST_EVAL_TOKENS = 16
 _ENOUGH_TOKENS = 4096  # to judge on: with fewer, the perplexity of equal models differs by percents from text to text
 
@@ -49,7 +50,7 @@ class RunTexts:
             content = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
-        tokens: list[int] = self.original.tokenizer(content).input_ids[:_EVAL_TOKENS]
+        tokens: list[int] = self.original.tokenizer(content).input_ids[:EVAL_TOKENS]
         self.original.check_vocabulary(max(tokens, default=0))
         if len(tokens) < _LEAST_EVAL_TOKENS:
             raise ValueError(f"{file} has {len(tokens)} tokens: give a text of at least {_LEAST_EVAL_TOKENS} to evaluate on")
@@ -121,7 +122,7 @@ class RunTexts:
         original, recipe = self.original, self.recipe
         key = {**identity, "recipe": [recipe.row_tokens, recipe.seed]}
         found = json.loads(file.read_text()) if file.is_file() else {}
-        text = OwnText(found["tokens"], found["asked"]) if found.get("of") == key else OwnText()
+        text = OwnText(found["tokens"], found["asked"], found["drawn"]) if found.get("of") == key else OwnText()
         batch = batch_of(original.transformers_config(), recipe.row_tokens)
         with ExitStack() as opened, Progress("writing text", count * recipe.row_tokens, "tokens") as bar:
 
@@ -143,7 +144,7 @@ class RunTexts:
                 text=text,
                 on_tokens=bar.step,
             )
-        write_whole(file, json.dumps({"of": key, "tokens": text.tokens, "asked": text.asked}).encode())
+        write_whole(file, json.dumps({"of": key, **asdict(text)}).encode())
         return rows
 
     def _text_rows(self) -> Tensor:

@@ -14,75 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Openings of many kinds of text: what is drawn after them is the model's.
-OPENINGS = (
-    "The history of the region begins with",
-    "Born in 1874, she was",
-    "The species is found in",
-    "The album was released in",
-    "During the war, the battalion",
-    "The film tells the story of",
-    "In the final match of the season,",
-    "The river rises in the mountains of",
-    "Construction of the bridge began in",
-    "The storm made landfall on",
-    "According to the report published on Tuesday,",
-    "Officials said on Friday that",
-    "Scientists have discovered that",
-    "Dear Sir or Madam,",
-    "Abstract. We study the problem of",
-    "Theorem 1. Let",
-    "To solve the equation, we first",
-    "The main difference between the two methods is",
-    "Chapter One\n\nIt was a cold",
-    '"I don\'t believe you," she said,',
-    "Once upon a time, in a village",
-    "Ingredients:\n- 2 cups of",
-    "How to repair a bicycle: first,",
-    "import os\nimport sys\n\n\ndef main():\n",
-    "function render(items) {\n  const",
-    'class Stack:\n    """',
-    "Q: What causes the seasons?\nA:",
-    "User: Can you explain how a computer stores numbers?\nAssistant:",
-    "Review: I bought this last month and",
-    "The patient was admitted with",
-    "The court held that",
-    "Under the terms of the agreement,",
-    "The economy grew by",
-    "Philosophers have long argued that",
-    "The painting shows",
-    "In music theory, a",
-    "The planet orbits",
-    "La ville se trouve",
-    "El libro fue escrito",
-    "город расположен",
-    "这本书",
-    "<!DOCTYPE html>\n<html>\n<head>\n<title>",
-    "<p>The <b>",
-    '<?xml version="1.0"?>\n<',
-    "== History ==\n\n",
-    "# Getting started\n\n## ",
-    "| Year | Title | Notes |\n|---|---|---|\n| ",
-    "\\section{Introduction}\n",
-    '{"name": "',
-    "$ git log\n",
-    "SELECT name, ",
-    "Usage: copy [options] <source> <target>\n",
-    "Dear <name>,\n\nThank you for",
-    "Replace <user> and <host> with",
-    "He was educated at",
-    "The species, a member of the family",
-    "The song received generally positive reviews from",
-    "In the second half of the game,",
-    "The squadron was re-equipped with",
-    "The church was built in",
-    "Her first novel,",
-    "The highway begins at",
-    "Early in the morning of 12 March,",
-    "The episode was written by",
-    "The main characters are",
-    "The king died in",
-)
+from .openings import OPENINGS, PASSAGES
+
 QUESTIONS = (
     "Explain how vaccines work.",
     "Write a short story about a lighthouse keeper.",
@@ -99,9 +32,11 @@ QUESTIONS = (
 )
 TEMPERATURE = 1.0
 ANSWER_TOKENS = 64  # at most, after an opening or a question
-_LEAST_TOKENS = 16  # a text, on average: of a model that writes less, not enough comes together
+_LEAST_TOKENS = 8  # that a model draws, on average, of the first so many texts; of one that draws fewer, what it is asked is most
+_JUDGED_TEXTS = 64
 _DATE = "26 Jul 2024"  # for Llama's templates, which tell the model today's: the same run gives the same text tomorrow
 _CHAT_SHARE = 16  # every so-manieth prompt is a question, where there is a chat template
+_PASSAGE_SHARE = 3  # and every so-manieth a passage
 
 Generate = Callable[[Sequence[Sequence[int]], int, int], Sequence[Sequence[int]]]  # prompts, tokens to draw, seed -> what follows each
 
@@ -112,10 +47,11 @@ class SilentModelError(ValueError):
 
 @dataclass
 class OwnText:
-    """What the model has written: `tokens`, one text after the other, of the first `asked` openings and questions."""
+    """What the model has written: `tokens`, one text after the other, of the first `asked` prompts; `drawn` of the tokens are its own."""
 
     tokens: list[int] = field(default_factory=list)
     asked: int = 0
+    drawn: int = 0
 
 
 def write_samples(
@@ -143,21 +79,26 @@ def write_samples(
         known = min(len(text.tokens), wanted)
         if known == wanted:
             break
-        if text.asked >= wanted // _LEAST_TOKENS + 64:
-            raise SilentModelError(f"the model ends its texts at once: {text.asked} openings gave {known} tokens of {wanted}")
-        prompts = [_prompt(tokenizer, text.asked + i) for i in range(batch)]
+        if text.asked >= _JUDGED_TEXTS and text.drawn < _LEAST_TOKENS * text.asked:
+            raise SilentModelError(f"the model ends its texts at once: after {text.asked} openings it wrote {text.drawn} tokens")
+        prompts = [_prompt(tokenizer, text.asked + i, max(1, room // 2)) for i in range(batch)]
         for prompt, answer in zip(prompts, generate(prompts, min(room, ANSWER_TOKENS), seed + text.asked), strict=True):
             text.tokens += [token for token in (*prompt, *answer) if token != tokenizer.bos_token_id]
+            text.drawn += len(answer)
         text.asked += batch
     return torch.tensor([start + text.tokens[i * room : (i + 1) * room] for i in range(samples)], dtype=torch.int64)
 
 
-def _prompt(tokenizer: Any, number: int) -> list[int]:
+def _prompt(tokenizer: Any, number: int, most: int) -> list[int]:
+    """Of a passage `most` tokens."""
     if tokenizer.chat_template and number % _CHAT_SHARE == _CHAT_SHARE - 1:
         asked = _chat(tokenizer, QUESTIONS[number // _CHAT_SHARE % len(QUESTIONS)])
         if asked is not None:
             return list(tokenizer(asked, add_special_tokens=False).input_ids)
-    return list(tokenizer(OPENINGS[number % len(OPENINGS)]).input_ids)
+    of_kind, earlier = number // _PASSAGE_SHARE, number % _PASSAGE_SHARE
+    if earlier == _PASSAGE_SHARE - 1:
+        return list(tokenizer(PASSAGES[of_kind % len(PASSAGES)]).input_ids)[:most]
+    return list(tokenizer(OPENINGS[(number - of_kind) % len(OPENINGS)]).input_ids)
 
 
 def _chat(tokenizer: Any, question: str) -> str | None:

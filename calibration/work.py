@@ -24,6 +24,8 @@ from .devices import CPU
 from .importance import Importance
 from .sites import Site
 
+_TOLD = 60  # characters of a value, in an error
+
 
 @dataclass(frozen=True, eq=False)
 class BlockResult:
@@ -76,7 +78,7 @@ class WorkFolder:
         if known.is_file() and resume:
             before = json.loads(known.read_text(encoding="utf-8"))
             if before != self._identity:
-                changed = ", ".join(sorted(key for key in {*before, *self._identity} if before.get(key) != self._identity.get(key)))
+                changed = ", ".join(_changed(before, self._identity))
                 raise OtherRunError(f"{path} holds an unfinished run with another {changed}: give what it was begun with, or delete it")
         else:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -172,6 +174,17 @@ class WorkFolder:
         part = self.path / f"{name}.part"
         write(part)
         os.replace(part, self.path / f"{name}.safetensors")
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, and what it was; of an object inside, which of its fields."""
+    found: list[str] = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            fields = key == "recipe" and isinstance(old, dict) and isinstance(new, dict)
+            found += _changed(old or {}, new or {}) if fields else [f"{key} ({str(old)[:_TOLD]})"]
+    return found
 
 
 def version_of_code() -> str:

@@ -126,7 +126,8 @@ def _add_model(parser: Parser) -> None:
     group.add_argument(
         "--random-seed", "--seed", type=whole_number, metavar="N", help=_engine("for requests without a seed", "random_seed")
     )
-    group.add_argument("--num-threads", type=whole_number, metavar="N", help=_engine("compute threads on the CPU", "num_threads"))
+    told = "compute threads of a rank on the CPU (default: OMP_NUM_THREADS, or its share of the cores)"
+    group.add_argument("--num-threads", type=whole_number, metavar="N", help=told)
 
 
 def _add_quantization(parser: Parser) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
+import os
 import shlex
 import signal
 import socket
@@ -69,7 +71,7 @@ def _serve(prog: str, config: EngineConfig, options: ServerOptions) -> int:
 
         with listening_socket(options) as sock:
             logger.info("%s", _first_line(config, options))
-            client = launch_engine(config, logs=options.logs)
+            client = launch_engine(_with_threads(config), logs=options.logs)
             try:
                 return serve_until_stopped(client, options, sock, lambda: _announce(client, options, sock))
             finally:
@@ -88,6 +90,14 @@ def _serve(prog: str, config: EngineConfig, options: ServerOptions) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _with_threads(config: EngineConfig) -> EngineConfig:
+    """With the threads that OMP_NUM_THREADS names, where no flag does: whoever shares cores among processes says so there."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if config.num_threads is not None or not asked.isdecimal() or not int(asked):
+        return config
+    return dataclasses.replace(config, num_threads=int(asked))
+
+
 def _serve_node(prog: str, config: EngineConfig, options: ServerOptions) -> int:
     """The ranks of another machine than the first, which serves."""
     from ..runtime.start import serve_node  # not for --help
@@ -95,7 +105,7 @@ def _serve_node(prog: str, config: EngineConfig, options: ServerOptions) -> int:
     previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         logger.info("%s", _first_line(config, options))
-        return serve_node(config)
+        return serve_node(_with_threads(config))
     except KeyboardInterrupt:
         logger.info("stopped, with its ranks")
         return 0

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import octavo
 from octavo.__main__ import main
-from octavo.calibration import quantize_cli, quantize_run
+from octavo.calibration import quantize_cli, quantize_run, work
 from octavo.calibration.quantize_flags import _share, _size
 
 from .architectures import make
@@ -140,6 +141,37 @@ def test_a_disk_that_fills_up(
     assert main(flags(llama, text, tmp_path / "out", "--method", "rtn", "--resume")) == 0
 
 
+@pytest.mark.parametrize(
+    ("number", "told"), [(28, "the disk of {out} is full: make room there"), (27, "a file in {out} is larger than this process may write")]
+)
+def test_a_disk_that_fills_up_while_tensors_are_written(
+    number: int, told: str, llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: no (os error {number})")
+
+    monkeypatch.setattr(work, "save_file", full)
+    assert main(flags(llama, text, tmp_path / "out", "--method", "rtn")) == 1
+    error = capsys.readouterr().err
+    assert told.format(out=tmp_path / "out") in error
+    assert "give the same command with --resume to go on" in error
+    monkeypatch.undo()
+    assert main(flags(llama, text, tmp_path / "out", "--method", "rtn", "--resume")) == 0
+
+
+def test_a_cache_in_fp8_is_measured_and_told(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for name, more in (("plain", []), ("cached", ["--kv-cache", "fp8"])):
+        command = flags(llama, text, tmp_path / name, "--method", "rtn", "--format", "compressed-tensors", *more)
+        assert main(command) == 0
+        found[name] = json.loads((tmp_path / name / "report.json").read_text())["quality"], capsys.readouterr().out
+    assert (found["plain"][0]["kv_cache"], found["cached"][0]["kv_cache"]) == (None, "fp8")
+    assert found["cached"][0]["kl_mean"] != found["plain"][0]["kl_mean"]
+    assert "quality is measured with such a cache" in found["cached"][1]
+    assert f"octavo serve --model-path {tmp_path / 'cached'} --kv-cache-dtype fp8_e4m3" in found["cached"][1]
+    assert "KV cache" not in found["plain"][1]
+
+
 def test_more_samples_than_are_used_ask_for_no_more_text(llama: Path, text: Path, tmp_path: Path) -> None:
     many = ["--samples", "100000", "--seqlen", "32", "--dry-run"]
     assert main(flags(llama, text, tmp_path / "out", *many)) == 0
@@ -158,6 +190,8 @@ def test_a_dry_run_tells_and_writes_nothing(llama: Path, text: Path, tmp_path: P
     [
         (["--methd", "awq"], "unknown flag --methd; did you mean --method?"),
         (["--method", "awk"], "did you mean awq?"),
+        (["some/model"], "unexpected argument some/model; did you mean --model-path some/model?"),
+        (["--seed", "99999999999999999999", "--dry-run"], "seed 99999999999999999999 is not valid: give a number from 0 to"),
         (["--group-size", "x"], "'x' is no group size"),
         (["--max-memory", "lots"], "'lots' is no size"),
         (["--max-ppl-increase", "a bit"], "is no share"),
@@ -194,7 +228,8 @@ def test_without_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--out DIR is missing" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on(llama: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_how_to_go_on(number: signal.Signals, llama: Path, text: Path, tmp_path: Path) -> None:
     """A run with many samples is stopped once its first block is on disk, and goes on."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "octavo", *flags(llama, text, out, "--method", "best")]
@@ -206,7 +241,7 @@ def test_ctrl_c_says_how_to_go_on(llama: Path, text: Path, tmp_path: Path) -> No
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < limit
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert "with --resume to go on" in error

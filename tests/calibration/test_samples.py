@@ -215,5 +215,25 @@ def test_a_model_that_writes_nothing(with_bos: Any) -> None:
         def __call__(self, text: str) -> Any:
             return type("Encoding", (), {"input_ids": []})()
 
+    def silent(prompts: Sequence[Sequence[int]], count: int, seed: int) -> list[list[int]]:
+        return [[] for _ in prompts]
+
     with pytest.raises(ValueError, match="ends its texts at once"):
-        write_samples(lambda prompts, count, seed: [[] for _ in prompts], Silent(), samples=2, seqlen=16, seed=0, batch=4)
+        write_samples(silent, Silent(), samples=2, seqlen=16, seed=0, batch=4)
+    with pytest.raises(ValueError, match="ends its texts at once"):  # though what it is asked would fill the rows
+        write_samples(silent, with_bos, samples=200, seqlen=64, seed=0, batch=4)
+
+
+def test_passages_leave_room_for_what_the_model_writes(with_bos: Any) -> None:
+    asked: list[Sequence[int]] = []
+
+    def generate(prompts: Sequence[Sequence[int]], count: int, seed: int) -> list[list[int]]:
+        asked.extend(prompts)
+        return [[7] * count for _ in prompts]
+
+    for seqlen in (24, 512):
+        asked.clear()
+        write_samples(generate, with_bos, samples=40, seqlen=seqlen, seed=0, batch=8)
+        long = [prompt for prompt in asked if len(prompt) > 80]
+        assert (2 * len(long) > len(asked) // 3) == (seqlen == 512)
+        assert max(map(len, asked)) <= max(80, seqlen // 2)
