@@ -279,7 +279,7 @@ class _Run:
         with Progress("quantizing", plan.num_blocks, "blocks") as bar:
             for index in range(plan.num_blocks):
                 notes = walk.block(index, plan.budget.steps).notes
-                bar.step(note=f"error {notes['error']:.2g}, {_peak_bytes() / 2**30:.1f} GiB")
+                bar.step(note=f"error so far {notes['error']:.2g}, {_peak_bytes() / 2**30:.1f} GiB")
 
     def _importance(self, model: FloatModel, tokens: Tensor, work: WorkFolder) -> Callable[[int], Importance]:
         if not work.has("importance"):
@@ -302,7 +302,8 @@ class _Run:
             with Progress("tuning", schedule.steps, "steps") as bar, computing_on(self.device):
                 tuned = tune_model(model, tokens, num_given, floats, results, schedule, on_step=lambda kl: bar.step(note=f"KL {kl:.4f}"))
             if tuned.blocks is None:
-                logger.warning("tuning did not help (KL %.4f before, %.4f after): it is left out", tuned.kl_before, tuned.kl_after)
+                told = "tuning did not help samples that it had not seen (KL %.5f before, %.5f after): it is left out"
+                logger.warning(told, tuned.kl_before, tuned.kl_after)
             for name, result in zip(names, tuned.blocks or results, strict=True):
                 work.save_block(name, result)
         return Results(work, names)

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from octavo import Engine
 from octavo.calibration import budget, quantize_run, streams, walk
+from octavo.calibration.float_model import FloatModel
+from octavo.calibration.quality import by_transformers
 from octavo.calibration.quantize_result import GateError
 from octavo.calibration.quantize_run import plan, quantize
 from octavo.calibration.recipe import Recipe
@@ -186,6 +188,33 @@ def test_activations_on_disk_give_the_same_bytes(llama: Path, text: Path, tmp_pa
     assert on_disk.quality.num_tokens == in_memory.quality.num_tokens
     assert on_disk.quality.perplexity == pytest.approx(in_memory.quality.perplexity, rel=0.01)  # bfloat16 there, float32 here
     assert on_disk.quality.kl_mean == pytest.approx(in_memory.quality.kl_mean, rel=0.1)
+
+
+@pytest.mark.parametrize(("rest", "measured"), [(0, 62), (5, 62), (30, 91)])
+def test_transformers_measure_a_shorter_last_window(rest: int, measured: int, llama: Path) -> None:
+    """As the engine does, but for a rest of fewer than 24 tokens."""
+    reader = open_reader(resolve_model(str(llama)))
+    model = FloatModel(transformers.AutoConfig.from_pretrained(llama), reader)
+    model.load_outer()
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.vocab_size, (64 + rest,), generator=draw).tolist()
+    found = by_transformers(model, model, tokens, seqlen=32, text="drawn")
+    assert found.num_tokens == measured
+    assert found.kl_mean == 0
+    model.load_all()
+    nll = torch.zeros(0)
+    for at in range(0, len(tokens), 32):
+        row = torch.tensor([tokens[at : at + 32]])
+        if row.shape[1] < 24:
+            continue
+        hidden, calls = model.calls(row)
+        with torch.no_grad():
+            for block, call in zip(model.blocks, calls, strict=True):
+                hidden = call.run(block, hidden)
+            logits = model.logits(row, hidden)[0]
+        nll = torch.cat([nll, torch.nn.functional.cross_entropy(logits[:-1], row[0, 1:], reduction="none")])
+    assert len(nll) == measured
+    assert found.perplexity == pytest.approx(float(nll.double().mean().exp()), rel=1e-5)
 
 
 def test_engines_compute_with_the_threads_that_torch_was_given(llama: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from octavo.__main__ import main as octavo
 from octavo.runtime.config import EngineConfig
 from octavo.serve.arguments import flags_of, options_of, serve_parser
-from octavo.serve.cli import main
+from octavo.serve.cli import _with_threads, main
 from octavo.serve.options import ServerOptions
 
 
@@ -248,3 +248,11 @@ def test_rays_command_of_the_same_name_gets_its_words(words: list[str], told: st
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout + done.stderr).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("said", "flag", "threads"), [("1", None, 1), ("4,2", None, 4), ("3", 2, 2), ("", None, None), ("all", None, None), ("0", None, None)]
+)
+def test_threads_are_those_that_the_environment_names(said: str, flag: int | None, threads: int | None, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert _with_threads(EngineConfig(num_threads=flag)).num_threads == threads
