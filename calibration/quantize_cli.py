@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, *, prog: str) -> int:
         except (KeyboardInterrupt, ValueError, TypeError, OSError, RuntimeError) as error:
             if stopped.pressed or isinstance(error, KeyboardInterrupt):
                 unfinished = args.out is not None and (args.out / WORK).exists()
-                told = f"; the finished blocks are in {args.out}: give the same command with --resume to go on" if unfinished else ""
+                told = f"; what is finished lies in {args.out}: give the same command with --resume to go on" if unfinished else ""
                 return fail(prog, f"stopped{told}", INTERRUPTED)
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
             if isinstance(error, OSError) and error.errno in _NO_ROOM and args.out is not None:
