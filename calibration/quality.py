@@ -101,8 +101,9 @@ def by_transformers(
             part, i = places[tuple(ids)]
             for at in range(0, len(ids), LOGIT_ROWS):
                 rows = slice(at, at + LOGIT_ROWS)
-                with torch.no_grad():
-                    yield at, model.logits(parts[part][[i], rows], behind[part][[i]][:, rows])[0]
+                with torch.no_grad():  # not around the yield: who takes what is given would be inside too
+                    found = model.logits(parts[part][[i], rows], behind[part][[i]][:, rows])[0]
+                yield at, found
 
         return logits
 

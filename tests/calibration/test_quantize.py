@@ -199,6 +199,7 @@ def test_transformers_measure_a_shorter_last_window(rest: int, measured: int, ll
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.vocab_size, (64 + rest,), generator=draw).tolist()
     found = by_transformers(model, model, tokens, seqlen=32, text="drawn")
+    assert torch.is_grad_enabled()
     assert found.num_tokens == measured
     assert found.kl_mean == 0
     model.load_all()
