@@ -1,7 +1,7 @@
 """What a model is asked to go on with, to write text to calibrate on. Knows no model.
 
-Openings are a few words: what comes after them is the model's alone. Passages are a paragraph each, written for this purpose by people:
-what people write surprises a model more than what it writes itself, and a part of it serves text that others wrote (benchmarks/README.md).
+Openings are a few words: what comes after them is the model's alone. Passages are a paragraph each, written for this purpose and not by
+the model: they surprise it more than what it writes itself, as the text does that it will be used on (benchmarks/README.md).
 """
 
 OPENINGS = (

@@ -31,7 +31,7 @@ QUESTIONS = (
     "What is 17 times 24? Show each step.",
 )
 TEMPERATURE = 1.0
-ANSWER_TOKENS = 64  # at most, after an opening or a question
+ANSWER_TOKENS = 64  # at most, after an opening, a passage or a question
 _LEAST_TOKENS = 8  # that a model draws, on average, of the first so many texts; of one that draws fewer, what it is asked is most
 _JUDGED_TEXTS = 64
 _DATE = "26 Jul 2024"  # for Llama's templates, which tell the model today's: the same run gives the same text tomorrow
@@ -65,7 +65,7 @@ def write_samples(
     text: OwnText | None = None,
     on_tokens: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """int64 [samples, seqlen]: what `generate` draws after openings and questions, one text after the other, cut into rows.
+    """int64 [samples, seqlen]: openings, passages and questions with what `generate` draws after each, one after the other, cut into rows.
 
     With `text`, what it holds is taken first, and what is drawn is added to it. Raises SilentModelError for a model that writes nothing.
     """
