@@ -70,13 +70,13 @@ def by_engine(
 def by_transformers(
     original: FloatModel, quantized: FloatModel, tokens: Sequence[int], *, seqlen: int, text: str, scratch: Path | None = None
 ) -> Quality:
-    """With transformers in float32, one block in memory at a time; all but the blocks must be loaded. A rest of a few tokens is left out:
-    blocks of any architecture need not run on it.
+    """With transformers in float32, one block in memory at a time; all but the blocks must be loaded. A last window of fewer than
+    24 tokens is left out: blocks of any architecture need not run on it.
 
     `scratch`: a folder for the hidden states, which are in memory without one.
     """
     rest = len(tokens) % seqlen
-    windows = windows_of(len(tokens) - (rest if rest < min(_LEAST_REST, seqlen) else 0), seqlen=seqlen, stride=seqlen)
+    windows = windows_of(len(tokens) - (rest if rest < _LEAST_REST else 0), seqlen=seqlen, stride=seqlen)
     cut = [list(tokens[window.start : window.end]) for window in windows]
     whole = [row for row in cut if len(row) == len(cut[0])]
     parts = [torch.tensor(rows) for rows in (whole, cut[len(whole) :]) if rows]  # the last window may be shorter

@@ -90,15 +90,15 @@ def write_samples(
 
 
 def _prompt(tokenizer: Any, number: int, most: int) -> list[int]:
-    """Of a passage `most` tokens."""
+    """The tokens of prompt `number`; of a passage, `most` of them at most."""
     if tokenizer.chat_template and number % _CHAT_SHARE == _CHAT_SHARE - 1:
         asked = _chat(tokenizer, QUESTIONS[number // _CHAT_SHARE % len(QUESTIONS)])
         if asked is not None:
             return list(tokenizer(asked, add_special_tokens=False).input_ids)
-    of_kind, earlier = number // _PASSAGE_SHARE, number % _PASSAGE_SHARE
-    if earlier == _PASSAGE_SHARE - 1:
-        return list(tokenizer(PASSAGES[of_kind % len(PASSAGES)]).input_ids)[:most]
-    return list(tokenizer(OPENINGS[(number - of_kind) % len(OPENINGS)]).input_ids)
+    passages, place = divmod(number, _PASSAGE_SHARE)  # before this one
+    if place == _PASSAGE_SHARE - 1:
+        return list(tokenizer(PASSAGES[passages % len(PASSAGES)]).input_ids)[:most]
+    return list(tokenizer(OPENINGS[(number - passages) % len(OPENINGS)]).input_ids)
 
 
 def _chat(tokenizer: Any, question: str) -> str | None:

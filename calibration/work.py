@@ -177,13 +177,13 @@ class WorkFolder:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, and what it was; of an object inside, which of its fields."""
+    """What differs, and what it was; of a recipe, which of its fields."""
     found: list[str] = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if old != new:
-            fields = key == "recipe" and isinstance(old, dict) and isinstance(new, dict)
-            found += _changed(old or {}, new or {}) if fields else [f"{key} ({str(old)[:_TOLD]})"]
+            of_recipe = key == "recipe" and None not in (old, new)
+            found += _changed(before[key], now[key]) if of_recipe else [f"{key} ({str(old)[:_TOLD]})"]
     return found
 
 
