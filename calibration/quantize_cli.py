@@ -29,7 +29,8 @@ _NO_ROOM = {
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "octavo quantize") -> int:
-    """Run `octavo quantize <argv>`: 0; 1 when it failed; 2 for what the user can mend; 3 when the quality gate does not hold."""
+    """Run `octavo quantize <argv>`: 0; 1 when it failed; 2 for what the user can mend; 3 when the quality gate does not hold; 130
+    after Ctrl-C, 143 after SIGTERM."""
     parser = _parser(prog)
     args = parser.parse(argv)
     if args.out is None and not args.dry_run:
@@ -46,10 +47,10 @@ def run(args: argparse.Namespace, *, prog: str) -> int:
             print(summary(error.result), flush=True)
             return fail(prog, f"the quality gate does not hold: {error}", GATE_FAILED)
         except (KeyboardInterrupt, ValueError, TypeError, OSError, RuntimeError) as error:
-            if stopped.pressed or isinstance(error, KeyboardInterrupt):
+            if stopped.by is not None or isinstance(error, KeyboardInterrupt):
                 unfinished = args.out is not None and (args.out / WORK).exists()
                 told = f"; what is finished lies in {args.out}: give the same command with --resume to go on" if unfinished else ""
-                return fail(prog, f"stopped{told}", INTERRUPTED)
+                return fail(prog, f"stopped{told}", INTERRUPTED if stopped.by is None else 128 + stopped.by)
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
             if isinstance(error, OSError) and error.errno in _NO_ROOM and args.out is not None:
                 text = _no_room(args, error.errno)
@@ -69,11 +70,11 @@ def _no_room(args: argparse.Namespace, number: int) -> str:
 
 
 class _Stopped:
-    """Remembers that Ctrl-C was pressed, or the process told to end: code in C that is interrupted may raise something else than
-    KeyboardInterrupt."""
+    """Remembers the signal of Ctrl-C, or the one that told the process to end: code in C that is interrupted may raise something else
+    than KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.pressed = False
+        self.by: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -82,12 +83,13 @@ class _Stopped:
         return self
 
     def _press(self, number: int, frame: FrameType | None) -> None:
-        self.pressed = True
+        self.by = number
         raise KeyboardInterrupt
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         for number, before in self._before.items():
-            signal.signal(number, before)
+            if before is not None:  # else it was not set from Python
+                signal.signal(number, before)
 
 
 def _run(args: argparse.Namespace) -> int:

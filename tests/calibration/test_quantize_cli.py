@@ -243,7 +243,7 @@ def test_a_signal_says_how_to_go_on(number: signal.Signals, llama: Path, text: P
         time.sleep(0.002)
     process.send_signal(number)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 130, error
+    assert process.returncode == 128 + number, error
     assert "with --resume to go on" in error
     assert "Traceback" not in error
     assert main(flags(llama, text, out, "--method", "best", "--resume")) == 0
