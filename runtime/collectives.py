@@ -135,7 +135,8 @@ class ProcessGroup:
         """The least of the ranks' numbers."""
         held = torch.tensor([number], device=self._device)
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
+        setting: Any = dist.ReduceOp.MIN  # what it is typed as depends on torch's version
+        options.reduceOp = setting
         self._group.allreduce([held], options).wait()
         return int(held.item())
 

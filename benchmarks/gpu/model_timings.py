@@ -242,6 +242,7 @@ def idle_share(spans: Sequence[tuple[float, float]]) -> float:
     return 1.0 - busy / (reached - spans[0][0]) if reached > spans[0][0] else 0.0
 
 
+@torch.inference_mode(False)  # it steps in a thread of its own, where tensors made in that mode cannot be written
 def time_peer(variant: Variant, place: Place, load: Load, budget: Budget) -> dict[str, Any]:
     """Offline throughput of transformers' continuous batching, the same model and load, random weights in bfloat16."""
     import transformers

@@ -40,7 +40,7 @@ def divide(query_start: npt.NDArray[Any], context_len: npt.NDArray[Any], *, num_
     start = query_start.astype(np.int64)
     context = context_len.astype(np.int64)
     count = start[1:] - start[:-1]
-    if count.size and (int(count.min()) < 0 or int((context - count).min()) < 0):
+    if count.size and (int(np.min(count)) < 0 or int(np.min(context - count)) < 0):
         raise ValueError("query_start must not fall, and a context holds at least its own new tokens")
     # query blocks
     limit = max(1, MAX_QUERY_ROWS // group)

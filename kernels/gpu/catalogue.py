@@ -22,11 +22,12 @@ from .launch import Launch
 from .workspace import Workspace
 
 # Which instruction multiplies, from an architecture on: warp-wide units, those of a warp group (sm_90), of tensor memory (sm_100).
-FP8_UNITS: Final[Mapping[int, str]] = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
-INT8_UNITS: Final[Mapping[int, str]] = {80: "IMMA", 90: "IGMMA", 100: "IMMA"}
-HALF_UNITS: Final[Mapping[int, str]] = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+Units = Mapping[int, tuple[str, ...]]  # any of them will do: which it is depends on Triton's version
+FP8_UNITS: Final[Units] = {89: ("QMMA",), 90: ("QGMMA",), 100: ("UTCQMMA",), 120: ("QMMA",)}
+INT8_UNITS: Final[Units] = {80: ("IMMA",), 90: ("IGMMA",), 100: ("IMMA", "UTCIMMA"), 120: ("IMMA",)}
+HALF_UNITS: Final[Units] = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",), 120: ("HMMA",)}
 # Of halves: 8-bit codes that end there were converted first.
-_HALVES: Final = tuple(dict.fromkeys(HALF_UNITS.values()))
+_HALVES: Final = tuple(dict.fromkeys(unit for units in HALF_UNITS.values() for unit in units))
 
 OUT_FEATURES, IN_FEATURES = 4096, 4096
 _MOST_ROWS: Final = 4096
@@ -48,14 +49,14 @@ class Operation:
     """`units` by architecture; `never`: instructions that no kernel of it may have."""
 
     build: Builder
-    units: Mapping[int, str]
+    units: Units
     never: tuple[str, ...] = ()
 
     def expected(self, arch: int, route: str) -> Expected:
         """What its kernels for `arch` must be made of. On the route "dense" they multiply nothing: torch does, after them."""
         known = [other for other in self.units if other <= arch]
-        unit = self.units[max(known)] if known and route != "dense" else None
-        return Expected(unit, self.never, wide_loads=True)
+        units = self.units[max(known)] if known and route != "dense" else ()
+        return Expected(units, self.never, wide_loads=True)
 
 
 def _scaled(dtype: torch.dtype, *, grouped: bool = False) -> Builder:

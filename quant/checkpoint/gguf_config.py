@@ -144,7 +144,7 @@ def _llama3_scaling(header: GgufHeader, head_dim: int) -> dict[str, Any]:
     """Recover Llama 3's settings from its table of divisors, and prove them against it."""
     entry = header.tensors[ROPE_TABLE]
     table = np.fromfile(header.path, dtype=np.float32, count=entry.nbytes // 4, offset=entry.offset)
-    factor = _rounded(float(table.max()))
+    factor = _rounded(float(np.max(table)))
     scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
     theta = float(header.value("rope.freq_base", 10000.0))
     if entry.type.name != "F32" or not np.allclose(table, _llama3_table(theta, head_dim, factor), rtol=1e-4):

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from octavo.benchmarks.gpu import attention_timings, checks, clock, correctness, sweep, timings
 from octavo.benchmarks.gpu.attention_timings import Step
@@ -21,13 +23,14 @@ from octavo.benchmarks.gpu.command import main
 from octavo.benchmarks.gpu.contenders import Shape
 from octavo.benchmarks.gpu.goals import verdicts
 from octavo.benchmarks.gpu.guarded import Guarded
-from octavo.benchmarks.gpu.model_timings import LLAMA_8B, PEER, Load, Variant, idle_share
+from octavo.benchmarks.gpu.model_timings import LLAMA_8B, PEER, Load, Variant, idle_share, time_peer
+from octavo.benchmarks.gpu.record import Budget
 from octavo.kernels.gpu import grouped_linear, scaled_linear
 from octavo.kernels.gpu.config import Tile, entries, operations
 from octavo.kernels.gpu.device import DEVICES
 from octavo.kernels.gpu.launch import Launch
 
-from ..kernels.gpu.interpreter import mend
+from ..kernels.gpu.interpreter import mend, torch_scales_rows
 
 mend()
 H100 = Place(torch.device("cpu"), DEVICES[90])
@@ -53,6 +56,7 @@ def run(*arguments: str, out: Path) -> int:
     return main([*arguments, "--out", str(out)], place=H100, shapes=(TINY,), rows=(1,), steps=steps, variants=(), asked=())
 
 
+@pytest.mark.skipif(not torch_scales_rows(), reason="this torch's _scaled_mm takes one scale for all rows on the CPU")
 @pytest.mark.usefixtures("few_cases")
 def test_the_whole_command_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--formats", "fp8", "w4a16", out=tmp_path) == 0, capsys.readouterr().out
@@ -268,6 +272,22 @@ def test_models_are_timed_and_told(tmp_path: Path, capsys: pytest.CaptureFixture
     before = (tmp_path / "results.json").read_text()
     assert main(out, place=H100, variants=(Variant("tiny", config, options), broken), load=load) == 0
     assert json.loads((tmp_path / "results.json").read_text())["model"] == json.loads(before)["model"], "what is known is not timed again"
+
+
+def test_the_peer_may_write_what_it_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It steps in a thread of its own, where what was made in inference mode cannot be written: transformers 5.17 did that."""
+    asked: list[bool] = []
+
+    def generate_batch(self: Any, inputs: list[list[int]], **options: Any) -> dict[str, Any]:
+        asked.append(torch.is_inference_mode_enabled() or next(self.parameters()).is_inference())
+        return {str(number): SimpleNamespace(generated_tokens=[1, 2]) for number in range(len(inputs))}
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate_batch", generate_batch)
+    config = {**LLAMA_8B, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 200}
+    with torch.inference_mode():  # as the parts are run
+        found = time_peer(Variant("tiny", config), H100, Load(offline=((3, 5, 2),)), Budget(1.0))
+    assert found["fault"] is None
+    assert asked == [False]
 
 
 def test_the_idle_share_is_what_no_kernel_covers() -> None:

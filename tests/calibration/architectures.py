@@ -77,6 +77,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**_GEMMA, **_GEMMA_3N},  # and hidden states of four streams, the streams in front
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB, "state_size": 8},  # no attention
 }
+ARCHITECTURES = {name: sizes for name, sizes in ARCHITECTURES.items() if name in transformers.CONFIG_MAPPING}  # of an older transformers
 
 
 def make(model_type: str, folder: Path, *, seed: int = 0, **changes: Any) -> Any:

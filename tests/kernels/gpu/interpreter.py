@@ -153,6 +153,17 @@ class _Results:
 
 
 @functools.cache
+def torch_scales_rows() -> bool:
+    """Whether torch's own product of fp8 codes takes a scale for each row on the CPU too: torch 2.11's takes one for all."""
+    codes = torch.zeros(16, 16).to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(codes, codes.t(), torch.ones(16, 1), torch.ones(1, 16), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
+@functools.cache
 def mend() -> None:
     """Mend the interpreter, once in a process."""
     builder = interpreter.InterpreterBuilder

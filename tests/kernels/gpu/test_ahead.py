@@ -227,8 +227,8 @@ def report(**changes: Any) -> KernelReport:
         (report(shared_bytes=232_449), Expected(), "takes 232449 bytes of shared memory, sm_90 has 232448"),
         (report(arch=89, shared_bytes=110_000), Expected(), "sm_89 has 101376"),
         (report(tensor_memory_columns=1024), Expected(), "columns of tensor memory"),
-        (report(), Expected("HGMMA"), "multiplies by QGMMA.64x16x32.F32.E4M3.E4M3, not by HGMMA"),
-        (report(instructions=Counter({"LDG.128": 1})), Expected("QGMMA"), "multiplies by no matrix instruction"),
+        (report(), Expected(("HGMMA", "HMMA")), "multiplies by QGMMA.64x16x32.F32.E4M3.E4M3, not by HGMMA or HMMA"),
+        (report(instructions=Counter({"LDG.128": 1})), Expected(("QGMMA",)), "multiplies by no matrix instruction"),
         (report(), Expected(never=("I2F", "F2FP")), "has 1 F2FP"),
         (report(instructions=Counter({"LDG.32": 4})), Expected(wide_loads=True), "loads nothing 16 bytes wide"),
     ],
@@ -239,7 +239,7 @@ def test_faults_are_told(found: KernelReport, expected: Expected, words: str) ->
 
 
 def test_a_sound_kernel_has_no_fault() -> None:
-    assert faults(report(), Expected("QGMMA", ("HGMMA", "F2F"), wide_loads=True)) == ()
+    assert faults(report(), Expected(("UTCQMMA", "QGMMA"), ("HGMMA", "F2F"), wide_loads=True)) == ()
     assert faults(report(instructions=Counter({"UTMALDG": 1})), Expected(wide_loads=True)) == ()
 
 

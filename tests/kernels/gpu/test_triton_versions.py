@@ -1,7 +1,8 @@
-"""The kernels under the oldest Triton that is supported and under the newest: interpreted, and compiled for an H100."""
+"""The kernels under the oldest Triton that is supported and under the newest: interpreted, and compiled."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from octavo.benchmarks.gpu.record import ROOT
+from octavo.kernels.gpu.config import operations, table_architectures
+from octavo.kernels.gpu.device import DEVICES
 
 HERE = Path(__file__).parent
 FOLDERS = {version: Path(sys.prefix, f"triton-{version}") for version in ("3.6.0", "newest")}
@@ -29,11 +32,11 @@ def start(folder: Path, *command: str, interpret: bool) -> subprocess.Popen[str]
     )
 
 
-def finished(running: dict[str, subprocess.Popen[str]]) -> dict[str, str]:
+def finished(running: dict[str, subprocess.Popen[str]], *, codes: tuple[int, ...] = (0,)) -> dict[str, str]:
     """What each printed, once all are done. Raises AssertionError for one that failed."""
     printed = {version: process.communicate()[0] for version, process in running.items()}
     for version, process in running.items():
-        assert process.returncode == 0, f"Triton {version}: {printed[version][-3000:]}"
+        assert process.returncode in codes, f"Triton {version}: {printed[version][-3000:]}"
     return printed
 
 
@@ -59,9 +62,30 @@ def test_interpreted_under_each_version() -> None:
         assert "[100%]" in text, (version, text[-500:])
 
 
-def test_compiled_by_each_version() -> None:
-    ops = ("fp8",)
-    command = ("-m", "octavo", "kernels", "report", "--arch", "sm_90", *(f"--op={op}" for op in ops))
-    printed = finished({version: start(folder, *command, interpret=False) for version, folder in FOLDERS.items()})
+_SPILLED_AT_MOST = 64  # bytes: registers are given out by another ptxas, and few spills cost little
+
+
+@pytest.mark.parametrize(
+    ("arch", "ops"),
+    [
+        (90, ("fp8",)),
+        (100, ("w4a16",)),
+        (120, ("fp8",)),
+        *(pytest.param(arch, operations(arch), marks=pytest.mark.long) for arch in sorted({*table_architectures(), *DEVICES})),
+    ],
+    ids=lambda value: f"sm_{value}" if isinstance(value, int) else value[0] if len(value) == 1 else "all",
+)
+def test_compiled_by_each_version(arch: int, ops: tuple[str, ...]) -> None:
+    """What one version fits into shared or tensor memory another may not, and then it could not be launched."""
+    command = ("-m", "octavo", "kernels", "report", "--json", "--arch", f"sm_{arch}", *(f"--op={op}" for op in ops))
+    printed = finished({version: start(folder, *command, interpret=False) for version, folder in FOLDERS.items()}, codes=(0, 1))
     for version, text in printed.items():
-        assert "QGMMA" in text, (version, text[-500:])
+        rows = json.loads(text)
+        assert {row["op"] for row in rows} == set(ops), version
+        faults = [
+            (row["op"], row["max_m"], fault)
+            for row in rows
+            for fault in row["faults"]
+            if not fault.startswith("spills") or row["spill_store_bytes"] > _SPILLED_AT_MOST
+        ]
+        assert faults == [], version
