@@ -318,8 +318,11 @@ class _Names:
         others = {name: tensor for name, tensor in tensors.items() if name not in self._simple}
         if others:
             model._weight_conversions = self._used  # type: ignore[assignment]
+            is_narrow = all(tensor.shape[-1] == 1 for tensor in others.values())
+            if is_narrow:  # transformers 5.17 drops every axis of length 1 where it cuts a tensor, also that of a row's one group
+                others = {name: tensor.expand(*tensor.shape[:-1], 2) for name, tensor in others.items()}
             for name, tensor in revert_weight_conversion(model, others).items():
-                found[self._known(name, model)] = tensor
+                found[self._known(name, model)] = tensor[..., :1].contiguous() if is_narrow else tensor
         return found
 
     def _known(self, name: str, model: nn.Module) -> str:

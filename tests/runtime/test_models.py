@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -59,11 +60,12 @@ def test_dynamic_rope_beyond_the_original_context_is_that_of_decoding_token_by_t
     runner = load(save_model(model, tmp_path))
     assert runner.context_length == 3 * original
     tokens = sequence(length, chunk=1, decode=0).tokens
-    cache = transformers.DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # of an older transformers
+    cache = {name: transformers.DynamicCache(config=model.config)}
     steps = []
     with torch.no_grad():
         for token in tokens:
-            steps.append(model(torch.tensor([[token]]), cache=cache, use_cache=True).logits[0, -1])
+            steps.append(model(torch.tensor([[token]]), **cache, use_cache=True).logits[0, -1])
     chunks = (1, 7, 64, length)
     for found in run(runner, [OneSequence(tokens, length, chunk) for chunk in chunks] + [OneSequence(tokens, 20, 20)]):
         assert_close(found, torch.stack(steps), 3e-5)
