@@ -393,6 +393,16 @@ def test_a_bare_checkout_is_enough(tmp_path: Path) -> None:
     assert "run.py: torch. It wants torch for CUDA" in done.stderr
 
 
+def test_whole_models_want_none_of_the_servers_packages(tmp_path: Path) -> None:
+    """The parts answers and model: what a machine for GPU programs usually lacks is not asked of it."""
+    script = _BARE.replace("RUN", repr(str(RUN))).replace('"gguf", ', "").replace('run_name="__main__"', 'run_name="loaded"')
+    script += (
+        "import octavo.calibration.quantize_run, octavo.runtime.core, octavo.runtime.model_runner, octavo.runtime.tokenizer\nprint('ok')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "ok\n", done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
