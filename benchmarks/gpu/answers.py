@@ -21,6 +21,7 @@ import torch
 
 from .answer_models import ASKED, Asked, of_path, quantize_model, write_model
 from .checks import Place
+from .correctness import device_answers
 from .record import Budget, Record, one_line
 
 if TYPE_CHECKING:
@@ -83,8 +84,10 @@ def run(
             result = {"fault": one_line(error)}
             print(f"  WRONG {one.name}: {result['fault']}")
         record.answers[one.name] = result | {"seconds": round(time.perf_counter() - started, 1)}
-        _let_go(place)
         save()
+        if result["fault"] and place.is_gpu and not device_answers():
+            break
+        _let_go(place)
     found = [record.answers[one.name]["fault"] for one in wanted if one.name in record.answers]
     wrong = sum(1 for fault in found if fault)
     print(f"answers: {len(found) - wrong} models right, {wrong} wrong, {len(wanted) - len(found)} not run yet")

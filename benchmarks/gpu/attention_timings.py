@@ -20,6 +20,7 @@ from . import clock
 from .attention_cases import KV, KV_DTYPES
 from .checks import Place
 from .clock import ROTATED_BYTES, Call
+from .correctness import device_answers
 from .record import Budget, Record, one_line
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
@@ -66,9 +67,11 @@ def run(record: Record, place: Place, budget: Budget, *, save: Callable[[], None
         if not budget.has(_SECONDS):
             print("  out of time: run the same command again, it goes on from here")
             return
-        record.attention[step.label] = time_step(step, place)
+        found = record.attention[step.label] = time_step(step, place)
         print(f"timed {step.label}", flush=True)
         save()
+        if found["faults"] and place.is_gpu and not device_answers():
+            return
 
 
 def time_step(step: Step, place: Place) -> dict[str, Any]:
@@ -87,8 +90,12 @@ def time_step(step: Step, place: Place) -> dict[str, Any]:
                 calls[kv] = _calls(step, kind, q, place)
             except Exception as error:  # told, and the others go on
                 faults[kv] = one_line(error)
-        k, v = (torch.randn(step.sequences, KV_HEADS, step.context, DIM, device=place.device).bfloat16() for _ in range(2))
-        calls[SDPA] = [partial(_sdpa, q, k, v, step)] * 2
+        pairs = [
+            [torch.randn(step.sequences, KV_HEADS, step.context, DIM, device=place.device).bfloat16() for _ in range(2)]
+            for _ in range(_copies(step, torch.bfloat16, place))
+        ]
+        k, v = pairs[0]
+        calls[SDPA] = [partial(_sdpa, q, keys, values, step) for keys, values in pairs]
         fault = _fault(step, q, k, v, place)
         if fault is not None:
             faults["bf16"] = fault
@@ -111,12 +118,16 @@ def _plan(step: Step, kind: torch.dtype, place: Place) -> AttentionPlan:
     )  # fmt: skip
 
 
+def _copies(step: Step, kind: torch.dtype, place: Place) -> int:
+    """How many pairs of keys and values exceed the cache."""
+    return max(2, int(-(-ROTATED_BYTES // step.bytes_read(kind)))) if place.is_gpu else 1
+
+
 def _calls(step: Step, kind: torch.dtype, q: Tensor, place: Place) -> list[Call]:
     """Through as many pairs of pages as exceed the cache."""
     plan, out = _plan(step, kind, place), torch.empty_like(q)
     shape = (step.sequences * -(-step.context // PAGE), KV_HEADS, PAGE, row_width(DIM, kind))
-    copies = max(2, int(-(-ROTATED_BYTES // step.bytes_read(kind)))) if place.is_gpu else 1
-    pairs = [[_pages(shape, kind, place.device) for _ in range(2)] for _ in range(copies)]
+    pairs = [[_pages(shape, kind, place.device) for _ in range(2)] for _ in range(_copies(step, kind, place))]
     return [partial(paged_attention, q, k, v, plan, scale=DIM**-0.5, kv_dtype=kind, out=out) for k, v in pairs]
 
 

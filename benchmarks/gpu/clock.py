@@ -59,16 +59,21 @@ def time_in_turn(
     if device.type != "cuda":
         return {name: _timing([_wall_us(calls)]) for name, calls in contenders.items()}, {}
     replays, faults = {}, {}
+    stream = torch.cuda.current_stream(device)
     for name, calls in contenders.items():
         try:
             replays[name] = _Replay(calls)
         except Exception as error:  # a capture that is not allowed, a kernel that fails
             faults[name] = one_line(error)
+            torch.cuda.set_stream(stream)  # where a capture fails, torch stays on the one that captured
     samples: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(rounds):
-        for name, replay in replays.items():
-            samples[name].append(replay.sample())
-    return {name: _timing(found) for name, found in samples.items()}, faults
+        for name in [name for name in replays if name not in faults]:
+            try:
+                samples[name].append(replays[name].sample())
+            except Exception as error:  # a kernel that fails when it is replayed
+                faults[name] = one_line(error)
+    return {name: _timing(found) for name, found in samples.items() if name not in faults}, faults
 
 
 class _Replay:

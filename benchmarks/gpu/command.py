@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,19 +115,22 @@ def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, sizes:
     print(f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}: results in {folder}", flush=True)
     record = Record.load(folder, machine, fresh=options.fresh)
     save, jobs = partial(record.save, folder), options.jobs if place.is_gpu else 1
-    if "correctness" in parts:
-        correctness.run(record, place, budget, jobs=jobs, save=save, quick=not place.is_gpu)
-    if "older" in parts:
-        for arch in [arch for arch in correctness.OLDER if arch < place.facts.arch]:
-            correctness.run(record, place, budget, jobs=jobs, save=save, quick=not place.is_gpu, older=arch)
-    if "sanitizer" in parts:
-        correctness.sanitize(record, place, budget, command=Path(__file__).with_name("run.py"), save=save)
-    if "answers" in parts:
-        answers.run(record, place, budget, save=save, asked=sizes.asked, model=options.model, talk=sizes.talk)
-    if "timings" in parts:
-        _time(record, place, budget, options, save, sizes)
-    if "model" in parts:
-        model_timings.run(record, place, budget, save=save, variants=sizes.variants, load=sizes.load)
+    older = [arch for arch in correctness.OLDER if arch < place.facts.arch]
+    check = partial(correctness.run, record, place, budget, jobs=jobs, save=save, quick=not place.is_gpu)
+    ways: dict[str, list[Callable[[], None]]] = {
+        "correctness": [check],
+        "older": [partial(check, older=arch) for arch in older],
+        "sanitizer": [partial(correctness.sanitize, record, place, budget, command=Path(__file__).with_name("run.py"), save=save)],
+        "answers": [partial(answers.run, record, place, budget, save=save, asked=sizes.asked, model=options.model, talk=sizes.talk)],
+        "timings": _ways_to_time(record, place, budget, options, save, sizes),
+        "model": [partial(model_timings.run, record, place, budget, save=save, variants=sizes.variants, load=sizes.load)],
+    }
+    for way in [way for part, found in ways.items() if part in parts for way in found]:
+        way()
+        if place.is_gpu and not correctness.device_answers():
+            print("  the device answers no more in this process: run the same command again, it goes on from here")
+            parts = [part for part in parts if part == "report"]
+            break
     if "sweep" in parts:
         for op in options.op:
             found = list(sweep(op, place, budget, jobs=options.jobs, shapes=SWEPT_SHAPES if sizes.shapes == SHAPES else sizes.shapes))
@@ -138,22 +141,34 @@ def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, sizes:
     save()
     if "report" in parts:
         _report(record, folder)
-    faults = [*record.correctness.values(), *record.sanitizer.values(), *record.answers.values()]
-    is_wrong = any(result["fault"] for result in faults) or any(
-        timing["faults"] for timing in (*record.timings.values(), *record.attention.values())
-    )
-    return _WRONG if is_wrong else 0
+    return _WRONG if _is_wrong(record) else 0
 
 
-def _time(record: Record, place: Place, budget: Budget, options: argparse.Namespace, save: partial[None], sizes: Sizes) -> None:
+def _is_wrong(record: Record) -> bool:
+    """Whether anything of ours is: a contender of torch's or of a peer's that fails is told, and no more."""
+    results = [*record.correctness.values(), *record.sanitizer.values(), *record.answers.values()]
+    results += [found for name, found in record.model.items() if name != model_timings.PEER]
+    contenders = [name for timing in record.timings.values() for name in timing["faults"] if name.startswith("octavo")]
+    contenders += [name for step in record.attention.values() for name in step["faults"] if name != attention_timings.SDPA]
+    return bool(contenders) or any(result["fault"] for result in results)
+
+
+def _ways_to_time(
+    record: Record, place: Place, budget: Budget, options: argparse.Namespace, save: partial[None], sizes: Sizes
+) -> list[Callable[[], None]]:
+    """Linears, and attention where no formats are named."""
+    linears = partial(_time_linears, record, place, budget, options, save, sizes)
+    attention = partial(attention_timings.run, record, place, budget, save=save, steps=sizes.steps)
+    return [linears] if options.formats else [linears, attention]
+
+
+def _time_linears(record: Record, place: Place, budget: Budget, options: argparse.Namespace, save: partial[None], sizes: Sizes) -> None:
     peers: tuple[Peer, ...] = ()
     if options.peers is not None:
         peers, record.peers = load_peers(options.peers)
         for name, reason in record.peers.items():
             print(f"  {name} is not compared: {reason}")
     timings.run(record, place, budget, save=save, peers=peers, formats=options.formats, shapes=sizes.shapes, rows=sizes.rows)
-    if not options.formats:
-        attention_timings.run(record, place, budget, save=save, steps=sizes.steps)
 
 
 def _quick(place: Place) -> int:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .checks import Place
+from .correctness import device_answers
 from .record import Budget, Record, one_line
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 PEER = "transformers generate_batch"
 _SECONDS = 60.0  # what a variant takes at least
+_PART_SECONDS = 20.0  # what one of its loads takes at most, offline ones excepted
 _STEPS, _TRACED_STEPS = 40, 12
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
@@ -37,11 +42,12 @@ _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True,
 
 @dataclass(frozen=True)
 class Variant:
-    """A model in one format. `config` is its config.json, `options` are EngineConfig's."""
+    """A model in one format. `config` is its config.json, `options` are EngineConfig's; it is given the first `num_offline` of a Load's."""
 
     name: str
     config: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    num_offline: int | None = None
 
 
 def _variants() -> tuple[Variant, ...]:
@@ -50,7 +56,7 @@ def _variants() -> tuple[Variant, ...]:
         config = LLAMA_8B if quantization is None else {**LLAMA_8B, "quantization_config": quantization}
         found.append(Variant(f"8B {name}", config, options))
         found.append(Variant(f"8B {name}, fp8 KV", config, {**options, "kv_cache_dtype": "fp8_e4m3"}))
-    return (*found, Variant("70B w4", {**LLAMA_70B, "quantization_config": _AWQ}, {"max_running_requests": 64}))
+    return (*found, Variant("70B w4", {**LLAMA_70B, "quantization_config": _AWQ}, {"max_running_requests": 64}, num_offline=1))
 
 
 @dataclass(frozen=True)
@@ -95,33 +101,35 @@ def run(
     variants: Sequence[Variant] = VARIANTS,
     load: Load | None = None,
 ) -> None:
-    """Every variant that has not been timed yet, while the budget lasts; then transformers with the first one's model."""
+    """Every variant that has not been timed to its end yet, while the budget lasts; then transformers with the first one's model.
+
+    What has been measured is kept as it comes. Ends where the device answers no more.
+    """
     load = load or Load()
-    for variant in variants:
-        if variant.name in record.model:
+    ways = {variant.name: partial(time_variant, variant) for variant in variants}
+    if variants:
+        ways[PEER] = partial(time_peer, variants[0])
+    for name, way in ways.items():
+        if name in record.model and not record.model[name].get("unfinished"):
             continue
         if not budget.has(_SECONDS if place.is_gpu else 0.0):
             print("  out of time: run the same command again, it goes on from here")
             return
         try:
-            record.model[variant.name] = time_variant(variant, place, load, budget)
+            for found in way(place, load, budget):
+                record.model[name] = found
+                save()
         except ModuleNotFoundError as error:
             print(f"  models are not timed: {error}. The engine wants more than torch and Triton: pip install the package's dependencies")
             return
         except Exception as error:  # told, and the others go on
-            record.model[variant.name] = {"fault": one_line(error)}
-            print(f"  {variant.name}: {record.model[variant.name]['fault']}")
-        print(f"timed {variant.name}", flush=True)
+            record.model[name] = {**record.model.get(name, {}), "unfinished": False, "fault": one_line(error)}
+            print(f"  {name}: {record.model[name]['fault']}")
+            save()
+            if place.is_gpu and not device_answers():
+                return
+        print(f"timed {name}{', not to its end' if record.model[name].get('unfinished') else ''}", flush=True)
         _let_go(place)
-        save()
-    if variants and PEER not in record.model and budget.has(_SECONDS if place.is_gpu else 0.0):
-        try:
-            record.model[PEER] = time_peer(variants[0], place, load, budget)
-        except Exception as error:
-            record.model[PEER] = {"fault": one_line(error)}
-            print(f"  {PEER}: {record.model[PEER]['fault']}")
-        _let_go(place)
-        save()
 
 
 def _let_go(place: Place) -> None:
@@ -130,8 +138,11 @@ def _let_go(place: Place) -> None:
         torch.cuda.empty_cache()
 
 
-def time_variant(variant: Variant, place: Place, load: Load, budget: Budget) -> dict[str, Any]:
-    """Tokens per second of each part of the load, milliseconds a step with the host's own, and the share of it in which the GPU idles."""
+def time_variant(variant: Variant, place: Place, load: Load, budget: Budget) -> Iterator[dict[str, Any]]:
+    """Tokens per second of each part of the load, milliseconds a step with the host's own, and the share of it in which the GPU idles.
+
+    The same mapping after each measurement, with one more in it, "unfinished" until it has all; it ends before that with the budget.
+    """
     from octavo.quant.checkpoint.resolve import resolve_model
     from octavo.runtime.config import EngineConfig
     from octavo.runtime.core import EngineCore
@@ -154,25 +165,41 @@ def time_variant(variant: Variant, place: Place, load: Load, budget: Budget) -> 
         fetch = TimedFetch(HostCopy)
         core = EngineCore(config, runner, fetch=fetch)
         result: dict[str, Any] = {
-            "fault": None, "weight_bytes": runner.model.weight_bytes, "kv_tokens": runner.pool.num_tokens,
+            "fault": None, "unfinished": True, "weight_bytes": runner.model.weight_bytes, "kv_tokens": runner.pool.num_tokens,
             "load_s": sum(runner.phases.seconds.values()),
             "kernels": runner.kernels_in_use(), "decode": {}, "prefill": {}, "offline": {},
         }  # fmt: skip
         _finish(core, _add(core, min(2, most), 8, 3))  # whatever loads at the first call
+        yield result
         for sequences, context in load.decode:
+            if not budget.has(_PART_SECONDS if place.is_gpu else 0.0):
+                return
             # Those whose prompts are computed first decode while the others' are: for two steps a chunk at most, beside what is timed.
             steps = load.steps + _TRACED_STEPS + 8 + 2 * sequences * (-(-context // (config.chunked_prefill_size or 1)) + 1)
             steps = min(steps, runner.context_length - context)
             if sequences <= config.max_running_requests and sequences * (context + steps) <= runner.pool.num_tokens:
                 result["decode"][f"{sequences} x {context}"] = _decode(core, fetch, sequences, context, load.steps, steps, place)
+                yield result
         for tokens in load.prefill:
             seconds = min(_finish(core, _add(core, 1, tokens, 1)) for _ in range(2))
             result["prefill"][str(tokens)] = {"tokens_s": tokens / seconds}
-        for requests, prompt, answer in load.offline:
-            if budget.has(1.0):
-                seconds = _finish(core, _add(core, requests, prompt, answer))
-                result["offline"][f"{prompt}/{answer}"] = {"requests": requests, "tokens_s": requests * answer / seconds}
-    return result
+            yield result
+        for requests, prompt, answer in load.offline[: variant.num_offline]:
+            if place.is_gpu and not budget.has(_offline_s(result, requests, prompt, answer)):
+                return
+            few = max(1, requests // 16)  # whatever is compiled for steps of such sizes
+            _finish(core, _add(core, few, prompt, min(answer, 8)))
+            seconds = _finish(core, _add(core, requests, prompt, answer))
+            result["offline"][f"{prompt}/{answer}"] = {"requests": requests, "tokens_s": requests * answer / seconds}
+            yield result
+    result["unfinished"] = False
+    yield result
+
+
+def _offline_s(result: Mapping[str, Any], requests: int, prompt: int, answer: int) -> float:
+    """Seconds that an offline load will take, by what prompts and steady decoding took."""
+    rates = [max((step["tokens_s"] for step in result[part].values()), default=math.inf) for part in ("prefill", "decode")]
+    return 1.1 * requests * (prompt / rates[0] + answer / rates[1])
 
 
 def _add(core: EngineCore, requests: int, prompt: int, answer: int) -> int:
@@ -242,9 +269,26 @@ def idle_share(spans: Sequence[tuple[float, float]]) -> float:
     return 1.0 - busy / (reached - spans[0][0]) if reached > spans[0][0] else 0.0
 
 
-@torch.inference_mode(False)  # it steps in a thread of its own, where tensors made in that mode cannot be written
-def time_peer(variant: Variant, place: Place, load: Load, budget: Budget) -> dict[str, Any]:
-    """Offline throughput of transformers' continuous batching, the same model and load, random weights in bfloat16."""
+def time_peer(variant: Variant, place: Place, load: Load, budget: Budget) -> Iterator[dict[str, Any]]:
+    """Offline throughput of transformers' continuous batching, the same model and load, random weights in bfloat16.
+
+    The same mapping after each load, as of `time_variant`. What it makes before its first step (cache, graphs) is not timed; ours is not.
+    """
+    model = _peer_model(variant, place)
+    result: dict[str, Any] = {"fault": None, "unfinished": True, "version": version("transformers"), "offline": {}}
+    for requests, prompt, answer in load.offline:
+        if place.is_gpu and not budget.has(_SECONDS):
+            return
+        seconds = _peer_s(model, requests, prompt, answer)
+        result["offline"][f"{prompt}/{answer}"] = {"requests": requests, "tokens_s": requests * answer / seconds}
+        yield result
+    result["unfinished"] = False
+    yield result
+
+
+# It steps in a thread of its own, where tensors made in inference mode cannot be written.
+@torch.inference_mode(False)
+def _peer_model(variant: Variant, place: Place) -> Any:
     import transformers
 
     config = transformers.LlamaConfig(
@@ -252,19 +296,32 @@ def time_peer(variant: Variant, place: Place, load: Load, budget: Budget) -> dic
     )
     config._attn_implementation = "sdpa"
     with torch.device(place.device):
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    result: dict[str, Any] = {"fault": None, "version": transformers.__version__, "offline": {}}
-    for requests, prompt, answer in load.offline:
-        if place.is_gpu and not budget.has(_SECONDS):
-            result["fault"] = f"out of time before {prompt}/{answer}"
-            break
-        source = random.Random(requests + prompt)
-        prompts = [[source.randrange(config.vocab_size) for _ in range(prompt)] for _ in range(requests)]
-        wish = transformers.GenerationConfig(max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        started = time.perf_counter()
-        outputs = model.generate_batch(inputs=prompts, generation_config=wish, progress_bar=False)
+        return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@torch.inference_mode(False)
+def _peer_s(model: Any, requests: int, prompt: int, answer: int) -> float:
+    """Seconds until all requests have ended, each with as many tokens as it wanted."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers.generation.continuous_batching.utils import WorkloadHints
+
+    source = random.Random(requests + prompt)
+    prompts = [[source.randrange(model.config.vocab_size) for _ in range(prompt)] for _ in range(requests)]
+    wish = GenerationConfig(max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    hints = WorkloadHints(max_prompt_length=prompt, max_generated_length=answer, num_requests=requests)
+    # On the CPU, where only tests come, its cache would be most of the machine's memory.
+    size = None if model.device.type == "cuda" else ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    with model.continuous_batching_context_manager(
+        generation_config=wish, block=True, timeout=5, continuous_batching_config=size, workload_hints=hints
+    ) as manager:
+        started, tokens, ended = time.perf_counter(), 0, 0
+        manager.add_requests(inputs=prompts, max_new_tokens=answer)
+        while ended < requests:
+            output = manager.get_result(timeout=1)
+            if output is not None and output.is_finished():
+                ended, tokens = ended + 1, tokens + len(output.generated_tokens)
+            elif output is None and not manager.is_running():
+                raise RuntimeError(f"it ended after {ended} of {requests} requests of {prompt}/{answer}")
         seconds = time.perf_counter() - started
-        tokens = sum(len(output.generated_tokens) for output in outputs.values())
-        assert tokens == requests * answer, f"{tokens} tokens came, not {requests * answer}"
-        result["offline"][f"{prompt}/{answer}"] = {"requests": requests, "tokens_s": tokens / seconds}
-    return result
+    assert tokens == requests * answer, f"{tokens} tokens came, not {requests * answer}"
+    return seconds

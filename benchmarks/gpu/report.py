@@ -128,8 +128,8 @@ def _models(record: Record) -> Iterator[str]:
             yield f"| {name} | decode {load} | {step['tokens_s']:.0f} | {step['step_ms']:.2f}{floor} | {step['host_ms']:.2f} | {idle} |"
         for part in ("prefill", "offline"):
             yield from (f"| {name} | {part} {load} | {step['tokens_s']:.0f} | | | |" for load, step in found.get(part, {}).items())
-        if found["fault"]:
-            yield f"| {name} | {found['fault']} | | | | |"
+        if found["fault"] or found.get("unfinished"):
+            yield f"| {name} | {found['fault'] or 'not to its end: run the same command again'} | | | | |"
 
 
 def _answers(record: Record) -> Iterator[str]:
