@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from .checks import Place
 from .contenders import FORMATS, ROWS, SHAPES, Shape
 from .model_timings import VARIANTS, Load, Variant
 from .peers import Peer, load_peers
-from .record import ROOT, Budget, Record, folder_name, machine_facts
+from .record import ROOT, Budget, Record, folder_name, machine_facts, one_line
 from .sweep import SWEPT_SHAPES, sweep, told
 
 PARTS = ("correctness", "older", "sanitizer", "answers", "timings", "model", "report", "sweep", "quick")
@@ -116,21 +117,20 @@ def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, sizes:
     record = Record.load(folder, machine, fresh=options.fresh)
     save, jobs = partial(record.save, folder), options.jobs if place.is_gpu else 1
     older = [arch for arch in correctness.OLDER if arch < place.facts.arch]
+    most_s = correctness.TOOL_S if set(parts) - {"sanitizer", "report"} else math.inf  # by itself it has all the time there is
     check = partial(correctness.run, record, place, budget, jobs=jobs, save=save, quick=not place.is_gpu)
     ways: dict[str, list[Callable[[], None]]] = {
         "correctness": [check],
         "older": [partial(check, older=arch) for arch in older],
-        "sanitizer": [partial(correctness.sanitize, record, place, budget, command=Path(__file__).with_name("run.py"), save=save)],
+        "sanitizer": [
+            partial(correctness.sanitize, record, place, budget, command=Path(__file__).with_name("run.py"), save=save, most_s=most_s)
+        ],
         "answers": [partial(answers.run, record, place, budget, save=save, asked=sizes.asked, model=options.model, talk=sizes.talk)],
         "timings": _ways_to_time(record, place, budget, options, save, sizes),
         "model": [partial(model_timings.run, record, place, budget, save=save, variants=sizes.variants, load=sizes.load)],
     }
-    for way in [way for part, found in ways.items() if part in parts for way in found]:
-        way()
-        if place.is_gpu and not correctness.device_answers():
-            print("  the device answers no more in this process: run the same command again, it goes on from here")
-            parts = [part for part in parts if part == "report"]
-            break
+    if not _answers_after([way for part, found in ways.items() if part in parts for way in found], place):
+        parts = [part for part in parts if part == "report"]
     if "sweep" in parts:
         for op in options.op:
             found = list(sweep(op, place, budget, jobs=options.jobs, shapes=SWEPT_SHAPES if sizes.shapes == SHAPES else sizes.shapes))
@@ -142,6 +142,22 @@ def _run(parts: Sequence[str], options: argparse.Namespace, place: Place, sizes:
     if "report" in parts:
         _report(record, folder)
     return _WRONG if _is_wrong(record) else 0
+
+
+def _answers_after(ways: Sequence[Callable[[], None]], place: Place) -> bool:
+    """Whether the device still does: those after one with which it failed are not run. Raises what one raises for another reason."""
+    for way in ways:
+        fault = None
+        try:
+            way()
+        except RuntimeError as error:
+            if not place.is_gpu or correctness.device_answers():
+                raise
+            fault = one_line(error)
+        if fault or (place.is_gpu and not correctness.device_answers()):
+            print(f"  the device answers no more in this process: run the same command again, it goes on from here. {fault or ''}".rstrip())
+            return False
+    return True
 
 
 def _is_wrong(record: Record) -> bool:

@@ -34,7 +34,7 @@ _BATCH = 8
 _CASE_S = 10.0
 _RACE_FREE = ("_split", "_stream", "_multiply", "_dequantize", "_attend", "_plan", "_peaks", "_search", "_kept")
 _SANITIZED_S = 60.0  # what starting one tool takes at least
-_TOOL_S = 180.0  # what one may take, so that the parts behind it have their turn
+TOOL_S = 180.0  # what one may take, where other parts are to have their turn
 OLDER = (80, 89)  # whose code a newer GPU can run: other tables of tiles, other matrix instructions
 
 
@@ -153,8 +153,8 @@ def _begin(older: int | None) -> None:
         knobs.runtime.override_arch = f"sm{older}"
 
 
-def sanitize(record: Record, place: Place, budget: Budget, *, command: Path, save: Callable[[], None]) -> None:
-    """The small cases once more under each tool of compute-sanitizer, in a process of its own."""
+def sanitize(record: Record, place: Place, budget: Budget, *, command: Path, save: Callable[[], None], most_s: float) -> None:
+    """The small cases once more under each tool of compute-sanitizer, in a process of its own, for `most_s` seconds at most."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None or not place.is_gpu:
         record.sanitizer = {tool: {"fault": None, "refused": "no compute-sanitizer here"} for tool in TOOLS}
@@ -165,7 +165,7 @@ def sanitize(record: Record, place: Place, budget: Budget, *, command: Path, sav
         if is_done or not budget.has(_SANITIZED_S):
             continue
         started = time.perf_counter()
-        record.sanitizer[tool] = _sanitized(program, tool, command, min(budget.left_s, _TOOL_S)) | {
+        record.sanitizer[tool] = _sanitized(program, tool, command, min(budget.left_s, most_s)) | {
             "seconds": round(time.perf_counter() - started, 1)
         }
         print(f"sanitizer: {tool}: {record.sanitizer[tool]['fault'] or 'clean'}")

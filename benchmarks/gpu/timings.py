@@ -71,9 +71,12 @@ def time_shape(name: str, field: Field, rows: Sequence[int]) -> dict[str, Any]:
         faults |= failed
         result["rows"][str(m)] = {who: vars(timing) for who, timing in timed.items()}
         del calls
+        if failed and field.place.is_gpu and not device_answers():
+            result["broken"] = next(iter(failed.values()))
+            break
     del found
     gc.collect()
-    if field.place.is_gpu and not place_is_broken:
+    if field.place.is_gpu and "broken" not in result:
         torch.cuda.empty_cache()
     return result
 
